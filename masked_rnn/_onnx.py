@@ -1,0 +1,70 @@
+"""The ONNX form: one GRU, LSTM or RNN node a layer, with sequence_lens.
+
+https://onnx.ai/onnx/operators/onnx__GRU.html (linear_before_reset=1 is PyTorch's reset after the product).
+T time, N batch, I input, H hidden, D directions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._call import Call, each_layer
+from ._cells import CELLS, States, Weights
+from ._lengths import live_steps
+
+GATE_ORDER = {"GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2), "RNN_TANH": (0,), "RNN_RELU": (0,)}
+"""ONNX's gates (zrh; iofc) by their places in PyTorch's order (r, z, n; i, f, g, o)."""
+
+
+def why_not(call: Call) -> list[str]:
+    return ["ONNX's LSTM node has no projection (proj_size)"] if call.layer.proj_size else []
+
+
+def run(call: Call) -> tuple[Tensor, States]:
+    x, lengths, back = call.padded()
+    if lengths is not None:
+        x = torch.where(live_steps(lengths, x.size(0)), x, torch.zeros((), dtype=x.dtype, device=x.device))
+    mode = call.layer.mode
+    output, last = each_layer(call, x, lambda x, initial, w: _node(mode, x, lengths, initial, w))
+    return back(output), last
+
+
+def _node(
+    mode: str, x: Tensor, lengths: Tensor | None, initial: States, weights: tuple[Weights, ...]
+) -> tuple[Tensor, States]:
+    """x (T, N, I), lengths (N,), initial states (D, N, H) -> output (T, N, D·H), last states (D, N, H)."""
+    steps, batch, _ = x.shape
+    D, hidden = len(weights), weights[0].w_hh.size(-1)
+    order = GATE_ORDER[mode]
+
+    def ordered(t: Tensor) -> Tensor:
+        gates = t.chunk(CELLS[mode].gates)
+        return torch.cat([gates[k] for k in order])
+
+    W = torch.stack([ordered(w.w_ih) for w in weights])
+    R = torch.stack([ordered(w.w_hh) for w in weights])
+    B = None
+    if weights[0].b_ih is not None:
+        B = torch.stack([torch.cat([ordered(b) for b in (w.b_ih, w.b_hh) if b is not None]) for w in weights])
+    attributes: dict[str, Any] = {"hidden_size": hidden, "direction": "bidirectional" if D == 2 else "forward"}
+    if mode == "GRU":
+        attributes["linear_before_reset"] = 1
+    if mode.startswith("RNN"):
+        attributes["activations"] = ["Tanh" if mode == "RNN_TANH" else "Relu"] * D
+    Y, *last = torch.onnx.ops.symbolic_multi_out(
+        mode.split("_")[0],
+        [x, W, R, B, None if lengths is None else lengths.to(torch.int32), *initial],
+        attributes,
+        dtypes=[x.dtype] * (1 + len(initial)),
+        shapes=[(steps, D, batch, hidden), *[(D, batch, hidden)] * len(initial)],
+        version=None,
+    )
+    output = Y.transpose(1, 2).flatten(2)
+    if lengths is not None:
+        # ONNX Runtime gives a sequence without steps a state of zeros.
+        ran = (lengths > 0).view(1, -1, 1)
+        last = [torch.where(ran, new, old) for new, old in zip(last, initial, strict=True)]
+    return output, tuple(last)

@@ -1,0 +1,86 @@
+"""PyTorch's own kernel over the padded batch, each direction started at its own end: no host sync.
+
+The forward direction reads padding only after a row's real steps, the backward direction runs over rows reversed in
+place, so padding comes last there too. Outputs are zeroed at padding, the last state gathered at each row's last step.
+
+T time, N batch, I input, P the state that is fed back, D directions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._call import Call, each_layer
+from ._cells import States, Weights
+from ._kernels import differentiates_once, run_kernel
+from ._lengths import live_steps, reverse_index
+
+
+def why_not(call: Call) -> list[str]:
+    return []
+
+
+def run(call: Call) -> tuple[Tensor, States]:
+    layer = call.layer
+    x, lengths, back = call.padded()
+    if lengths is None and not (layer.dropout and layer.training and differentiates_once(x)):
+        output, last = run_kernel(
+            layer.mode, x, call.states, call.weights(), dropout=layer.dropout, training=layer.training
+        )
+    else:
+        output, last = each_layer(
+            call, x, lambda x, state, w: run_layer(layer.mode, x, lengths, state, w)
+        )
+    return back(output), last
+
+
+def run_layer(
+    mode: str, x: Tensor, lengths: Tensor | None, initial: States, weights: tuple[Weights, ...]
+) -> tuple[Tensor, States]:
+    """x (T, N, I), lengths (N,), initial states (D, N, P) -> output (T, N, D·P), last states (D, N, P)."""
+    if lengths is None:
+        return run_kernel(mode, x, initial, [weights])
+    steps = x.size(0)
+    live = live_steps(lengths, steps)
+    zero = torch.zeros((), dtype=x.dtype, device=x.device)
+    x = torch.where(live, x, zero)
+    reverse = reverse_index(lengths, steps) if len(weights) == 2 else None
+    outputs, lasts = [], []
+    for d, w in enumerate(weights):
+        own = x if d == 0 or reverse is None else x.gather(0, reverse.expand_as(x))
+        state = tuple(h[d : d + 1] for h in initial)
+        if mode == "LSTM":
+            output, last = _with_cell_states(own, live, lengths, state, w)
+        else:
+            output, _ = run_kernel(mode, own, state, [(w,)])
+            last = (_at_last_step(output, lengths, state[0]),)
+        if d == 1 and reverse is not None:
+            output = output.gather(0, reverse.expand_as(output))
+        outputs.append(torch.where(live, output, torch.zeros((), dtype=output.dtype, device=output.device)))
+        lasts.append(last)
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+    return output, tuple(torch.cat(states) for states in zip(*lasts, strict=True))
+
+
+def _at_last_step(output: Tensor, lengths: Tensor, initial: Tensor) -> Tensor:
+    """(1, N, P): each row's output at its last step; its initial state where it has none."""
+    index = (lengths - 1).clamp(min=0).view(1, -1, 1).expand(1, -1, output.size(-1))
+    return torch.where((lengths > 0).view(1, -1, 1), output.gather(0, index), initial.to(output.dtype))
+
+
+def _with_cell_states(x: Tensor, live: Tensor, lengths: Tensor, initial: States, w: Weights) -> tuple[Tensor, States]:
+    """The LSTM returns c only after the last step, so c must stand still over padding until then.
+
+    One more input, 1 at padding, drives the gates there to i = 0 and f = 1 exactly: c' = f c + i g = c.
+    """
+    hidden = w.w_hh.size(0) // 4
+    drive = w.w_ih.new_zeros(4, hidden)
+    drive[0], drive[1] = -_SATURATING, _SATURATING
+    w = w._replace(w_ih=torch.cat([w.w_ih, drive.view(-1, 1)], 1))
+    output, (_, c) = run_kernel("LSTM", torch.cat([x, (~live).to(x.dtype)], -1), initial, [(w,)])
+    return output, (_at_last_step(output, lengths, initial[0]), c)
+
+
+_SATURATING = 1e4
+"""Sigmoid of it is 1, of its negative 0, in every dtype."""

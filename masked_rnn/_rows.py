@@ -1,0 +1,55 @@
+"""Rows picked out of a tensor and put back, each the other's gradient.
+
+`index_select`'s own gradient adds row by row, for rows that may repeat; a plan's never do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def pick_rows(x: Tensor, index: Tensor | None) -> Tensor:
+    """The rows of x (P, I) at `index`, all of them where it is None."""
+    return x if index is None else _Pick.apply(x, index)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def place_rows(x: Tensor, index: Tensor | None, size: int) -> Tensor:
+    """A tensor of `size` rows, zero but for those of x at `index`."""
+    return x if index is None else _Place.apply(x, index, size)  # type: ignore[no-untyped-call,no-any-return]
+
+
+class _Pick(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, index: Tensor) -> Tensor:
+        return x.index_select(0, index)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        x, index = inputs
+        ctx.size = x.size(0)
+        ctx.save_for_backward(index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return place_rows(grad, *ctx.saved_tensors, ctx.size), None
+
+
+class _Place(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, index: Tensor, size: int) -> Tensor:
+        return x.new_zeros(size, x.size(-1)).index_copy(0, index, x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return pick_rows(grad, *ctx.saved_tensors), None, None
