@@ -314,7 +314,7 @@ def close_call(call: Call, output: Tensor, states: States) -> tuple[Any, Any]:
     elif call.form == "nested":
         result = _close_nested(call.source, output)
     if call.layer.flatten_hidden:
-        states = tuple(h.transpose(0, 1).reshape(call.batch, -1) for h in states)
+        states = tuple(h.transpose(0, 1).flatten(1) for h in states)
         batch_dim = 0
     else:
         batch_dim = 1

@@ -147,7 +147,7 @@ def backward(
         for grad, end in zip(own, ends, strict=True):
             _add_ends(plan, end, chunk, grad)
         for grad, carry in zip(own, carried, strict=False):
-            grad.narrow(-2, chunk.rows - chunk.after, chunk.after).add_(carry)
+            grad.narrow(-2, chunk.rows - carry.size(-2), carry.size(-2)).add_(carry)
 
         views = list(zip(*(grad.split([chunk.before, *chunk.sizes], -2) for grad in grads), strict=True))
         back_parts = cell.back_parts(local, buffer, own)

@@ -1,0 +1,173 @@
+"""The one truth every backend is held to: `torch.nn`'s layer on each sequence alone, in float64.
+
+Everything here is batch-first: x (N, T, I), mask (N, T), True at real steps; states (L·D, N, P).
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import masked_rnn
+from masked_rnn import _backends
+
+BACKENDS = ("packed", "padded", "bptt", "scan")
+CELLS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gru": ("GRU", {}),
+    "lstm": ("LSTM", {}),
+    "lstm-proj": ("LSTM", {"proj_size": 2}),
+    "rnn-tanh": ("RNN", {}),
+    "rnn-relu": ("RNN", {"nonlinearity": "relu"}),
+}
+INPUT, HIDDEN = 4, 3
+
+
+def masked(cell: str, *args: Any, **kwargs: Any) -> Any:
+    name, more = CELLS[cell]
+    return getattr(masked_rnn, f"Masked{name}")(*(args or (INPUT, HIDDEN)), **more, **kwargs)
+
+
+def plain(cell: str, *args: Any, **kwargs: Any) -> Any:
+    name, more = CELLS[cell]
+    return getattr(nn, name)(*(args or (INPUT, HIDDEN)), **more, **kwargs)
+
+
+def as_tuple(states: Any) -> tuple[Tensor, ...]:
+    return tuple(states) if isinstance(states, tuple) else (states,)
+
+
+def as_hx(states: Sequence[Tensor]) -> Any:
+    return states[0] if len(states) == 1 else tuple(states)
+
+
+def prefix_mask(lengths: Sequence[int], steps: int) -> Tensor:
+    return torch.arange(steps) < torch.tensor(lengths, dtype=torch.int64).view(-1, 1)
+
+
+@dataclass
+class Run:
+    output: Tensor
+    states: tuple[Tensor, ...]
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+    def pull_back(self, cotangents: Sequence[Tensor], wanted: dict[str, Tensor]) -> Run:
+        pairs = [(o, c) for o, c in zip((self.output, *self.states), cotangents, strict=True) if o.requires_grad]
+        outputs, pulled = zip(*pairs, strict=True)
+        found = torch.autograd.grad(outputs, list(wanted.values()), pulled, allow_unused=True)
+        self.gradients = {
+            name: torch.zeros_like(t) if g is None else g for (name, t), g in zip(wanted.items(), found, strict=True)
+        }
+        return self
+
+
+def state_shapes(layer: Any, batch: int) -> list[tuple[int, int, int]]:
+    stacked = layer.num_layers * (2 if layer.bidirectional else 1)
+    widths = [layer.proj_size or layer.hidden_size] + ([layer.hidden_size] if layer.mode == "LSTM" else [])
+    return [(stacked, batch, w) for w in widths]
+
+
+def random_states(layer: Any, batch: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    return tuple(torch.randn(shape, dtype=dtype) for shape in state_shapes(layer, batch))
+
+
+def cotangents(layer: Any, batch: int, steps: int) -> list[Tensor]:
+    width = (layer.proj_size or layer.hidden_size) * (2 if layer.bidirectional else 1)
+    shapes: list[tuple[int, ...]] = [(batch, steps, width), *state_shapes(layer, batch)]
+    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+
+
+def oracle(layer: Any, x: Tensor, mask: Tensor, states: Sequence[Tensor], pulled: Sequence[Tensor]) -> Run:
+    """Each sequence alone, its masked steps cut out and its outputs put back in place."""
+    alone = _plain_double(layer)
+    x = x.detach().double().requires_grad_()
+    states = [h.detach().double().requires_grad_() for h in states]
+    outputs, lasts = [], []
+    for n in range(x.size(0)):
+        own = tuple(h[:, n : n + 1] for h in states)
+        times = mask[n].nonzero().flatten()
+        output = x.new_zeros(1, x.size(1), pulled[0].size(-1))
+        if len(times):
+            ran, last = alone(x[n : n + 1, times], as_hx(own))
+            output = output.index_copy(1, times, ran)
+            own = as_tuple(last)
+        outputs.append(output)
+        lasts.append(own)
+    run = Run(torch.cat(outputs), tuple(torch.cat(h, 1) for h in zip(*lasts, strict=True)))
+    wanted = {"x": x, **{f"hx[{s}]": h for s, h in enumerate(states)}, **dict(alone.named_parameters())}
+    return run.pull_back([c.double() for c in pulled], wanted)
+
+
+def _plain_double(layer: Any) -> Any:
+    kind = next(k for k in (nn.GRU, nn.LSTM, nn.RNN) if isinstance(layer, k))
+    more = {"proj_size": layer.proj_size} if layer.mode == "LSTM" else {}
+    if layer.mode.startswith("RNN"):
+        more = {"nonlinearity": layer.nonlinearity}
+    alone = kind(
+        layer.input_size,
+        layer.hidden_size,
+        layer.num_layers,
+        bias=layer.bias,
+        batch_first=True,
+        bidirectional=layer.bidirectional,
+        **more,
+    ).double()
+    alone.load_state_dict(copy.deepcopy(layer.state_dict()))
+    return alone
+
+
+def call(
+    layer: Any, x: Tensor, states: Sequence[Tensor] | None, pulled: Sequence[Tensor], **given: Any
+) -> Run:
+    """The layer under test, in its own layout, brought back to batch-first."""
+    x = x.detach().clone().requires_grad_()
+    leaves = [] if states is None else [h.detach().clone().to(x.dtype).requires_grad_() for h in states]
+    if "mask" in given and not layer.batch_first:
+        given["mask"] = given["mask"].t()
+    output, last = layer(x if layer.batch_first else x.transpose(0, 1), as_hx(leaves) if leaves else None, **given)
+    output = output if layer.batch_first else output.transpose(0, 1)
+    lasts = as_tuple(last)
+    if layer.flatten_hidden:
+        lasts = tuple(
+            h.unflatten(1, (shape[0], shape[2])).transpose(0, 1)
+            for h, shape in zip(lasts, state_shapes(layer, x.size(0)), strict=True)
+        )
+    wanted = {"x": x, **{f"hx[{s}]": h for s, h in enumerate(leaves)}, **dict(layer.named_parameters())}
+    return Run(output, lasts).pull_back([c.to(x.dtype) for c in pulled], wanted)
+
+
+def assert_same(found: Run, expected: Run, atol: float = 1e-10, note: object = "") -> None:
+    torch.testing.assert_close(found.output.double(), expected.output, rtol=0, atol=atol, msg=_told("output", note))
+    for s, (a, b) in enumerate(zip(found.states, expected.states, strict=True)):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=atol, msg=_told(f"last state {s}", note))
+    for name, gradient in found.gradients.items():
+        torch.testing.assert_close(
+            gradient.double(), expected.gradients[name], rtol=0, atol=atol, msg=_told(f"gradient of {name}", note)
+        )
+
+
+def _told(what: str, note: object) -> Callable[[str], str]:
+    return lambda message: f"{what} {note}: {message}"
+
+
+def every(**options: Sequence[Any]) -> list[dict[str, Any]]:
+    return [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
+
+
+def which_ran(monkeypatch: Any) -> list[str]:
+    """The names of the backends that run from here on, as they do."""
+    names: list[str] = []
+    choose = _backends.choose
+
+    def noting(call: Any) -> Any:
+        backend = choose(call)
+        names.append(backend.name)
+        return backend
+
+    monkeypatch.setattr(_backends, "choose", noting)
+    return names
