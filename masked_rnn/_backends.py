@@ -11,6 +11,7 @@ from torch import Tensor
 from . import _bptt, _onnx, _operator, _packed, _padded, _scan
 from ._call import Call
 from ._cells import States
+from ._lengths import is_on_host
 
 
 class Backend(NamedTuple):
@@ -35,10 +36,10 @@ def run(call: Call) -> tuple[Tensor, States]:
     if backend.name in ("packed", "padded") or not torch.is_autocast_enabled(device):
         return backend.run(call)
     # The rest is our own arithmetic: it runs in the weights' precision, and only its results have autocast's.
-    dtypes = call.enter_weights_dtype(torch.get_autocast_dtype(device))
+    dtype, *dtypes = call.enter_weights_dtype(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
         output, states = backend.run(call)
-    return output.to(dtypes), tuple(h.to(dtypes) for h in states)
+    return output.to(dtype), tuple(h.to(d) for h, d in zip(states, dtypes, strict=True))
 
 
 def choose(call: Call) -> Backend:
@@ -66,8 +67,8 @@ def preferred(call: Call) -> tuple[str, ...]:
     """By measurement; see docs/backends.md."""
     if call.data.device.type == "cpu":
         return ("bptt", "packed", "padded", "scan")
-    on_device = any(t is not None and t.device.type != "cpu" for t in (call.lengths, call.mask))
-    return ("padded", "packed", "scan") if on_device else ("packed", "padded", "scan")
+    on_device = any(t is not None and not is_on_host(t) for t in (call.lengths, call.mask))
+    return ("padded", "packed", "scan") if on_device and call.form != "nested" else ("packed", "padded", "scan")
 
 
 def why_only_scan() -> str | None:

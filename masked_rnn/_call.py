@@ -19,6 +19,7 @@ from ._lengths import (
     check_mask,
     check_sorted,
     compact,
+    is_on_host,
     live_steps,
     plan_full,
     plan_rows,
@@ -64,17 +65,23 @@ class Call:
         if self.batch == 0 or self.data.numel() == 0:
             return True
         real = self.lengths if self.mask is None else self.mask
-        return real is not None and real.device.type == "cpu" and values_can_be_read(real) and not bool(real.any())
+        return real is not None and is_on_host(real) and values_can_be_read(real) and not bool(real.any())
 
-    def enter_weights_dtype(self, autocast: torch.dtype) -> torch.dtype:
-        """Cast the input and the states to the weights' dtype; the dtype that `torch.nn` returns under autocast."""
+    def enter_weights_dtype(self, autocast: torch.dtype) -> list[torch.dtype]:
+        """Cast the input and the states to the weights' dtype; the dtypes of the output and the last states that
+        `torch.nn` returns under autocast, where a GRU's h and a projected LSTM's c keep the precision they came in."""
         dtype = self.layer.weight_ih_l0.dtype
-        result = dtype if dtype == torch.float64 else autocast
-        if self.layer.mode == "GRU":  # whose state autocast leaves alone
-            result = torch.promote_types(result, self.states[0].dtype)
+        low = dtype if dtype == torch.float64 else autocast
+        wide = [torch.promote_types(low, h.dtype) for h in self.states]
+        if self.layer.mode == "GRU":
+            results = [wide[0], wide[0]]
+        else:
+            results = [low] * (1 + len(wide))
+            if self.layer.proj_size:
+                results[2] = wide[1]
         self.data = self.data.to(dtype)
         self.states = tuple(h.to(dtype) for h in self.states)
-        return result
+        return results
 
     def weights(self) -> list[tuple[Weights, ...]]:
         """For each layer, each direction's weights, read as attributes so that parametrized and functional weights count."""
@@ -182,7 +189,7 @@ def open_call(layer: Any, input: Any, hx: Any, lengths: Any, mask: Any) -> Call:
         _set_lengths(call, lengths, mask)
     if layer.enforce_sorted and call.form != "packed":
         counts = call.mask.sum(0) if call.mask is not None else call.lengths
-        if counts is not None and values_can_be_read(counts):
+        if counts is not None:
             check_sorted(counts)
         call.is_sorted = True
     call.states = _open_states(call, hx)

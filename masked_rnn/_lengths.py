@@ -25,6 +25,11 @@ def values_can_be_read(tensor: Tensor) -> bool:
     )
 
 
+def is_on_host(tensor: Tensor) -> bool:
+    """Whether its values can be read without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
 def check_lengths(lengths: Any, batch: int, steps: int, device: torch.device, layout: str) -> Tensor:
     """`lengths` as int64 `(N,)`, checked against the batch; on the host unless both it and the input are elsewhere."""
     lengths = _int64(lengths)
@@ -40,13 +45,13 @@ def check_lengths(lengths: Any, batch: int, steps: int, device: torch.device, la
             f"lengths has {lengths.size(0)} elements, but the input holds {batch} sequences ({layout}). "
             "Expected one length per sequence."
         )
-    if device.type == "cpu" or lengths.device.type == "cpu":
+    if device.type == "cpu":
         lengths = lengths.cpu()
-        if values_can_be_read(lengths):
-            check_range(lengths, steps, layout)
-        else:
-            lengths = lengths.to(device)
-    elif values_can_be_read(lengths):
+    if not values_can_be_read(lengths):
+        return lengths.to(device)
+    if is_on_host(lengths):
+        check_range(lengths, steps, layout)
+    else:
         # A read would wait for the device; the assertion reports from there.
         torch._assert_async(
             ((lengths >= 0) & (lengths <= steps)).all(),
@@ -78,6 +83,11 @@ def check_mask(mask: Any, shape: tuple[int, ...], device: torch.device, layout: 
 
 
 def check_sorted(lengths: Tensor) -> None:
+    if not values_can_be_read(lengths):
+        return
+    if not is_on_host(lengths):
+        torch._assert_async((lengths.diff() <= 0).all(), "lengths must decrease under enforce_sorted=True")
+        return
     for n, (before, length) in enumerate(pairwise(lengths.tolist()), 1):
         if length > before:
             raise ValueError(

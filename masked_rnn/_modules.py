@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self, overload
+import sys
+from functools import cache
+from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
 from ._backends import BACKENDS, run
 from ._call import close_call, open_call
+
+
+def _run(layer: nn.RNNBase, input: Any, hx: Any, lengths: Any, mask: Any) -> Any:
+    call = open_call(layer, input, hx, lengths, mask)
+    return close_call(call, *run(call))
+
+
+@cache
+def _out_of_dynamos_sight() -> Any:
+    """Dynamo leaves every `nn.RNNBase` to run as it is, but would then compile, in pieces, the functions it calls."""
+    return torch.compiler.disable(_run)
 
 
 class MaskedRNNBase(nn.RNNBase):
@@ -35,9 +48,9 @@ class MaskedRNNBase(nn.RNNBase):
         self.backend = backend
 
     def forward(self, input: Any, hx: Any = None, lengths: Any = None, *, mask: Tensor | None = None) -> Any:
-        call = open_call(self, input, hx, lengths, mask)
-        output, states = run(call)
-        return close_call(call, output, states)
+        if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
+            return _out_of_dynamos_sight()(self, input, hx, lengths, mask)
+        return _run(self, input, hx, lengths, mask)
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]
@@ -46,7 +59,8 @@ class MaskedRNNBase(nn.RNNBase):
         return ", ".join(parts)
 
     @classmethod
-    def _from(cls, plain: nn.RNNBase, options: dict[str, Any], **more: Any) -> Self:
+    def _sharing(cls, plain: Any, options: dict[str, Any], *extra: str) -> Self:
+        """A layer over the parameters of `plain`, with its configuration and the `extra` arguments of its kind."""
         if not isinstance(plain, cls._plain):
             raise TypeError(f"expected an nn.{cls._plain.__name__}, got {type(plain).__name__}")
         weight = getattr(plain, "weight_ih_l0")  # noqa: B009
@@ -60,7 +74,7 @@ class MaskedRNNBase(nn.RNNBase):
             bidirectional=plain.bidirectional,
             device="meta",
             dtype=weight.dtype,
-            **more,
+            **{name: getattr(plain, name) for name in extra},
             **options,
         )
         for name, _ in list(layer.named_parameters()):
@@ -73,7 +87,7 @@ class MaskedGRU(MaskedRNNBase, nn.GRU):
 
     @classmethod
     def from_gru(cls, gru: nn.GRU, **options: Any) -> Self:
-        return cls._from(gru, options)
+        return cls._sharing(gru, options)
 
 
 class MaskedLSTM(MaskedRNNBase, nn.LSTM):
@@ -81,7 +95,7 @@ class MaskedLSTM(MaskedRNNBase, nn.LSTM):
 
     @classmethod
     def from_lstm(cls, lstm: nn.LSTM, **options: Any) -> Self:
-        return cls._from(lstm, options, proj_size=lstm.proj_size)
+        return cls._sharing(lstm, options, "proj_size")
 
 
 class MaskedRNN(MaskedRNNBase, nn.RNN):
@@ -89,4 +103,4 @@ class MaskedRNN(MaskedRNNBase, nn.RNN):
 
     @classmethod
     def from_rnn(cls, rnn: nn.RNN, **options: Any) -> Self:
-        return cls._from(rnn, options, nonlinearity=rnn.nonlinearity)
+        return cls._sharing(rnn, options, "nonlinearity")

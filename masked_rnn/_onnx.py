@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._call import Call, each_layer
-from ._cells import CELLS, States, Weights
+from ._cells import States, Weights
 from ._lengths import live_steps
 
 GATE_ORDER = {"GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2), "RNN_TANH": (0,), "RNN_RELU": (0,)}
@@ -41,8 +41,8 @@ def _node(
     order = GATE_ORDER[mode]
 
     def ordered(t: Tensor) -> Tensor:
-        gates = t.chunk(CELLS[mode].gates)
-        return torch.cat([gates[k] for k in order])
+        size = t.size(0) // len(order)
+        return torch.cat([t[k * size : (k + 1) * size] for k in order])
 
     W = torch.stack([ordered(w.w_ih) for w in weights])
     R = torch.stack([ordered(w.w_hh) for w in weights])

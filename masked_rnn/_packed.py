@@ -57,8 +57,9 @@ def run(call: Call) -> tuple[Tensor, States]:
             dropout=layer.dropout,
             training=layer.training,
         )
+    initial = tuple(h.to(new.dtype) for h, new in zip(call.states, last, strict=True))  # autocast may have changed it
     if plan.order is not None:
-        last = tuple(h.index_copy(1, plan.order, new) for h, new in zip(call.states, last, strict=True))
+        last = tuple(h.index_copy(1, plan.order, new) for h, new in zip(initial, last, strict=True))
     elif not whole:
-        last = tuple(torch.cat([new, h[:, plan.live :]], 1) for h, new in zip(call.states, last, strict=True))
+        last = tuple(torch.cat([new, h[:, plan.live :]], 1) for h, new in zip(initial, last, strict=True))
     return call.from_rows(place_rows(output, plan.index, plan.size)), last

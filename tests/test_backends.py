@@ -1,0 +1,89 @@
+"""Which backend runs a call, and why."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from oracle import BACKENDS, INPUT, masked
+from torch.nn.utils.rnn import pack_sequence
+
+from masked_rnn import _backends
+
+X = torch.randn(3, 6, INPUT)
+ROWS = [X[0], X[1, :4], X[2, :1]]
+CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "whole": (X, {}),
+    "lengths": (X, {"lengths": [6, 4, 1]}),
+    "mask": (X, {"mask": torch.rand(3, 6) > 0.5}),
+    "unbatched": (X[0], {}),
+    "packed": (pack_sequence(ROWS), {}),
+    "nested": (torch.nested.nested_tensor(ROWS, layout=torch.jagged), {}),
+}
+
+
+@pytest.mark.parametrize("form", CALLS)
+def test_on_the_cpu_bptt_runs(cell: str, form: str, ran: list[str]) -> None:
+    x, given = CALLS[form]
+    layer = masked(cell, batch_first=True)
+    layer(x, **given)
+    with torch.no_grad():
+        layer(x, **given)
+    assert ran == ["bptt", "bptt"]
+
+
+@pytest.mark.parametrize("form", CALLS)
+def test_a_forced_backend_runs(cell: str, backend: str, form: str, ran: list[str]) -> None:
+    x, given = CALLS[form]
+    masked(cell, batch_first=True, backend=backend)(x, **given)
+    assert ran == [backend]
+
+
+@pytest.mark.parametrize(
+    ("lengths_on", "expected"),
+    [(None, ("packed", "padded", "scan")), ("cpu", ("packed", "padded", "scan")), ("cuda", ("padded", "packed", "scan"))],
+)
+def test_elsewhere_the_lengths_place_decides(lengths_on: str | None, expected: tuple[str, ...]) -> None:
+    def on(device: str | None) -> Any:
+        return None if device is None else SimpleNamespace(device=SimpleNamespace(type=device))
+
+    call: Any = SimpleNamespace(data=on("cuda"), lengths=on(lengths_on), mask=None, form="padded")
+    assert _backends.preferred(call) == expected
+    call = SimpleNamespace(data=on("cuda"), lengths=None, mask=on(lengths_on), form="padded")
+    assert _backends.preferred(call) == expected
+
+
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "dual"])
+def test_under_a_transform_scan_runs(cell: str, transform: str, ran: list[str]) -> None:
+    layer = masked(cell, batch_first=True)
+
+    def loss(x: Any) -> Any:
+        return layer(x, lengths=[4] if x.dim() == 2 else [4, 2, 6])[0].sum()
+
+    if transform == "vmap":
+        torch.func.vmap(loss)(X)
+    elif transform == "grad":
+        torch.func.grad(loss)(X)
+    elif transform == "jvp":
+        torch.func.jvp(loss, (X,), (X,))
+    else:
+        with torch.autograd.forward_ad.dual_level():
+            loss(torch.autograd.forward_ad.make_dual(X, X))
+    assert ran == ["scan"]
+
+
+def test_every_backend_answers_for_itself() -> None:
+    assert tuple(_backends.BACKENDS) == BACKENDS
+    for name, backend in _backends.BACKENDS.items():
+        assert backend.name == name
+
+
+def test_a_reason_moves_auto_on(ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing = _backends.BACKENDS["bptt"]._replace(why_not=lambda _call: ["it is a test"])
+    monkeypatch.setitem(_backends.BACKENDS, "bptt", refusing)
+    masked("gru", batch_first=True)(X, lengths=[6, 4, 1])
+    assert ran == ["packed"]
+    with pytest.raises(ValueError, match="backend='bptt' can't run this call: it is a test. Use backend='auto'"):
+        masked("gru", batch_first=True, backend="bptt")(X)

@@ -1,0 +1,176 @@
+"""torch.compile: as it is, with the break that Dynamo imposes; with allow_rnn, one graph for every size."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from oracle import INPUT, as_tuple, cotangents, masked, random_states
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+SIZES = [(3, 6), (4, 5), (2, 9), (5, 7), (3, 12)]
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def allow_rnn() -> Iterator[None]:
+    with torch._dynamo.config.patch(allow_rnn=True):
+        yield
+
+
+def run(function: Any, layer: Any, x: Tensor, hx: Any, pulled: list[Tensor], **given: Any) -> list[Tensor]:
+    """Results, and every gradient under the given cotangents."""
+    x = x.detach().clone().requires_grad_()
+    output, last = function(x, hx, **given)
+    results = [output, *as_tuple(last)]
+    cotangent = [pulled[0], *(c.transpose(0, 1).flatten(1) for c in pulled[1:])]
+    gradients = torch.autograd.grad(results, [x, *layer.parameters()], [c.to(x.dtype) for c in cotangent])
+    return [*results, *gradients]
+
+
+def close(found: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+def arguments(layer: Any, batch: int, steps: int, with_hx: bool = False) -> tuple[Tensor, Any, list[Tensor]]:
+    states = random_states(layer, batch, torch.float32)
+    hx = (states[0] if len(states) == 1 else states) if with_hx else None
+    return torch.randn(batch, steps, INPUT), hx, cotangents(layer, batch, steps)
+
+
+@pytest.mark.parametrize(("compiler", "given"), [("inductor", "lengths"), ("eager", "mask"), ("eager", "neither")])
+def test_as_it_is(cell: str, compiler: str, given: str) -> None:
+    layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True)
+    compiled = torch.compile(layer, backend=compiler)
+    for batch, steps in SIZES[:2]:
+        x, hx, pulled = arguments(layer, batch, steps)
+        more = options(given, batch, steps)
+        close(run(compiled, layer, x, hx, pulled, **more), run(layer, layer, x, hx, pulled, **more))
+
+
+def options(given: str, batch: int, steps: int) -> dict[str, Any]:
+    if given == "neither":
+        return {}
+    if given == "lengths":
+        return {"lengths": torch.randint(0, steps + 1, (batch,))}
+    return {"mask": torch.rand(batch, steps) > 0.4}
+
+
+@pytest.mark.parametrize(
+    ("compiler", "given", "with_hx"),
+    [("inductor", "lengths", False), ("inductor", "mask", True), ("aot_eager", "lengths", True), ("eager", "neither", True)],
+)
+@pytest.mark.usefixtures("allow_rnn")
+def test_one_graph_for_every_size(cell: str, compiler: str, given: str, with_hx: bool) -> None:
+    layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True)
+    counter = CompileCounterWithBackend(compiler)
+    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    for batch, steps in SIZES:
+        x, hx, pulled = arguments(layer, batch, steps, with_hx)
+        more = options(given, batch, steps)
+        close(run(compiled, layer, x, hx, pulled, **more), run(layer, layer, x, hx, pulled, **more))
+    assert counter.frame_count <= 3
+    targets = {str(node.target) for graph in counter.graphs for node in graph.graph.nodes}
+    assert "masked_rnn.layer" in targets
+
+
+@pytest.mark.usefixtures("allow_rnn")
+def test_static_shapes_and_no_gradient(cell: str) -> None:
+    layer = masked(cell, bidirectional=True, batch_first=True)
+    compiled = torch.compile(layer, fullgraph=True)
+    x, _, _ = arguments(layer, 3, 6)
+    lengths = torch.tensor([6, 0, 2])
+    with torch.no_grad():
+        found, expected = compiled(x, lengths=lengths), layer(x, lengths=lengths)
+    close([found[0], *as_tuple(found[1])], [expected[0], *as_tuple(expected[1])])
+
+
+@pytest.mark.usefixtures("allow_rnn")
+def test_a_list_of_lengths_and_time_first(cell: str) -> None:
+    layer = masked(cell, bidirectional=True)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(6, 3, INPUT)
+    close([compiled(x, lengths=[6, 0, 2])[0]], [layer(x, lengths=[6, 0, 2])[0]])
+    close([compiled(x[:, 0], lengths=4)[0]], [layer(x[:, 0], lengths=4)[0]])
+
+
+@pytest.mark.usefixtures("allow_rnn")
+def test_inside_a_model(cell: str) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = masked(cell, 8, 3, bidirectional=True, batch_first=True)
+            self.embed = torch.nn.Embedding(20, 8)
+            self.head = torch.nn.LazyLinear(5)
+
+        def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+            output, _ = self.rnn(self.embed(ids), lengths=lengths)
+            return self.head(output.sum(1))
+
+    model = Model()
+    ids, lengths = torch.randint(0, 20, (3, 6)), torch.tensor([6, 1, 4])
+    model(ids, lengths)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for _ in range(2):
+        model.zero_grad()
+        expected = model(ids, lengths)
+        expected.square().sum().backward()
+        gradients = [p.grad for p in model.parameters()]
+        model.zero_grad()
+        found = compiled(ids, lengths)
+        found.square().sum().backward()
+        close([found, *(p.grad for p in model.parameters())], [expected, *gradients])
+        ids, lengths = torch.randint(0, 20, (5, 9)), torch.tensor([9, 0, 4, 4, 2])
+
+
+@pytest.mark.usefixtures("allow_rnn")
+def test_compile_time_does_not_grow_with_the_length() -> None:
+    nodes, seconds = [], []
+    for steps in (10, 1000):
+        torch._dynamo.reset()
+        layer = masked("gru", batch_first=True)
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(layer, backend=counter, fullgraph=True)
+        x, lengths = torch.randn(2, steps, INPUT), torch.tensor([steps, 3])
+        start = time.perf_counter()
+        compiled(x, lengths=lengths)
+        seconds.append(time.perf_counter() - start)
+        nodes.append(sum(len(graph.graph.nodes) for graph in counter.graphs))
+    assert nodes[0] == nodes[1]
+    assert seconds[1] < 5 * seconds[0] + 1
+
+
+@pytest.mark.parametrize("length", [7, -1])
+@pytest.mark.usefixtures("allow_rnn")
+def test_a_length_out_of_range_is_refused_when_it_runs(cell: str, length: int) -> None:
+    layer = masked(cell, batch_first=True)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(3, 6, INPUT)
+    compiled(x, lengths=torch.tensor([1, 2, 3]))
+    with pytest.raises(ValueError, match=rf"lengths\[1\] = {length}, .*Expected 0 <= length <= 6"):
+        compiled(x, lengths=torch.tensor([1, length, 3]))
+
+
+def test_the_operator_keeps_torchs_rules(cell: str) -> None:
+    """Schema, fake kernel, gradient registration and tracing, by PyTorch's own checker."""
+    layer = masked(cell, bidirectional=True)
+    x = torch.randn(5, 3, INPUT, requires_grad=True)
+    weights = [p for p in layer.parameters()]
+    initial = [torch.zeros(s) for s in [(2, 3, layer.proj_size or 3), (2, 3, 3)][: 2 if layer.mode == "LSTM" else 1]]
+    for lengths in (None, torch.tensor([5, 0, 2])):
+        torch.library.opcheck(
+            torch.ops.masked_rnn.layer,
+            (x, lengths, initial, weights, layer.mode, 2, True),
+            test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"),
+        )

@@ -1,0 +1,271 @@
+"""The layer where code has torch.nn's: module protocol, weights, checkpoints, subclassing, threads."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from oracle import CELLS, INPUT, as_tuple, every, masked, plain
+from torch import Tensor, nn
+
+import masked_rnn
+from masked_rnn import MaskedGRU, MaskedLSTM, MaskedRNN
+
+X = torch.randn(3, 6, INPUT, generator=torch.Generator().manual_seed(1))
+LENGTHS = [2, 6, 0]
+
+
+def same(a: Any, b: Any) -> bool:
+    (x, h), (y, g) = a, b
+    return torch.equal(x, y) and all(torch.equal(s, t) for s, t in zip(as_tuple(h), as_tuple(g), strict=True))
+
+
+def test_is_torchs_layer(cell: str) -> None:
+    assert isinstance(masked(cell), type(plain(cell)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    every(num_layers=[1, 2], bias=[False, True], bidirectional=[False, True], batch_first=[False, True]),
+    ids=str,
+)
+def test_without_lengths_it_is_torchs_bit_for_bit(cell: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(3)
+    theirs = plain(cell, **options)
+    torch.manual_seed(3)
+    ours = masked(cell, flatten_hidden=False, backend="packed", **options)
+    assert all(torch.equal(p, q) for p, q in zip(theirs.parameters(), ours.parameters(), strict=True))
+    assert list(theirs.state_dict()) == list(ours.state_dict())
+    assert same(ours(X), theirs(X))
+    assert same(ours(X[0]), theirs(X[0]))
+    packed = nn.utils.rnn.pack_sequence([X[0], X[1, :4], X[2, :1]])
+    (a, h), (b, g) = ours(packed), theirs(packed)
+    assert same((a.data, h), (b.data, g))
+    for results, layer in ((ours(X), ours), (theirs(X), theirs)):
+        sum(t.square().sum() for t in (results[0], *as_tuple(results[1]))).backward()
+        layer.gradients = [p.grad for p in layer.parameters()]
+    assert all(torch.equal(p, q) for p, q in zip(ours.gradients, theirs.gradients, strict=True))
+
+
+def test_without_lengths_it_is_torchs_closely(cell: str, backend: str) -> None:
+    ours, theirs = masked(cell, flatten_hidden=False, backend=backend), plain(cell)
+    ours.load_state_dict(theirs.state_dict())
+    (a, h), (b, g) = ours(X), theirs(X)
+    torch.testing.assert_close(a, b)
+    for s, t in zip(as_tuple(h), as_tuple(g), strict=True):
+        torch.testing.assert_close(s, t)
+
+
+def test_positional_arguments_are_torchs() -> None:
+    a, b = MaskedGRU(4, 3, 2, False, True, 0.5, True), nn.GRU(4, 3, 2, False, True, 0.5, True)
+    assert repr(a) == repr(b).replace("GRU", "MaskedGRU", 1)
+    a, b = MaskedLSTM(4, 3, 2, False, True, 0.5, True, 2), nn.LSTM(4, 3, 2, False, True, 0.5, True, 2)
+    assert repr(a) == repr(b).replace("LSTM", "MaskedLSTM", 1)
+    a, b = MaskedRNN(4, 3, 2, "relu"), nn.RNN(4, 3, 2, "relu")
+    assert a.mode == b.mode == "RNN_RELU"
+
+
+def test_repr_names_only_what_differs() -> None:
+    assert repr(MaskedGRU(4, 3)) == "MaskedGRU(4, 3)"
+    text = repr(MaskedGRU(4, 3, bidirectional=True, enforce_sorted=True, flatten_hidden=False, backend="scan"))
+    assert text == "MaskedGRU(4, 3, bidirectional=True, enforce_sorted=True, flatten_hidden=False, backend='scan')"
+
+
+def test_checkpoints_load_strictly_both_ways(cell: str, tmp_path: Any) -> None:
+    theirs, ours = plain(cell, num_layers=2, bidirectional=True), masked(cell, num_layers=2, bidirectional=True)
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pt")
+    ours.load_state_dict(torch.load(tmp_path / "theirs.pt"), strict=True)
+    again = plain(cell, num_layers=2, bidirectional=True)
+    again.load_state_dict(ours.state_dict(), strict=True)
+    assert all(torch.equal(p, q) for p, q in zip(theirs.parameters(), again.parameters(), strict=True))
+
+
+def test_copies(cell: str, backend: str) -> None:
+    layer = masked(cell, backend=backend, enforce_sorted=False, flatten_hidden=False, num_layers=2)
+    layer(X)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(buffer, weights_only=False)):
+        assert repr(other) == repr(layer)
+        assert same(other(X, lengths=[1, 0, 3, 2, 3, 3][: X.size(1)]), layer(X, lengths=[1, 0, 3, 2, 3, 3]))
+        with torch.no_grad():
+            next(other.parameters()).add_(1)
+        assert not torch.equal(other(X)[0], layer(X)[0])
+
+
+FROM = {"GRU": MaskedGRU.from_gru, "LSTM": MaskedLSTM.from_lstm, "RNN": MaskedRNN.from_rnn}
+
+
+def test_from_an_existing_layer_shares_its_parameters(cell: str) -> None:
+    theirs = plain(cell, num_layers=2, bidirectional=True, batch_first=True, dropout=0.5).double().eval()
+    theirs.weight_hh_l0.requires_grad_(False)
+    ours = FROM[CELLS[cell][0]](theirs, flatten_hidden=False, backend="packed")
+    assert all(p is q for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert not ours.training
+    assert same(ours(X.double()), theirs(X.double()))
+    with torch.no_grad():
+        theirs.weight_ih_l0.zero_()
+    assert same(ours(X.double()), theirs(X.double()))
+    assert repr(ours).startswith(repr(theirs).replace(CELLS[cell][0], f"Masked{CELLS[cell][0]}")[:-1])
+
+
+def test_from_another_kind_of_layer() -> None:
+    with pytest.raises(TypeError, match=r"expected an nn\.GRU, got LSTM"):
+        MaskedGRU.from_gru(nn.LSTM(4, 3))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"expected an nn\.LSTM, got Linear"):
+        MaskedLSTM.from_lstm(nn.Linear(4, 3))  # type: ignore[arg-type]
+
+
+def test_frozen_parameters(cell: str, backend: str) -> None:
+    layer = masked(cell, num_layers=2, bidirectional=True, backend=backend)
+    free = masked(cell, num_layers=2, bidirectional=True, backend=backend)
+    free.load_state_dict(layer.state_dict())
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_("weight_hh" not in name and "l1" not in name)
+    for one in (layer, free):
+        output, last = one(X, lengths=[1, 0, 3, 2, 3, 3])
+        (output.square().sum() + sum(h.square().sum() for h in as_tuple(last))).backward()
+    for (name, p), q in zip(layer.named_parameters(), free.parameters(), strict=True):
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, q.grad)
+        else:
+            assert p.grad is None, name
+
+
+def test_all_frozen(cell: str, backend: str) -> None:
+    layer = masked(cell, backend=backend).requires_grad_(False)
+    assert not layer(X, lengths=[1, 0, 3, 2, 3, 3])[0].requires_grad
+    x = X.clone().requires_grad_()
+    layer(x, lengths=[1, 0, 3, 2, 3, 3])[0].sum().backward()
+    assert x.grad is not None
+    assert x.grad.ne(0).any()
+
+
+class Tagger(MaskedGRU):
+    """A model that is the layer, with a forward of its own."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(INPUT, 3, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(6, classes)
+
+    def forward(self, input: Tensor, lengths: Any) -> Tensor:  # type: ignore[override]
+        _, last = super().forward(input, lengths=lengths)
+        return self.head(last)
+
+
+def test_a_subclass_with_a_forward_of_its_own() -> None:
+    model = Tagger(5)
+    scores = model(X, LENGTHS)
+    assert scores.shape == (3, 5)
+    scores.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert same_scores(pickle.loads(pickle.dumps(model)), model)
+    assert same_scores(copy.deepcopy(model), model)
+
+
+def same_scores(a: nn.Module, b: nn.Module) -> bool:
+    return torch.equal(a(X, LENGTHS), b(X, LENGTHS))
+
+
+def test_weight_initialising_code_finds_it() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), MaskedGRU(4, 3))
+    found = [m for m in model.modules() if isinstance(m, nn.GRU)]
+    for module in found:
+        nn.init.orthogonal_(module.weight_hh_l0)
+    assert len(found) == 1
+
+
+def test_several_threads_at_once(cell: str, backend: str) -> None:
+    layer = masked(cell, num_layers=2, bidirectional=True, backend=backend)
+    lengths = [[1 + (k + n) % 4 for n in range(6)] for k in range(8)]
+    inputs = [torch.randn(4, 6, INPUT) for _ in lengths]
+
+    def work(k: int) -> tuple[Any, list[Tensor]]:
+        output, last = layer(inputs[k], lengths=lengths[k])
+        loss = output.square().sum() + sum(h.sum() for h in as_tuple(last))
+        return (output, last), list(torch.autograd.grad(loss, list(layer.parameters())))
+
+    expected = [work(k) for k in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        for (found, gradients), (alone, own) in zip(pool.map(work, range(8)), expected, strict=True):
+            assert same(found, alone)
+            assert all(torch.equal(a, b) for a, b in zip(gradients, own, strict=True))
+
+
+def test_a_call_changes_nothing_on_the_module(cell: str, backend: str) -> None:
+    layer = masked(cell, backend=backend)
+
+    def state() -> dict[str, Any]:
+        return {k: id(v) if isinstance(v, list | dict) else v for k, v in vars(layer).items()}
+
+    before = state()
+    layer(X, lengths=[1, 0, 3, 2, 3, 3])[0].sum().backward()
+    assert state() == before
+
+
+def test_moves_and_metas(cell: str) -> None:
+    layer = masked(cell, num_layers=2, bidirectional=True, device="meta")
+    output, _ = layer(torch.empty(6, 3, INPUT, device="meta"), lengths=[3, 1, 6])
+    assert output.shape[:2] == (6, 3)
+    assert output.device.type == "meta"
+    real = layer.to_empty(device="cpu").double()
+    for parameter in real.parameters():
+        nn.init.uniform_(parameter)
+    assert real(X.double())[0].dtype == torch.float64
+
+
+def test_parametrized_weights() -> None:
+    layer, bare = MaskedGRU(INPUT, 3), MaskedGRU(INPUT, 3)
+    bare.load_state_dict(layer.state_dict())
+    nn.utils.parametrizations.weight_norm(layer, "weight_hh_l0")
+    layer.parametrizations.weight_hh_l0.original0.data.mul_(2)
+    with torch.no_grad():
+        bare.weight_hh_l0.mul_(2)
+    torch.testing.assert_close(layer(X)[0], bare(X)[0])
+
+
+def test_dropout_between_layers(cell: str, backend: str) -> None:
+    """As torch.nn's in distribution: kept values are scaled; none before the first layer or after the last."""
+    layer = masked(cell, num_layers=2, dropout=0.5, backend=backend, batch_first=True)
+    lengths = [2, 6, 0]
+    torch.manual_seed(5)
+    once = layer(X, lengths=lengths)
+    torch.manual_seed(5)
+    again = layer(X, lengths=lengths)
+    other = layer(X, lengths=lengths)
+    assert same(once, again)
+    assert not torch.equal(once[0], other[0])
+    quiet = layer.eval()(X, lengths=lengths)
+    P = layer.proj_size or layer.hidden_size
+    for noisy, still in zip(as_tuple(once[1]), as_tuple(quiet[1]), strict=True):
+        assert torch.equal(noisy[:, : still.size(1) // 2], still[:, : still.size(1) // 2])
+    layer.train()
+    layer.dropout = 1.0
+    zeroed = layer(X, lengths=lengths)[0]
+    top = masked(cell, P, 3, batch_first=True, backend=backend)
+    with torch.no_grad():
+        for name, parameter in top.named_parameters():
+            parameter.copy_(getattr(layer, name.replace("l0", "l1")))
+    torch.testing.assert_close(zeroed, top(torch.zeros(3, 6, P), lengths=lengths)[0])
+
+
+def test_dropout_has_the_mean_of_none(backend: str) -> None:
+    """Over many draws, what the second layer reads keeps its mean."""
+    layer = MaskedRNN(1, 1, 2, nonlinearity="relu", dropout=0.25, bias=False, backend=backend)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(1.0 if parameter is not layer.weight_hh_l0 and parameter is not layer.weight_hh_l1 else 0.0)
+    output, _ = layer(torch.ones(1, 20_000, 1), lengths=torch.ones(20_000, dtype=torch.int64))
+    values = output.flatten()
+    assert values.unique().tolist() == pytest.approx([0.0, 4 / 3])
+    assert values.mean().item() == pytest.approx(1.0, abs=0.02)
+
+
+def test_the_door() -> None:
+    assert sorted(masked_rnn.__all__) == ["MaskedGRU", "MaskedLSTM", "MaskedRNN"]

@@ -1,0 +1,199 @@
+"""Wrong input: the right type, the element, both values and the cure, before anything is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracle import INPUT, masked, plain
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence
+
+from masked_rnn import MaskedGRU
+
+X = torch.zeros(3, 6, INPUT)
+MASK = torch.ones(3, 6, dtype=torch.bool)
+
+LENGTHS: list[tuple[Any, type[Exception], str]] = [
+    ([6, 7, 2], ValueError, r"lengths\[1\] = 7, but the input has only 6 time steps \(batch_first=True\)\. Expected 0 <= length <= 6\."),
+    (torch.tensor([6, 2, -1]), ValueError, r"lengths\[2\] = -1, but a length can't be negative\. Expected 0 <= length <= 6\."),
+    ([6, 2], ValueError, r"lengths has 2 elements, but the input holds 3 sequences \(batch_first=True\)"),
+    (torch.tensor([[1], [2], [3]]), ValueError, r"lengths must have one dimension.*\(3, 1\).*Expected shape \(3,\)"),
+    (torch.tensor(3), ValueError, r"lengths must have one dimension.*Expected shape \(3,\)"),
+    ([[1], [2], [3]], ValueError, r"lengths must have one dimension, but lengths\[0\] is \[1\]"),
+    (torch.tensor([1.0, 2.0, 3.0]), TypeError, r"dtype is torch\.float32.*lengths\.long\(\)"),
+    (torch.tensor([True, False, True]), TypeError, r"dtype is torch\.bool"),
+    (np.array([1.5, 2, 3]), TypeError, r"dtype is torch\.float64"),
+    ([1, 2.0, 3], TypeError, r"lengths\[1\] = 2\.0 is of type float"),
+    ([1, True, 3], TypeError, r"lengths\[1\] = True is of type bool"),
+    ([1, np.True_, 3], TypeError, r"lengths\[1\] = .*True.* is of type bool"),
+    (["1", 2, 3], TypeError, r"lengths\[0\] = '1' is of type str"),
+    ([torch.tensor(1.0), 2, 3], TypeError, r"lengths\[0\] = tensor\(1\.\)"),
+    ("123", TypeError, r"got '123' of type str"),
+    (2.0, TypeError, r"got 2\.0 of type float"),
+    (True, TypeError, r"got True of type bool"),
+    ({1, 2, 3}, TypeError, r"can't be read as integers, got set"),
+    (np.array(["a", "b", "c"]), TypeError, r"can't be read as integers"),
+]
+
+
+@pytest.mark.parametrize(("lengths", "kind", "words"), LENGTHS, ids=[str(v[0]) for v in LENGTHS])
+def test_lengths(lengths: Any, kind: type[Exception], words: str, backend: str, cell: str) -> None:
+    with pytest.raises(kind, match=words):
+        masked(cell, batch_first=True, backend=backend)(X, lengths=lengths)
+
+
+def test_the_layout_is_named() -> None:
+    with pytest.raises(ValueError, match=r"lengths\[0\] = 4, but the input has only 3 time steps \(batch_first=False\)"):
+        masked("gru")(X, lengths=[4] * 6)
+
+
+def test_unbatched_length() -> None:
+    with pytest.raises(ValueError, match=r"lengths\[0\] = 7, but the input has only 6 time steps"):
+        masked("gru")(X[0], lengths=7)
+    with pytest.raises(ValueError, match="lengths has 2 elements, but the input holds 1 sequences"):
+        masked("gru")(X[0], lengths=[3, 3])
+
+
+MASKS: list[tuple[Any, type[Exception], str]] = [
+    (MASK.t(), ValueError, r"mask has shape \(6, 3\), but the input's first dimensions are \(3, 6\) \(batch_first=True\)"),
+    (MASK.unsqueeze(-1), ValueError, r"mask has shape \(3, 6, 1\)"),
+    (MASK.float(), TypeError, r"dtype is torch\.float32\. Use mask\.bool\(\)"),
+    (MASK.long(), TypeError, r"dtype is torch\.int64"),
+    (MASK.tolist(), TypeError, r"must be a bool tensor, got list"),
+]
+
+
+@pytest.mark.parametrize(("mask", "kind", "words"), MASKS)
+def test_mask(mask: Any, kind: type[Exception], words: str, backend: str) -> None:
+    with pytest.raises(kind, match=words):
+        masked("gru", batch_first=True, backend=backend)(X, mask=mask)
+
+
+def test_lengths_and_mask_together(backend: str) -> None:
+    with pytest.raises(ValueError, match="lengths and mask say the same thing: give one of them"):
+        masked("gru", batch_first=True, backend=backend)(X, lengths=[6, 6, 6], mask=MASK)
+
+
+@pytest.mark.parametrize("given", [{"lengths": [2, 1]}, {"mask": torch.ones(2, 2, dtype=torch.bool)}], ids=str)
+def test_packed_and_nested_input_carry_their_own(given: dict[str, Any], backend: str) -> None:
+    layer = masked("gru", backend=backend)
+    name = next(iter(given))
+    rows = [torch.zeros(2, INPUT), torch.zeros(1, INPUT)]
+    with pytest.raises(ValueError, match=f"a PackedSequence carries its own lengths: {name} must be None"):
+        layer(pack_sequence(rows), **given)
+    with pytest.raises(ValueError, match=f"a nested tensor carries its own lengths: {name} must be None"):
+        layer(torch.nested.nested_tensor(rows, layout=torch.jagged), **given)
+
+
+def test_strided_nested_input() -> None:
+    with pytest.warns(UserWarning, match="prototype"):
+        nested = torch.nested.nested_tensor([torch.zeros(2, INPUT), torch.zeros(1, INPUT)], layout=torch.strided)
+    with pytest.raises(ValueError, match=r"jagged layout.*layout=torch\.jagged"):
+        masked("gru")(nested)
+
+
+def test_enforce_sorted(backend: str) -> None:
+    layer = masked("gru", batch_first=True, enforce_sorted=True, backend=backend)
+    words = r"lengths\[2\] = 3 is longer than lengths\[1\] = 2.*enforce_sorted=False"
+    with pytest.raises(ValueError, match=words):
+        layer(X, lengths=[6, 2, 3])
+    mask = torch.arange(6) < torch.tensor([[6], [2], [3]])
+    with pytest.raises(ValueError, match=words):
+        layer(X, mask=mask)
+
+
+WIDE = torch.zeros(3, 6, INPUT + 1)
+REFUSED: list[tuple[str, Any, Any, str]] = [
+    ("input size", WIDE, None, r"Expected 4, got 5"),
+    ("rank", torch.zeros(1, 3, 6, INPUT), None, r"Expected input to be 2D or 3D, got 4D"),
+    ("rank 1", torch.zeros(INPUT), None, r"Expected input to be 2D or 3D, got 1D"),
+    ("dtype", X.double(), None, r"torch\.float64.*torch\.float32"),
+    ("no steps", X[:, :0], None, r"sequence length to be larger than 0"),
+    ("hx batch", X, torch.zeros(1, 2, 3), r"\(1, 3, 3\).*\[1, 2, 3\]"),
+    ("hx layers", X, torch.zeros(2, 3, 3), r"\(1, 3, 3\).*\[2, 3, 3\]"),
+    ("hx rank", X, torch.zeros(1, 1, 3, 3), r"3-D.*4-D"),
+    ("hx unbatched", X[0], torch.zeros(1, 1, 3), r"2-D.*3-D"),
+    ("hx dtype", X, torch.zeros(1, 3, 3).double(), r"torch\.float64.*torch\.float32|same dtype|Double|Float"),
+]
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm", "rnn-tanh", "rnn-relu"])
+@pytest.mark.parametrize(("case", "x", "hx", "words"), REFUSED, ids=[r[0] for r in REFUSED])
+def test_what_torch_refuses_too(case: str, x: Any, hx: Any, words: str, cell: str, backend: str) -> None:
+    hx = (hx, hx) if hx is not None and cell == "lstm" else hx
+    with pytest.raises(Exception) as theirs:  # noqa: PT011
+        plain(cell, batch_first=True)(x, hx)
+    with pytest.raises(type(theirs.value), match=words):
+        masked(cell, batch_first=True, backend=backend)(x, hx)
+
+
+def test_flattened_hx_of_another_shape() -> None:
+    with pytest.raises(RuntimeError, match=r"Expected flattened hx of size \(3, 3\), or \(1, 3, 3\), got \[3, 4\]"):
+        masked("gru", batch_first=True)(X, torch.zeros(3, 4))
+    with pytest.raises(RuntimeError, match=r"hx must be the pair \(h_0, c_0\), got Tensor"):
+        masked("lstm", batch_first=True)(X, torch.zeros(1, 3, 3))
+    with pytest.raises(RuntimeError, match=r"hx\[1\].*got \[1, 3, 4\]"):
+        masked("lstm", batch_first=True)(X, (torch.zeros(1, 3, 3), torch.zeros(1, 3, 4)))
+    with pytest.raises(TypeError, match="hx must be a tensor, got list"):
+        masked("gru", batch_first=True)(X, [0.0])
+
+
+def test_input_that_is_no_tensor() -> None:
+    with pytest.raises(TypeError, match="expected input to be a tensor or a PackedSequence, got list"):
+        masked("gru")([[1.0]])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"hidden_size": 0},
+        {"num_layers": 0},
+        {"dropout": 1.5},
+        {"dropout": "a"},
+        {"bias": 1},
+        {"batch_first": 1},
+        {"hidden_size": 1.5},
+        {"nonsense": 1},
+        {"proj_size": 3},
+    ],
+    ids=str,
+)
+def test_constructor_arguments_that_torch_refuses(arguments: dict[str, Any]) -> None:
+    everything: dict[str, Any] = {"input_size": 4, "hidden_size": 3, **arguments}
+    with pytest.raises(Exception) as theirs:  # noqa: PT011
+        nn.GRU(**everything)
+    with pytest.raises(type(theirs.value)) as ours:
+        MaskedGRU(**everything)
+    assert str(ours.value).split("got")[0].split("'")[0] == str(theirs.value).split("got")[0].split("'")[0]
+
+
+@pytest.mark.parametrize("option", ["enforce_sorted", "flatten_hidden"])
+def test_options_are_bools(option: str) -> None:
+    with pytest.raises(TypeError, match=f"{option} should be of type bool, got: int"):
+        masked("gru", 4, 3, **{option: 1})
+
+
+def test_a_backend_that_does_not_exist() -> None:
+    with pytest.raises(ValueError, match=r"backend='cudnn' does not exist.*'auto'.*'packed', 'padded', 'bptt', 'scan'"):
+        masked("gru", 4, 3, backend="cudnn")
+
+
+@pytest.mark.parametrize("forced", ["packed", "padded", "bptt"])
+def test_a_forced_backend_that_cannot_run(forced: str) -> None:
+    layer = masked("gru", batch_first=True, backend=forced)
+    words = rf"backend='{forced}' can't run this call: a torch\.func transform .* is active.*backend='auto'"
+    with pytest.raises(ValueError, match=words):
+        torch.func.vmap(lambda x: layer(x)[0])(X)
+
+
+def test_nothing_is_computed_before_an_error(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    from masked_rnn import _backends
+
+    ran: list[Any] = []
+    monkeypatch.setattr(_backends, "choose", ran.append)
+    with pytest.raises(ValueError, match="lengths"):
+        masked("gru", batch_first=True, backend=backend)(X, lengths=[6, 6, 7])
+    assert not ran

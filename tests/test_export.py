@@ -1,0 +1,94 @@
+"""torch.export: strict and not, batch and time dynamic, saved and loaded in a fresh process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from oracle import INPUT, as_tuple, masked, random_states
+from torch import Tensor, nn
+from torch.export import Dim, export
+
+OTHERS = [(2, 9, [9, 0]), (7, 3, [3, 0, 1, 2, 3, 1, 0]), (5, 30, [1, 30, 0, 7, 2])]
+
+
+class Model(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Any:
+        return self.layer(x, None, lengths)
+
+
+def flat(results: Any) -> list[Tensor]:
+    return [results[0], *as_tuple(results[1])]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_other_sizes_and_lengths(cell: str, strict: bool, tmp_path: Any) -> None:
+    layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True)
+    x, lengths = torch.randn(3, 6, INPUT), torch.tensor([6, 0, 2])
+    sizes = ({0: Dim("batch"), 1: Dim("time")}, {0: Dim("batch")})
+    program = export(Model(layer), (x, lengths), dynamic_shapes=sizes, strict=strict)
+    torch.export.save(program, tmp_path / "model.pt2")
+    for exported in (program.module(), torch.export.load(tmp_path / "model.pt2").module()):
+        for batch, steps, own in OTHERS:
+            x, lengths = torch.randn(batch, steps, INPUT), torch.tensor(own)
+            x[:, -1][lengths < steps] = torch.nan
+            for a, b in zip(flat(exported(x, lengths)), flat(layer(x, lengths=lengths)), strict=True):
+                torch.testing.assert_close(a, b)
+        with pytest.raises(ValueError, match=r"lengths\[1\] = 31, .*Expected 0 <= length <= 30"):
+            exported(x, torch.tensor([1, 31, 0, 7, 2]))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_masks_and_states(cell: str, strict: bool) -> None:
+    class WithMask(Model):
+        def forward(self, x: Tensor, mask: Tensor, *states: Tensor) -> Any:  # type: ignore[override]
+            return self.layer(x, states[0] if len(states) == 1 else states, mask=mask)
+
+    layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True)
+    batch, time = Dim("batch"), Dim("time")
+
+    def arguments(n: int, t: int) -> tuple[Tensor, ...]:
+        return torch.randn(n, t, INPUT), torch.rand(n, t) > 0.4, *random_states(layer, n, torch.float32)
+
+    first = arguments(3, 6)
+    sizes = ({0: batch, 1: time}, {0: batch, 1: time}, tuple({1: batch} for _ in first[2:]))
+    exported = export(WithMask(layer), first, dynamic_shapes=sizes, strict=strict).module()
+    for n, t in ((2, 9), (5, 4)):
+        x, mask, *states = arguments(n, t)
+        expected = layer(x, states[0] if len(states) == 1 else tuple(states), mask=mask)
+        for a, b in zip(flat(exported(x, mask, *states)), flat(expected), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_a_fresh_process_runs_it(tmp_path: Any) -> None:
+    layer = masked("gru", num_layers=2, bidirectional=True, batch_first=True)
+    x, lengths = torch.randn(3, 6, INPUT), torch.tensor([6, 0, 2])
+    sizes = ({0: Dim("batch"), 1: Dim("time")}, {0: Dim("batch")})
+    torch.export.save(export(Model(layer), (x, lengths), dynamic_shapes=sizes), tmp_path / "model.pt2")
+    x, lengths = torch.randn(4, 9, INPUT), torch.tensor([9, 0, 3, 1])
+    torch.save((x, lengths, flat(layer(x, lengths=lengths))), tmp_path / "case.pt")
+    script = (
+        "import sys, torch, masked_rnn\n"
+        "x, lengths, expected = torch.load(sys.argv[1] + '/case.pt')\n"
+        "model = torch.export.load(sys.argv[1] + '/model.pt2').module()\n"
+        "for a, b in zip(model(x, lengths), expected, strict=True): torch.testing.assert_close(a, b)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=120)
+
+
+def test_the_exported_layer_trains(cell: str) -> None:
+    layer = masked(cell, bidirectional=True, batch_first=True)
+    sizes = ({0: Dim("batch"), 1: Dim("time")}, {0: Dim("batch")})
+    x, lengths = torch.randn(3, 6, INPUT), torch.tensor([6, 0, 2])
+    exported = export(Model(layer), (x, lengths), dynamic_shapes=sizes).module()
+    exported(x, lengths)[0].square().sum().backward()
+    layer(x, lengths=lengths)[0].square().sum().backward()
+    for name, parameter in exported.named_parameters():
+        torch.testing.assert_close(parameter.grad, layer.get_parameter(name.removeprefix("layer.")).grad)

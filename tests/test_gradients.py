@@ -1,0 +1,206 @@
+"""First and second derivatives, batched gradients, and what autograd promises of every op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from oracle import INPUT, as_hx, as_tuple, every, masked, random_states
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from masked_rnn import MaskedGRU, _kernels
+
+
+def functional(layer: Any, batch: int, steps: int, **given: Any) -> tuple[Any, list[Tensor]]:
+    """The call as a function of x, the states and the parameters, and some values of them."""
+    parameters = dict(layer.named_parameters())
+    states = random_states(layer, batch)
+    inputs = [torch.randn(batch, steps, INPUT, dtype=torch.float64), *states, *parameters.values()]
+    inputs = [t.detach().clone().requires_grad_() for t in inputs]
+
+    def run(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        own, weights = rest[: len(states)], dict(zip(parameters, rest[len(states) :], strict=True))
+        output, last = torch.func.functional_call(layer, weights, (x, as_hx(own)), given)
+        return output, *as_tuple(last)
+
+    return run, inputs
+
+
+@pytest.mark.parametrize("options", every(bidirectional=[False, True], bias=[True, False]), ids=str)
+@pytest.mark.parametrize("given", [{}, {"lengths": [2, 0, 3]}], ids=str)
+def test_gradcheck(cell: str, backend: str, options: dict[str, Any], given: dict[str, Any]) -> None:
+    layer = masked(cell, 2, 2, backend=backend, batch_first=True, **options) if cell != "lstm-proj" else None
+    layer = (layer or masked(cell, 2, 3, backend=backend, batch_first=True, **options)).double()
+    layer.input_size = 2
+    run, inputs = _small(layer, **given)
+    assert gradcheck(run, inputs, check_batched_grad=True, fast_mode=True)
+
+
+def _small(layer: Any, **given: Any) -> tuple[Any, list[Tensor]]:
+    run, inputs = functional(layer, 3, 3, **given)
+    inputs[0] = torch.randn(3, 3, 2, dtype=torch.float64, requires_grad=True)
+    return run, inputs
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("given", [{}, {"lengths": [2, 0, 3]}], ids=str)
+def test_gradgradcheck(cell: str, backend: str, bidirectional: bool, given: dict[str, Any]) -> None:
+    layer = masked(cell, 2, 3, num_layers=2, backend=backend, batch_first=True, bidirectional=bidirectional).double()
+    run, inputs = _small(layer, **given)
+    assert gradgradcheck(run, inputs, check_batched_grad=True, fast_mode=True)
+
+
+def test_second_derivatives_are_those_of_scan(cell: str, backend: str) -> None:
+    """A gradient penalty: the loss holds a gradient, and is differentiated by the weights."""
+    layer = masked(cell, num_layers=2, bidirectional=True, backend="scan", batch_first=True).double()
+    x = torch.randn(3, 4, INPUT, dtype=torch.float64, requires_grad=True)
+
+    def penalty(which: str) -> list[Tensor]:
+        layer.backend = which
+        output, last = layer(x, lengths=[3, 0, 4])
+        score = output.square().sum() + sum(h.sin().sum() for h in as_tuple(last))
+        (dx,) = torch.autograd.grad(score, x, create_graph=True)
+        loss = score + (dx.square().sum() - 1).square()
+        return list(torch.autograd.grad(loss, [x, *layer.parameters()]))
+
+    for found, expected in zip(penalty(backend), penalty("scan"), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_gradient_does_not_run_through_one_input_into_another(backend: str) -> None:
+    """The input is made from a weight: its gradient counts once, along each of its paths."""
+    layer = MaskedGRU(3, 3, backend=backend).double()
+    base = torch.randn(4, 2, 3, dtype=torch.float64)
+
+    def loss(w: Tensor) -> Tensor:
+        weights = dict(layer.named_parameters(), weight_ih_l0=w)
+        return torch.func.functional_call(layer, weights, (base @ w[:3],), {"lengths": [4, 2]})[0].sin().sum()
+
+    assert gradgradcheck(loss, [layer.weight_ih_l0.detach().clone().requires_grad_()])
+
+
+def test_gradients_of_a_batch_at_once(cell: str, backend: str) -> None:
+    layer = masked(cell, num_layers=2, bidirectional=True, backend=backend, batch_first=True).double()
+    x = torch.randn(3, 4, INPUT, dtype=torch.float64, requires_grad=True)
+    output, _ = layer(x, lengths=[3, 0, 4])
+    directions = torch.randn(5, *output.shape, dtype=torch.float64)
+    inputs = [x, *layer.parameters()]
+    together = torch.autograd.grad(output, inputs, directions, is_grads_batched=True, retain_graph=True)
+    for k, direction in enumerate(directions):
+        alone = torch.autograd.grad(output, inputs, direction, retain_graph=True)
+        for a, b in zip(together, alone, strict=True):
+            torch.testing.assert_close(a[k], b)
+
+
+def test_a_retained_graph_gives_the_same_twice(cell: str, backend: str) -> None:
+    layer = masked(cell, num_layers=2, bidirectional=True, backend=backend)
+    output, last = layer(torch.randn(5, 3, INPUT), lengths=[5, 0, 2])
+    loss = output.square().sum() + sum(h.sum() for h in as_tuple(last))
+    first = torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True)
+    second = torch.autograd.grad(loss, list(layer.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("what", ["weight_ih_l0", "weight_hh_l0", "x"])
+def test_a_stale_tensor_is_noticed(cell: str, backend: str, what: str) -> None:
+    layer = masked(cell, backend=backend)
+    x = torch.randn(5, 3, INPUT, requires_grad=True)
+    output, _ = layer(x, lengths=None)
+    with torch.no_grad():
+        (x if what == "x" else getattr(layer, what)).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("given", [{}, {"lengths": [5, 1, 3]}], ids=str)
+def test_an_output_changed_in_place_spoils_no_gradient(cell: str, backend: str, given: dict[str, Any]) -> None:
+    """Either the gradient is right, or autograd says that it can't be had."""
+    layer = masked(cell, backend=backend)
+    x = torch.randn(5, 3, INPUT)
+    expected = torch.autograd.grad(layer(x, **given)[0].mul(2).sum(), list(layer.parameters()))
+    output, _ = layer(x, **given)
+    try:
+        found = torch.autograd.grad(output.mul_(2).sum(), list(layer.parameters()))
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_through_the_state_alone(cell: str, backend: str) -> None:
+    layer = masked(cell, num_layers=2, bidirectional=True, backend=backend).double()
+    scan = masked(cell, num_layers=2, bidirectional=True, backend="scan").double()
+    scan.load_state_dict(layer.state_dict())
+    x = torch.randn(5, 3, INPUT, dtype=torch.float64)
+    for found, expected in zip(
+        *(
+            torch.autograd.grad(as_tuple(m(x, lengths=[5, 0, 2])[1])[-1].sin().sum(), list(m.parameters()), allow_unused=True)
+            for m in (layer, scan)
+        ),
+        strict=True,
+    ):
+        if found is not None and expected is not None:
+            torch.testing.assert_close(found, expected)
+
+
+def test_nothing_is_kept_when_no_gradient_is_wanted(cell: str, backend: str) -> None:
+    layer = masked(cell, backend=backend)
+    x = torch.randn(5, 3, INPUT, requires_grad=True)
+    with torch.no_grad():
+        output, last = layer(x, lengths=[5, 0, 2])
+    assert output.grad_fn is None
+    assert all(h.grad_fn is None for h in as_tuple(last))
+    with torch.inference_mode():
+        assert torch.equal(layer(x, lengths=[5, 0, 2])[0], output)
+
+
+def test_checkpointing(cell: str, backend: str) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    layer = masked(cell, num_layers=2, backend=backend)
+    x = torch.randn(5, 3, INPUT)
+    whole = torch.autograd.grad(layer(x, lengths=[5, 0, 2])[0].square().sum(), list(layer.parameters()))
+    again = checkpoint(lambda x: layer(x, lengths=[5, 0, 2])[0], x, use_reentrant=False)
+    for a, b in zip(torch.autograd.grad(again.square().sum(), list(layer.parameters())), whole, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kernel", ["packed", "padded"])
+@pytest.mark.parametrize("given", [{}, {"lengths": [3, 0, 4]}], ids=str)
+def test_a_kernel_that_differentiates_once(
+    cell: str, kernel: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is done about cuDNN, whose backward has no backward, done here to ATen's kernel."""
+    layer = masked(cell, num_layers=2, bidirectional=True, backend=kernel, batch_first=True, dropout=0.0).double()
+    x = torch.randn(3, 4, INPUT, dtype=torch.float64, requires_grad=True)
+
+    def first_and_second() -> list[Tensor]:
+        output, last = layer(x, **given)
+        score = output.square().sum() + sum(h.sin().sum() for h in as_tuple(last))
+        first = torch.autograd.grad(score, [x, *layer.parameters()], retain_graph=True)
+        (dx,) = torch.autograd.grad(score, x, create_graph=True)
+        return [*first, *torch.autograd.grad(dx.square().sum(), [x, *layer.parameters()], allow_unused=True)]
+
+    expected = first_and_second()
+    from masked_rnn import _packed, _padded
+
+    for module in (_kernels, _packed, _padded):
+        monkeypatch.setattr(module, "differentiates_once", lambda _x: True)
+    from masked_rnn import _twice
+
+    applied = []
+    monkeypatch.setattr(_kernels.Twice, "apply", lambda *a, f=_twice.Twice.apply: applied.append(1) or f(*a))
+    for a, b in zip(first_and_second(), expected, strict=True):
+        torch.testing.assert_close(a, b) if a is not None else None
+    assert applied
+    layer.dropout = 0.5
+    torch.manual_seed(1)
+    noisy = layer(x, **given)[0]
+    torch.manual_seed(1)
+    assert torch.equal(layer(x, **given)[0], noisy)
+    assert not torch.equal(layer(x, **given)[0], noisy)
+    (dx,) = torch.autograd.grad(noisy.square().sum(), x, create_graph=True)
+    dx.square().sum().backward()

@@ -1,0 +1,111 @@
+"""ONNX: one node a layer, with sequence_lens; in ONNX Runtime what the layer gives in PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from oracle import INPUT, as_hx, as_tuple, every, masked, random_states
+from torch import Tensor, nn
+from torch.export import Dim
+
+NODES = {"gru": "GRU", "lstm": "LSTM", "rnn-tanh": "RNN", "rnn-relu": "RNN"}
+
+
+class Model(nn.Module):
+    def __init__(self, layer: nn.Module, given: str) -> None:
+        super().__init__()
+        self.layer, self.given = layer, given
+
+    def forward(self, x: Tensor, real: Tensor | None, *states: Tensor) -> Any:
+        hx = as_hx(states) if states else None
+        output, last = self.layer(x, hx, **({} if real is None else {self.given: real}))
+        return output, *as_tuple(last)
+
+
+def exported(layer: Any, given: str, arguments: tuple[Any, ...], path: Any) -> onnx.ModelProto:
+    batch, time = Dim("batch"), Dim("time")
+    axes = (0, 1) if layer.batch_first else (1, 0)
+    sizes = {axes[0]: batch, axes[1]: time}
+    real = {"lengths": {0: batch}, "mask": sizes, "neither": None}[given]
+    shapes = (sizes, real, tuple({1: batch} for _ in arguments[2:]))
+    program = torch.onnx.export(
+        Model(layer, given).eval(), arguments, dynamo=True, dynamic_shapes=shapes, verbose=False
+    )
+    assert program is not None
+    program.save(path)
+    return onnx.load(path)
+
+
+def real_of(given: str, layer: Any, batch: int, steps: int) -> Tensor | None:
+    if given == "lengths":
+        return torch.cat([torch.tensor([0, steps]), torch.randint(0, steps + 1, (batch - 2,))])
+    mask = torch.rand(batch, steps) > 0.4
+    return (mask if layer.batch_first else mask.t()) if given == "mask" else None
+
+
+def compare(path: Any, layer: Any, given: str, arguments: tuple[Any, ...]) -> None:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    tensors = [t for t in arguments if t is not None]
+    feed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), tensors, strict=True)}
+    with torch.no_grad():
+        expected = Model(layer, given)(*arguments)
+    for found, own in zip(session.run(None, feed), expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(found), own, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cell", NODES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *every(layers=[1, 2], bidirectional=[False, True], given=["lengths"], with_hx=[False, True], batch_first=[True]),
+        *every(layers=[2], bidirectional=[True], given=["mask", "neither"], with_hx=[True], batch_first=[True, False]),
+        *every(layers=[1], bidirectional=[True], given=["lengths"], with_hx=[True], batch_first=[False]),
+    ],
+    ids=str,
+)
+def test_in_onnx_runtime(cell: str, case: dict[str, Any], tmp_path: Any, ran: list[str]) -> None:
+    layer = masked(
+        cell, num_layers=case["layers"], bidirectional=case["bidirectional"], batch_first=case["batch_first"]
+    )
+
+    def arguments(batch: int, steps: int) -> tuple[Any, ...]:
+        x = torch.randn(batch, steps, INPUT)
+        real = real_of(case["given"], layer, batch, steps)
+        if case["given"] == "lengths":
+            x[torch.arange(steps) >= real.unsqueeze(1)] = torch.nan  # type: ignore[union-attr]
+        states = random_states(layer, batch, torch.float32) if case["with_hx"] else ()
+        return x if layer.batch_first else x.transpose(0, 1), real, *states
+
+    path = tmp_path / "model.onnx"
+    model = exported(layer, case["given"], arguments(3, 6), path)
+    assert set(ran) == {"onnx"}
+    kinds = [node.op_type for node in model.graph.node]
+    assert kinds.count(NODES[cell]) == case["layers"]
+    assert not {"Loop", "Scan", "If", "SequenceAt"} & set(kinds)
+    for node in model.graph.node:
+        if node.op_type == NODES[cell]:
+            assert bool(node.input[4]) == (case["given"] != "neither")
+            if cell == "gru":
+                assert {a.name: a.i for a in node.attribute}["linear_before_reset"] == 1
+    for batch, steps in ((3, 6), (5, 4), (2, 11)):
+        compare(path, layer, case["given"], arguments(batch, steps))
+
+
+def test_without_bias(tmp_path: Any) -> None:
+    layer = masked("gru", bias=False, bidirectional=True, batch_first=True)
+    first = (torch.randn(3, 6, INPUT), torch.tensor([6, 0, 2]))
+    exported(layer, "lengths", first, tmp_path / "model.onnx")
+    compare(tmp_path / "model.onnx", layer, "lengths", first)
+
+
+def test_a_projection_is_refused_in_clear_words() -> None:
+    layer = masked("lstm-proj", batch_first=True)
+    with pytest.raises(Exception, match="can't be captured") as refused:
+        torch.onnx.export(
+            Model(layer, "lengths"), (torch.randn(3, 6, INPUT), torch.tensor([6, 0, 2])), dynamo=True, verbose=False
+        )
+    assert "ONNX's LSTM node has no projection (proj_size)" in str(refused.value)

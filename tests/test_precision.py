@@ -1,0 +1,116 @@
+"""Every floating dtype, autocast, and an error of at most twice torch.nn's own in the same precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from oracle import (
+    INPUT,
+    as_hx,
+    as_tuple,
+    call,
+    cotangents,
+    every,
+    masked,
+    oracle,
+    plain,
+    prefix_mask,
+    random_states,
+)
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence
+
+STEPS, BATCH, HIDDEN = 60, 5, 24
+
+
+def errors(run: Any, truth: Any) -> tuple[float, float]:
+    def worst(pairs: Any) -> float:
+        return max(((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-6)).item() for a, b in pairs)
+
+    forward = worst(zip((run.output, *run.states), (truth.output, *truth.states), strict=True))
+    return forward, worst((g, truth.gradients[name]) for name, g in run.gradients.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_error_against_torchs_own(cell: str, backend: str, dtype: torch.dtype, bidirectional: bool) -> None:
+    sizes = {"bidirectional": bidirectional, "batch_first": True}
+    ours, theirs = masked(cell, INPUT, HIDDEN, backend=backend, **sizes), plain(cell, INPUT, HIDDEN, **sizes)
+    ours, theirs = ours.to(dtype), theirs.to(dtype)
+    theirs.load_state_dict(ours.state_dict())
+    theirs.flatten_hidden = False
+    our_worst, their_worst = (0.0, 0.0), (0.0, 0.0)
+    for _ in range(3):
+        x = torch.randn(BATCH, STEPS, INPUT).to(dtype)
+        states = tuple(h.to(dtype) for h in random_states(ours, BATCH))
+        pulled = [c.to(dtype) for c in cotangents(ours, BATCH, STEPS)]
+        truth = oracle(ours, x, prefix_mask([STEPS] * BATCH, STEPS), states, pulled)
+        our_worst = tuple(map(max, our_worst, errors(call(ours, x, states, pulled), truth)))
+        their_worst = tuple(map(max, their_worst, errors(call(theirs, x, states, pulled), truth)))
+    floor = 4 * torch.finfo(dtype).eps
+    assert our_worst[0] <= max(2 * their_worst[0], floor)
+    assert our_worst[1] <= max(3 * their_worst[1], floor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_results_keep_the_inputs_dtype(cell: str, backend: str, dtype: torch.dtype) -> None:
+    layer = masked(cell, backend=backend, num_layers=2, bidirectional=True).to(dtype)
+    x = torch.randn(5, 3, INPUT).to(dtype).requires_grad_()
+    output, last = layer(x, lengths=[5, 0, 2])
+    assert output.dtype == dtype
+    assert all(h.dtype == dtype for h in as_tuple(last))
+    output.sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == dtype
+    assert output.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "case",
+    every(
+        x=[torch.float32, torch.bfloat16],
+        hx=[None, torch.float32, torch.bfloat16],
+        given=[{}, {"lengths": [5, 3, 2]}],
+    ),
+    ids=str,
+)
+def test_autocast(cell: str, backend: str, case: dict[str, Any]) -> None:
+    """The dtypes that torch.nn returns, and values as near the truth as its own."""
+    ours, theirs = masked(cell, flatten_hidden=False, backend=backend), plain(cell)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(5, 3, INPUT).to(case["x"])
+    hx = None if case["hx"] is None else as_hx([h.to(case["hx"]) for h in random_states(ours, 3)])
+    truth, _ = ours.float()(x.float(), _float(hx), **case["given"])
+    with torch.autocast("cpu", torch.bfloat16):
+        if backend == "packed" and case["given"]:
+            packed = pack_padded_sequence(x, torch.tensor(case["given"]["lengths"]), enforce_sorted=True)
+            expected, their_last = theirs(packed, hx)
+            expected = expected.data
+        else:
+            expected, their_last = theirs(x, hx)
+        found, last = ours(x, hx, **case["given"])
+    assert found.dtype == expected.dtype
+    assert [h.dtype for h in as_tuple(last)] == [h.dtype for h in as_tuple(their_last)]
+    torch.testing.assert_close(found.float(), truth, atol=0.03, rtol=0)
+    found.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in ours.parameters())
+
+
+def _float(hx: Any) -> Any:
+    return None if hx is None else as_hx([h.float() for h in as_tuple(hx)])
+
+
+def test_large_values_saturate(cell: str, backend: str) -> None:
+    """tanh and the gates at their ends give finite outputs and gradients."""
+    layer = masked(cell, backend=backend, bidirectional=True)
+    if layer.mode == "RNN_RELU":
+        return
+    x = (torch.randn(5, 3, INPUT) * 1e6).requires_grad_()
+    output, _ = layer(x, lengths=[5, 2, 4])
+    output.sum().backward()
+    gradients: list[Tensor | None] = [x.grad, *(p.grad for p in layer.parameters())]
+    assert output.isfinite().all()
+    assert output.abs().max() <= 1
+    assert all(g is not None and g.isfinite().all() for g in gradients)
