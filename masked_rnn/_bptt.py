@@ -45,7 +45,8 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, layer: Layer, n_states: int, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        initial, weights = tensors[:n_states], unpack(tensors[n_states:], layer.directions)
+        initial: Any = tensors[:n_states]
+        weights = unpack(tensors[n_states:], layer.directions)
         output, last, kept = forward(layer, x, initial, weights, keep=True)
         ctx.layer, ctx.n_states = layer, n_states
         ctx.save_for_backward(x, *tensors, *kept.history, *kept.buffers)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ._cells import States, Weights
+from ._cells import NAMES, States, Weights
 from ._lengths import (
     Plan,
     check_lengths,
@@ -84,16 +84,14 @@ class Call:
         return results
 
     def weights(self) -> list[tuple[Weights, ...]]:
-        """For each layer, each direction's weights, read as attributes so that parametrized and functional weights count."""
+        """For each layer, each direction's; read as attributes, so that parametrized and functional weights count."""
         layer = self.layer
         suffixes = ("", "_reverse")[: self.directions]
-        names = ["weight_ih_l", "weight_hh_l", *(["bias_ih_l", "bias_hh_l"] if layer.bias else [])]
+        has = (True, True, layer.bias, layer.bias, layer.proj_size > 0)
+        names = [name if here else None for name, here in zip(NAMES, has, strict=True)]
         return [
             tuple(
-                Weights(
-                    *(getattr(layer, f"{name}{k}{suffix}") for name in names),
-                    w_hr=getattr(layer, f"weight_hr_l{k}{suffix}") if layer.proj_size else None,
-                )
+                Weights(*(None if name is None else getattr(layer, f"{name}_l{k}{suffix}") for name in names))  # type: ignore[arg-type]
                 for suffix in suffixes
             )
             for k in range(layer.num_layers)
@@ -136,7 +134,7 @@ class Call:
         return output if self.data.dim() == 2 else output.unflatten(0, self.data.shape[:2])
 
     def padded(self) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Tensor]]:
-        """The input (T, N, I), its padding last; the lengths (N,), None where all are T; and how to bring an output back."""
+        """The input (T, N, I), padding last; the lengths (N,), None where all are T; how to bring an output back."""
         if self.data.dim() == 2:
             plan = self.plan()
             steps = len(plan.batch_sizes)
@@ -225,7 +223,7 @@ def _open_nested(layer: Any, input: Tensor) -> Call:
         )
     if input.dim() != 3 or input._ragged_idx != 1:  # type: ignore[attr-defined]
         raise ValueError(f"a nested input must be of shape (N, j, I) with time ragged, got {tuple(input.shape)}")
-    values, offsets = input.values(), input.offsets()
+    values, offsets = input.values(), input.offsets()  # type: ignore[attr-defined]
     layer.check_input(values, offsets)
     narrowed = input.lengths()  # type: ignore[attr-defined]
     call = Call(layer, values, "nested", offsets.size(0) - 1, 0, True)
@@ -238,7 +236,9 @@ def _refuse_twice(form: str, lengths: Any, mask: Any) -> None:
     kind = "a PackedSequence" if form == "packed" else "a nested tensor"
     for name, given in (("lengths", lengths), ("mask", mask)):
         if given is not None:
-            raise ValueError(f"{kind} carries its own lengths: {name} must be None, but {name} was given too. Leave it out.")
+            raise ValueError(
+                f"{kind} carries its own lengths: {name} must be None, but {name} was given too. Leave it out."
+            )
 
 
 def _set_lengths(call: Call, lengths: Any, mask: Any) -> None:

@@ -36,6 +36,10 @@ class Weights(NamedTuple):
     w_hr: Tensor | None = None
 
 
+NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+"""The attributes that hold them, before `_l0`, `_l0_reverse` and so on."""
+
+
 class Cell:
     """A cell over the weights of one direction, or of two that run as a batch of two."""
 
@@ -244,7 +248,8 @@ class LSTM(Cell):
 class RNNTanh(Cell):
     """h' = tanh(W_i x + b_i + W_h h + b_h). Buffer: the argument."""
 
-    gates, width, tanh_gate, keeps_buffer = 1, 1, 0, False
+    gates, width, keeps_buffer = 1, 1, False
+    tanh_gate: ClassVar[int | None] = 0
 
     @staticmethod
     def step(x: Tensor, state: States, w: Weights) -> States:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, _VF
+from torch import _VF, Tensor
 
 from ._cells import States, Weights
 from ._plain import scan_layers
@@ -63,7 +63,7 @@ def run_kernel(
             output, last = scan_layers(mode, x, tuple(tensors[: len(initial)]), layers, batch_sizes, batch_first)
             return output, *last
 
-        output, *last = Twice.apply(fast, plain, x, *initial, *flat)
+        output, *last = Twice.apply(fast, plain, x, *initial, *flat)  # type: ignore[no-untyped-call]
     else:
         output, *last = fast(x, *initial, *flat)
     return output, tuple(last)

@@ -30,9 +30,9 @@ def is_on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def check_lengths(lengths: Any, batch: int, steps: int, device: torch.device, layout: str) -> Tensor:
-    """`lengths` as int64 `(N,)`, checked against the batch; on the host unless both it and the input are elsewhere."""
-    lengths = _int64(lengths)
+def check_lengths(given: Any, batch: int, steps: int, device: torch.device, layout: str) -> Tensor:
+    """Lengths as int64 `(N,)`, checked against the batch; on the host unless both they and the input are elsewhere."""
+    lengths = _int64(given)
     if lengths.dim() == 0 and batch == 1:
         lengths = lengths.unsqueeze(0)
     if lengths.dim() != 1:
@@ -64,7 +64,9 @@ def check_range(lengths: Tensor, steps: int, layout: str) -> None:
     for n, length in enumerate(lengths.tolist()):
         if not 0 <= length <= steps:
             fault = (
-                f"but the input has only {steps} time steps ({layout})" if length > 0 else "but a length can't be negative"
+                f"but the input has only {steps} time steps ({layout})"
+                if length > 0
+                else "but a length can't be negative"
             )
             raise ValueError(f"lengths[{n}] = {length}, {fault}. Expected 0 <= length <= {steps}.")
 
@@ -73,13 +75,16 @@ def check_mask(mask: Any, shape: tuple[int, ...], device: torch.device, layout: 
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a bool tensor, got {type(mask).__name__}. Use torch.as_tensor(mask).")
     if mask.dtype != torch.bool:
-        raise TypeError(f"mask must be a bool tensor, True at real steps, but its dtype is {mask.dtype}. Use mask.bool().")
+        raise TypeError(
+            f"mask must be a bool tensor, True at real steps, but its dtype is {mask.dtype}. Use mask.bool()."
+        )
     if tuple(mask.shape) != shape:
         raise ValueError(
             f"mask has shape {tuple(mask.shape)}, but the input's first dimensions are {shape} ({layout}). "
             "Expected one bool per time step of each sequence."
         )
-    return mask.to(device)
+    moved: Tensor = mask.to(device)
+    return moved
 
 
 def check_sorted(lengths: Tensor) -> None:
@@ -118,7 +123,7 @@ def _int64(lengths: Any) -> Tensor:
             raise TypeError(f"lengths can't be read as integers, got {type(lengths).__name__}. {cure}") from error
     if not _integral(lengths.dtype):
         raise TypeError(f"lengths must be integers, but its dtype is {lengths.dtype}. {cure} Use lengths.long().")
-    return lengths.to(torch.int64)
+    return torch.as_tensor(lengths).to(torch.int64)
 
 
 def _is_bool(value: Any) -> bool:

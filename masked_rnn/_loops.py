@@ -304,7 +304,9 @@ def _place_last(layer: Layer, history: Tensor, initial: Tensor) -> Tensor:
     last = last if layer.lead else last.unsqueeze(0)
     if plan.order is not None:
         return initial.clone().index_copy_(1, plan.order, last)
-    return last if plan.live == plan.batch else torch.cat([last, initial.narrow(1, plan.live, plan.batch - plan.live)], 1)
+    return (
+        last if plan.live == plan.batch else torch.cat([last, initial.narrow(1, plan.live, plan.batch - plan.live)], 1)
+    )
 
 
 def _place_initial(layer: Layer, carried: Tensor | None, d_last: Tensor | None, initial: Tensor) -> Tensor:

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import sys
 from functools import cache
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from ._backends import BACKENDS, run
 from ._call import close_call, open_call
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-def _run(layer: nn.RNNBase, input: Any, hx: Any, lengths: Any, mask: Any) -> Any:
+    import numpy as np
+
+    Lengths = int | Sequence[int] | Tensor | np.ndarray[Any, Any] | None
+
+
+def _run(layer: Any, input: Any, hx: Any, lengths: Any, mask: Any) -> Any:
     call = open_call(layer, input, hx, lengths, mask)
     return close_call(call, *run(call))
 
 
 @cache
 def _out_of_dynamos_sight() -> Any:
-    """Dynamo leaves every `nn.RNNBase` to run as it is, but would then compile, in pieces, the functions it calls."""
+    """Dynamo leaves every `nn.RNNBase` to run as it is, but would compile, in pieces, the functions that it calls."""
     return torch.compiler.disable(_run)
 
 
 class MaskedRNNBase(nn.RNNBase):
-    """What the masked layers share; built from `nn.RNNBase` and one of its subclasses."""
+    """What the masked layers share. Each is built from this and a layer of torch.nn."""
 
     _plain: ClassVar[type[nn.RNNBase]]
 
@@ -41,21 +49,23 @@ class MaskedRNNBase(nn.RNNBase):
             if not isinstance(value, bool):
                 raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
         if backend != "auto" and backend not in BACKENDS:
-            raise ValueError(f"backend={backend!r} does not exist. Expected 'auto' or one of {', '.join(map(repr, BACKENDS))}.")
+            names = ", ".join(map(repr, BACKENDS))
+            raise ValueError(f"backend={backend!r} does not exist. Expected 'auto' or one of {names}.")
         super().__init__(*args, **kwargs)
         self.enforce_sorted = enforce_sorted
         self.flatten_hidden = flatten_hidden
         self.backend = backend
 
-    def forward(self, input: Any, hx: Any = None, lengths: Any = None, *, mask: Tensor | None = None) -> Any:
+    def forward(self, input: Any, hx: Any = None, lengths: Any = None, *, mask: Any = None) -> Any:
         if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
             return _out_of_dynamos_sight()(self, input, hx, lengths, mask)
         return _run(self, input, hx, lengths, mask)
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]
-        defaults = {"enforce_sorted": False, "flatten_hidden": True, "backend": "auto"}
-        parts += [f"{k}={getattr(self, k)!r}" for k, default in defaults.items() if getattr(self, k) != default]
+        for name, default in (("enforce_sorted", False), ("flatten_hidden", True), ("backend", "auto")):
+            if getattr(self, name) != default:
+                parts.append(f"{name}={getattr(self, name)!r}")
         return ", ".join(parts)
 
     @classmethod
@@ -63,7 +73,7 @@ class MaskedRNNBase(nn.RNNBase):
         """A layer over the parameters of `plain`, with its configuration and the `extra` arguments of its kind."""
         if not isinstance(plain, cls._plain):
             raise TypeError(f"expected an nn.{cls._plain.__name__}, got {type(plain).__name__}")
-        weight = getattr(plain, "weight_ih_l0")  # noqa: B009
+        weight: Any = plain.weight_ih_l0
         layer = cls(
             plain.input_size,
             plain.hidden_size,
@@ -83,24 +93,175 @@ class MaskedRNNBase(nn.RNNBase):
 
 
 class MaskedGRU(MaskedRNNBase, nn.GRU):
+    r"""As :class:`torch.nn.GRU`, with one more argument to the call: ``lengths``.
+
+    With it, a padded batch gives what each sequence alone would give: outputs, last state and every gradient. It is
+    what ``tf.nn.dynamic_rnn(sequence_length=...)`` and ``tf.nn.bidirectional_dynamic_rnn`` were to TensorFlow (`TF 1
+    docs <https://www.tensorflow.org/versions/r1.15/api_docs/python/tf/nn/dynamic_rnn>`_); the equations are those of
+    :class:`torch.nn.GRU`, with the reset gate after the product.
+
+    Args:
+        *args, **kwargs: those of :class:`torch.nn.GRU`, in the same order, with the same defaults. From the same seed
+            the initial weights are the same.
+        enforce_sorted: ``True`` promises that lengths decrease. Nothing is sorted then, and lengths that break the
+            promise raise. Default: ``False``.
+        flatten_hidden: ``True`` returns the last state as :math:`(N, L \cdot D \cdot H)`; ``False`` as
+            :class:`torch.nn.GRU` does, :math:`(L \cdot D, N, H)`. Default: ``True``.
+        backend: ``"packed"``, ``"padded"``, ``"bptt"`` or ``"scan"`` forces one (docs/backends.md); ``"auto"`` takes
+            the fastest that can run the call. Default: ``"auto"``.
+
+    Inputs: input, hx, lengths, mask
+        * **input**: :math:`(T, N, I)`, or :math:`(N, T, I)` with ``batch_first=True``; unbatched :math:`(T, I)`; a
+          :class:`~torch.nn.utils.rnn.PackedSequence`; or a jagged nested tensor :math:`(N, j, I)`.
+        * **hx**: the initial state, :math:`(L \cdot D, N, H)` or flattened :math:`(N, L \cdot D \cdot H)` as the layer
+          returns it; zeros if None.
+        * **lengths**: how many steps of each sequence are real, :math:`(N,)`: a list, a tuple, an array or a tensor
+          of any integer dtype, in any order, each from 0 to T. An int for an unbatched input.
+        * **mask**: in the place of lengths, a bool tensor shaped like the input's first two dimensions, True at real
+          steps. They need not come first: padding before and between them is skipped, the state held across it.
+
+        T steps in time, N sequences, I ``input_size``, H ``hidden_size``, L ``num_layers``, D 2 if ``bidirectional``
+        else 1.
+
+    Outputs: output, last_hidden
+        * **output**: laid out as the input, all T steps kept, :math:`D \cdot H` wide, exactly zero at padding.
+        * **last_hidden**: ``[layer 0 forward | layer 0 backward | layer 1 forward | ...]``, each H wide: the state
+          after each sequence's last real step (backward: after its first). Of a sequence without steps it is ``hx``.
+
+        What stands at padding, NaN included, is never read, and gets a gradient of exactly zero. Without lengths and
+        mask, everything is real.
+
+    Raises:
+        ValueError: a length below 0 or above T, too few or too many of them, lengths that are not sorted under
+            ``enforce_sorted``, lengths together with a mask, a PackedSequence or a nested tensor, a mask of another
+            shape, or a forced backend that can't run the call.
+        TypeError: lengths that are not integers, or a mask that is not a bool tensor.
+        RuntimeError, ValueError: what :class:`torch.nn.GRU` refuses, as it does.
+
+    Example::
+
+        >>> import torch
+        >>> from masked_rnn import MaskedGRU
+        >>> gru = MaskedGRU(input_size=4, hidden_size=3, batch_first=True, bidirectional=True)
+        >>> x = torch.randn(2, 5, 4)
+        >>> output, last_hidden = gru(x, lengths=[5, 2])
+        >>> output.shape, last_hidden.shape
+        (torch.Size([2, 5, 6]), torch.Size([2, 6]))
+        >>> alone, last_alone = gru(x[1:, :2])
+        >>> torch.allclose(output[1, :2], alone[0], atol=1e-6), torch.allclose(last_hidden[1], last_alone[0], atol=1e-6)
+        (True, True)
+        >>> output[1, 2:].eq(0).all()
+        tensor(True)
+    """
+
     _plain = nn.GRU
+
+    @overload
+    def forward(
+        self, input: Tensor, hx: Tensor | None = None, lengths: Lengths = None, *, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: Tensor | None = None, lengths: None = None, *, mask: None = None
+    ) -> tuple[PackedSequence, Tensor]: ...
+    def forward(self, input: Any, hx: Any = None, lengths: Any = None, *, mask: Any = None) -> Any:
+        return super().forward(input, hx, lengths, mask=mask)
 
     @classmethod
     def from_gru(cls, gru: nn.GRU, **options: Any) -> Self:
+        """A layer that shares the parameters of `gru`, its configuration and its mode (training or not).
+
+        Args:
+            gru: the layer to share with.
+            **options: ``enforce_sorted``, ``flatten_hidden``, ``backend``.
+
+        Raises:
+            TypeError: `gru` is not an ``nn.GRU``.
+
+        Example::
+
+            >>> gru = torch.nn.GRU(4, 3)
+            >>> MaskedGRU.from_gru(gru, flatten_hidden=False).weight_hh_l0 is gru.weight_hh_l0
+            True
+        """
         return cls._sharing(gru, options)
 
 
 class MaskedLSTM(MaskedRNNBase, nn.LSTM):
+    r"""As :class:`torch.nn.LSTM` (``proj_size`` included), with ``lengths``; see :class:`MaskedGRU`.
+
+    The last state is the pair :math:`(h, c)`, each in the layout of :class:`MaskedGRU`'s: flattened
+    :math:`(N, L \cdot D \cdot P)` and :math:`(N, L \cdot D \cdot H)`, P being ``proj_size`` if there is one, else H;
+    ``hx`` is a pair in that form or in :class:`torch.nn.LSTM`'s. Arguments, errors and all else are as there.
+
+    Example::
+
+        >>> import torch
+        >>> from masked_rnn import MaskedLSTM
+        >>> lstm = MaskedLSTM(4, 3, num_layers=2, batch_first=True)
+        >>> output, (h, c) = lstm(torch.randn(2, 5, 4), lengths=[5, 0])
+        >>> h.shape, c[1].eq(0).all()
+        (torch.Size([2, 6]), tensor(True))
+        >>> output, (h, c) = lstm(torch.randn(2, 5, 4), (h, c), lengths=[1, 3])
+    """
+
     _plain = nn.LSTM
+
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: tuple[Tensor, Tensor] | None = None,
+        lengths: Lengths = None,
+        *,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
+    @overload
+    def forward(
+        self,
+        input: PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        lengths: None = None,
+        *,
+        mask: None = None,
+    ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...
+    def forward(self, input: Any, hx: Any = None, lengths: Any = None, *, mask: Any = None) -> Any:
+        return super().forward(input, hx, lengths, mask=mask)
 
     @classmethod
     def from_lstm(cls, lstm: nn.LSTM, **options: Any) -> Self:
+        """A layer that shares the parameters of `lstm`; see :meth:`MaskedGRU.from_gru`."""
         return cls._sharing(lstm, options, "proj_size")
 
 
 class MaskedRNN(MaskedRNNBase, nn.RNN):
+    """As :class:`torch.nn.RNN` (tanh or relu), with ``lengths``; see :class:`MaskedGRU`.
+
+    Example::
+
+        >>> import torch
+        >>> from masked_rnn import MaskedRNN
+        >>> rnn = MaskedRNN(4, 3, nonlinearity="relu", batch_first=True)
+        >>> mask = torch.tensor([[0, 0, 1, 1, 1], [1, 0, 1, 0, 0]], dtype=torch.bool)
+        >>> output, last_hidden = rnn(torch.randn(2, 5, 4), mask=mask)
+        >>> torch.equal(last_hidden[1], output[1, 2])
+        True
+    """
+
     _plain = nn.RNN
+
+    @overload
+    def forward(
+        self, input: Tensor, hx: Tensor | None = None, lengths: Lengths = None, *, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: Tensor | None = None, lengths: None = None, *, mask: None = None
+    ) -> tuple[PackedSequence, Tensor]: ...
+    def forward(self, input: Any, hx: Any = None, lengths: Any = None, *, mask: Any = None) -> Any:
+        return super().forward(input, hx, lengths, mask=mask)
 
     @classmethod
     def from_rnn(cls, rnn: nn.RNN, **options: Any) -> Self:
+        """A layer that shares the parameters of `rnn`; see :meth:`MaskedGRU.from_gru`."""
         return cls._sharing(rnn, options, "nonlinearity")

@@ -47,7 +47,8 @@ def _weights(tensors: Sequence[Tensor], directions: int) -> tuple[Weights, ...]:
     for d in range(directions):
         w_ih, w_hh, *rest = tensors[d * each : (d + 1) * each]
         w_hr = rest.pop() if len(rest) % 2 else None
-        grouped.append(Weights(w_ih, w_hh, *(rest or (None, None)), w_hr))
+        b_ih, b_hh = rest or (None, None)
+        grouped.append(Weights(w_ih, w_hh, b_ih, b_hh, w_hr))
     return tuple(grouped)
 
 
@@ -129,9 +130,7 @@ def _reserve_size(
     return directions * batch * ((steps + 1) * states + steps * blocks) * x.element_size()
 
 
-def _kept(
-    layer: Layer, x: Tensor, initial: Sequence[Tensor], weights: tuple[Weights, ...], reserve: Tensor
-) -> Kept:
+def _kept(layer: Layer, x: Tensor, initial: Sequence[Tensor], weights: tuple[Weights, ...], reserve: Tensor) -> Kept:
     """What `forward` keeps, laid out in the reserve."""
     cell = layer.cell(weights)
     shapes = kept_shapes(layer, cell, initial, layer.chunks(cell, x.element_size()))
@@ -216,7 +215,8 @@ layer = torch.library.custom_op(
     "masked_rnn::layer",
     _layer,
     mutates_args=(),
-    schema="(Tensor x, Tensor? lengths, Tensor[] initial, Tensor[] weights, str mode, int directions, bool keep) -> Tensor[]",
+    schema="(Tensor x, Tensor? lengths, Tensor[] initial, Tensor[] weights, str mode, int directions, bool keep) "
+    "-> Tensor[]",
 )
 layer.register_fake(_fake_layer)
 layer.register_autograd(_gradient, setup_context=_setup_context)

@@ -29,9 +29,7 @@ def run(call: Call) -> tuple[Tensor, States]:
             layer.mode, x, call.states, call.weights(), dropout=layer.dropout, training=layer.training
         )
     else:
-        output, last = each_layer(
-            call, x, lambda x, state, w: run_layer(layer.mode, x, lengths, state, w)
-        )
+        output, last = each_layer(call, x, lambda x, state, w: run_layer(layer.mode, x, lengths, state, w))
     return back(output), last
 
 

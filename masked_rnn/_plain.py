@@ -48,10 +48,8 @@ def scan(
     return output, tuple(torch.stack(states) for states in zip(*lasts, strict=True))
 
 
-def scan_rows(
-    mode: str, plan: Plan, x: Tensor, initial: States, weights: tuple[Weights, ...]
-) -> tuple[Tensor, States]:
-    """x (R, I) in the plan's order, initial states (D, N, P) in the batch's -> output (R, D·P), last states (D, N, P)."""
+def scan_rows(mode: str, plan: Plan, x: Tensor, initial: States, weights: tuple[Weights, ...]) -> tuple[Tensor, States]:
+    """As `scan`, but x (R, I) in the plan's order -> output (R, D·P)."""
     steps, at = len(plan.batch_sizes), plan.grid()
     padded = x.new_zeros(steps * plan.live, x.size(-1)).index_copy(0, at, x)
     live = torch.zeros(steps * plan.live, 1, dtype=torch.bool, device=x.device).index_fill(0, at, True)

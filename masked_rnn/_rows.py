@@ -13,12 +13,12 @@ from torch import Tensor
 
 def pick_rows(x: Tensor, index: Tensor | None) -> Tensor:
     """The rows of x (P, I) at `index`, all of them where it is None."""
-    return x if index is None else _Pick.apply(x, index)  # type: ignore[no-untyped-call,no-any-return]
+    return x if index is None else _Pick.apply(x, index)  # type: ignore[no-untyped-call]
 
 
 def place_rows(x: Tensor, index: Tensor | None, size: int) -> Tensor:
     """A tensor of `size` rows, zero but for those of x at `index`."""
-    return x if index is None else _Place.apply(x, index, size)  # type: ignore[no-untyped-call,no-any-return]
+    return x if index is None else _Place.apply(x, index, size)  # type: ignore[no-untyped-call]
 
 
 class _Pick(torch.autograd.Function):
@@ -36,7 +36,8 @@ class _Pick(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return place_rows(grad, *ctx.saved_tensors, ctx.size), None
+        (index,) = ctx.saved_tensors
+        return place_rows(grad, index, ctx.size), None
 
 
 class _Place(torch.autograd.Function):
@@ -52,4 +53,5 @@ class _Place(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return pick_rows(grad, *ctx.saved_tensors), None, None
+        (index,) = ctx.saved_tensors
+        return pick_rows(grad, index), None, None

@@ -6,7 +6,6 @@ import pytest
 import torch
 from oracle import BACKENDS, CELLS, which_ran
 
-
 # The tensors here are tiny: a second thread only gets in the way.
 torch.set_num_threads(1)
 

@@ -121,9 +121,7 @@ def _plain_double(layer: Any) -> Any:
     return alone
 
 
-def call(
-    layer: Any, x: Tensor, states: Sequence[Tensor] | None, pulled: Sequence[Tensor], **given: Any
-) -> Run:
+def call(layer: Any, x: Tensor, states: Sequence[Tensor] | None, pulled: Sequence[Tensor], **given: Any) -> Run:
     """The layer under test, in its own layout, brought back to batch-first."""
     x = x.detach().clone().requires_grad_()
     leaves = [] if states is None else [h.detach().clone().to(x.dtype).requires_grad_() for h in states]

@@ -43,7 +43,11 @@ def test_a_forced_backend_runs(cell: str, backend: str, form: str, ran: list[str
 
 @pytest.mark.parametrize(
     ("lengths_on", "expected"),
-    [(None, ("packed", "padded", "scan")), ("cpu", ("packed", "padded", "scan")), ("cuda", ("padded", "packed", "scan"))],
+    [
+        (None, ("packed", "padded", "scan")),
+        ("cpu", ("packed", "padded", "scan")),
+        ("cuda", ("padded", "packed", "scan")),
+    ],
 )
 def test_elsewhere_the_lengths_place_decides(lengths_on: str | None, expected: tuple[str, ...]) -> None:
     def on(device: str | None) -> Any:
@@ -85,5 +89,5 @@ def test_a_reason_moves_auto_on(ran: list[str], monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(_backends.BACKENDS, "bptt", refusing)
     masked("gru", batch_first=True)(X, lengths=[6, 4, 1])
     assert ran == ["packed"]
-    with pytest.raises(ValueError, match="backend='bptt' can't run this call: it is a test. Use backend='auto'"):
+    with pytest.raises(ValueError, match=r"backend='bptt' can't run this call: it is a test\. Use backend='auto'"):
         masked("gru", batch_first=True, backend="bptt")(X)

@@ -17,8 +17,16 @@ X = torch.zeros(3, 6, INPUT)
 MASK = torch.ones(3, 6, dtype=torch.bool)
 
 LENGTHS: list[tuple[Any, type[Exception], str]] = [
-    ([6, 7, 2], ValueError, r"lengths\[1\] = 7, but the input has only 6 time steps \(batch_first=True\)\. Expected 0 <= length <= 6\."),
-    (torch.tensor([6, 2, -1]), ValueError, r"lengths\[2\] = -1, but a length can't be negative\. Expected 0 <= length <= 6\."),
+    (
+        [6, 7, 2],
+        ValueError,
+        r"lengths\[1\] = 7, but the input has only 6 time steps \(batch_first=True\)\. Expected 0 <= length <= 6\.",
+    ),
+    (
+        torch.tensor([6, 2, -1]),
+        ValueError,
+        r"lengths\[2\] = -1, but a length can't be negative\. Expected 0 <= length <= 6\.",
+    ),
     ([6, 2], ValueError, r"lengths has 2 elements, but the input holds 3 sequences \(batch_first=True\)"),
     (torch.tensor([[1], [2], [3]]), ValueError, r"lengths must have one dimension.*\(3, 1\).*Expected shape \(3,\)"),
     (torch.tensor(3), ValueError, r"lengths must have one dimension.*Expected shape \(3,\)"),
@@ -46,7 +54,9 @@ def test_lengths(lengths: Any, kind: type[Exception], words: str, backend: str, 
 
 
 def test_the_layout_is_named() -> None:
-    with pytest.raises(ValueError, match=r"lengths\[0\] = 4, but the input has only 3 time steps \(batch_first=False\)"):
+    with pytest.raises(
+        ValueError, match=r"lengths\[0\] = 4, but the input has only 3 time steps \(batch_first=False\)"
+    ):
         masked("gru")(X, lengths=[4] * 6)
 
 
@@ -58,7 +68,11 @@ def test_unbatched_length() -> None:
 
 
 MASKS: list[tuple[Any, type[Exception], str]] = [
-    (MASK.t(), ValueError, r"mask has shape \(6, 3\), but the input's first dimensions are \(3, 6\) \(batch_first=True\)"),
+    (
+        MASK.t(),
+        ValueError,
+        r"mask has shape \(6, 3\), but the input's first dimensions are \(3, 6\) \(batch_first=True\)",
+    ),
     (MASK.unsqueeze(-1), ValueError, r"mask has shape \(3, 6, 1\)"),
     (MASK.float(), TypeError, r"dtype is torch\.float32\. Use mask\.bool\(\)"),
     (MASK.long(), TypeError, r"dtype is torch\.int64"),

@@ -1,4 +1,4 @@
-"""Every form a call may take: layouts, unbatched, packed and jagged input, states in both forms, lengths in every type."""
+"""Every form of a call: layouts, unbatched, packed and jagged input, states in both forms, lengths of every type."""
 
 from __future__ import annotations
 

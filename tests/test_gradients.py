@@ -115,19 +115,13 @@ def test_a_stale_tensor_is_noticed(cell: str, backend: str, what: str) -> None:
 
 
 @pytest.mark.parametrize("given", [{}, {"lengths": [5, 1, 3]}], ids=str)
-def test_an_output_changed_in_place_spoils_no_gradient(cell: str, backend: str, given: dict[str, Any]) -> None:
-    """Either the gradient is right, or autograd says that it can't be had."""
+def test_an_output_may_be_changed_in_place(cell: str, backend: str, given: dict[str, Any]) -> None:
     layer = masked(cell, backend=backend)
     x = torch.randn(5, 3, INPUT)
     expected = torch.autograd.grad(layer(x, **given)[0].mul(2).sum(), list(layer.parameters()))
-    output, _ = layer(x, **given)
-    try:
-        found = torch.autograd.grad(output.mul_(2).sum(), list(layer.parameters()))
-    except RuntimeError as error:
-        assert "modified by an inplace operation" in str(error)
-    else:
-        for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a, b)
+    found = torch.autograd.grad(layer(x, **given)[0].mul_(2).sum(), list(layer.parameters()))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_through_the_state_alone(cell: str, backend: str) -> None:
@@ -137,7 +131,9 @@ def test_through_the_state_alone(cell: str, backend: str) -> None:
     x = torch.randn(5, 3, INPUT, dtype=torch.float64)
     for found, expected in zip(
         *(
-            torch.autograd.grad(as_tuple(m(x, lengths=[5, 0, 2])[1])[-1].sin().sum(), list(m.parameters()), allow_unused=True)
+            torch.autograd.grad(
+                as_tuple(m(x, lengths=[5, 0, 2])[1])[-1].sin().sum(), list(m.parameters()), allow_unused=True
+            )
             for m in (layer, scan)
         ),
         strict=True,

@@ -31,7 +31,9 @@ def exported(layer: Any, given: str, arguments: tuple[Any, ...], path: Any) -> o
     axes = (0, 1) if layer.batch_first else (1, 0)
     sizes = {axes[0]: batch, axes[1]: time}
     real = {"lengths": {0: batch}, "mask": sizes, "neither": None}[given]
-    shapes = (sizes, real, tuple({1: batch} for _ in arguments[2:]))
+    shapes: tuple[Any, ...] = (sizes, real)
+    if len(arguments) > 2:
+        shapes += (tuple({1: batch} for _ in arguments[2:]),)
     program = torch.onnx.export(
         Model(layer, given).eval(), arguments, dynamo=True, dynamic_shapes=shapes, verbose=False
     )
@@ -61,7 +63,9 @@ def compare(path: Any, layer: Any, given: str, arguments: tuple[Any, ...]) -> No
 @pytest.mark.parametrize(
     "case",
     [
-        *every(layers=[1, 2], bidirectional=[False, True], given=["lengths"], with_hx=[False, True], batch_first=[True]),
+        *every(
+            layers=[1, 2], bidirectional=[False, True], given=["lengths"], with_hx=[False, True], batch_first=[True]
+        ),
         *every(layers=[2], bidirectional=[True], given=["mask", "neither"], with_hx=[True], batch_first=[True, False]),
         *every(layers=[1], bidirectional=[True], given=["lengths"], with_hx=[True], batch_first=[False]),
     ],

@@ -112,7 +112,7 @@ def test_nothing_to_run(cell: str, backend: str, batch: int, steps: int, given: 
 
 def test_an_empty_batch_without_lengths(cell: str, backend: str) -> None:
     layer = masked(cell, backend=backend)
-    output, last = layer(torch.randn(5, 0, INPUT, requires_grad=True))
+    output, _ = layer(torch.randn(5, 0, INPUT, requires_grad=True))
     assert output.shape[:2] == (5, 0)
     output.sum().backward()
     assert all(p.grad is not None and p.grad.eq(0).all() for p in layer.parameters())

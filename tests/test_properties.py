@@ -89,7 +89,7 @@ def test_a_mask_of_prefixes_is_lengths(case: tuple[Any, Tensor, Tensor]) -> None
 @SETTINGS
 @given(cases())
 def test_reversing_swaps_the_directions(case: tuple[Any, Tensor, Tensor]) -> None:
-    """Each sequence reversed in itself, and the directions' weights exchanged: the outputs too are reversed, exchanged."""
+    """Sequences reversed in themselves, the directions' weights exchanged: so are the outputs."""
     layer, x, lengths = case
     if not layer.bidirectional or layer.num_layers > 1:
         return
