@@ -44,7 +44,7 @@ def run(call: Call) -> tuple[Tensor, States]:
 
 def choose(call: Call) -> Backend:
     wanted = call.layer.backend
-    if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
+    if torch.compiler.is_compiling() or _onnx.is_exporting():
         return _choose_captured(call, wanted)
     transform = why_only_scan()
     if wanted != "auto":
@@ -87,7 +87,7 @@ def _choose_captured(call: Call, wanted: str) -> Backend:
             f"backend={wanted!r} can't run this call: it is being compiled or exported, which goes through an operator "
             "of its own. Use backend='auto'."
         )
-    backend = ONNX if torch.onnx.is_in_onnx_export() else OPERATOR
+    backend = ONNX if _onnx.is_exporting() else OPERATOR
     reasons = backend.why_not(call)
     if reasons:
         raise ValueError(f"this layer can't be captured: {'; '.join(reasons)}.")

@@ -6,6 +6,7 @@ T time, N batch, I input, H hidden, D directions.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -17,6 +18,12 @@ from ._lengths import live_steps
 
 GATE_ORDER = {"GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2), "RNN_TANH": (0,), "RNN_RELU": (0,)}
 """ONNX's gates (zrh; iofc) by their places in PyTorch's order (r, z, n; i, f, g, o)."""
+
+
+def is_exporting() -> bool:
+    """`torch.onnx.is_in_onnx_export()`, which Dynamo takes for False at all times, and which loads the exporter."""
+    flags = sys.modules.get("torch.onnx._internal.exporter._flags")
+    return flags is not None and flags._is_onnx_exporting
 
 
 def why_not(call: Call) -> list[str]:
