@@ -3,7 +3,7 @@
 Every cell is written twice: `step` in plain ops, which autograd can follow any number of times, and `step_`, `local`
 and `back_`, the same step and its derivative in place, on rows of a buffer. A buffer's row has `width` blocks of H
 columns: the input product fills the last `gates` of them, the recurrent product adds to the first `gates`. `local`
-turns a buffer of activations into the derivatives of its blocks by the state, so that a step back starts with one
+turns a buffer of activations into the derivatives of the gates by the state, so that a step back starts with one
 product of the two.
 
 In float32 and float64, tanh(a) is taken as 2 sigmoid(2a) - 1, since ATen's sigmoid is several times faster than its
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 States = tuple[Tensor, ...]
+Add = Callable[[Tensor, Tensor], Any]
 tanh_backward = torch.ops.aten.tanh_backward
 sigmoid_backward = torch.ops.aten.sigmoid_backward
 
@@ -41,7 +42,7 @@ NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
 
 class Cell:
-    """A cell over the weights of one direction, or of two that run as a batch of two."""
+    """A cell over the weights of one direction, or of two that run as a batch of two; so many `rows` run at first."""
 
     gates: ClassVar[int]
     width: ClassVar[int]
@@ -51,13 +52,15 @@ class Cell:
     keeps_buffer: ClassVar[bool] = True
     """Whether the derivative needs the buffer, or only the states."""
 
-    def __init__(self, weights: tuple[Weights, ...]) -> None:
+    def __init__(self, weights: tuple[Weights, ...], rows: int) -> None:
         w_hh = weights[0].w_hh
         self.weights = weights
         self.hidden = w_hh.size(0) // self.gates
         self.paired = len(weights) == 2
-        self.fast_tanh = w_hh.dtype in (torch.float32, torch.float64)
-        self.minus_one = w_hh.new_full((), -1)
+        # It takes one op more, which pays from about a thousand values a step.
+        many = rows * len(weights) * self.hidden >= 1024
+        self.fast_tanh = many and w_hh.dtype in (torch.float32, torch.float64)
+        self.one, self.minus_one = w_hh.new_ones(()), w_hh.new_full((), -1)
         self.mm_: Callable[..., Any] = Tensor.baddbmm_ if self.paired else Tensor.addmm_
         self.mm: Callable[..., Any] = torch.bmm if self.paired else torch.mm
         self.w_hr = None if weights[0].w_hr is None else self.joined(*(w.w_hr for w in weights if w.w_hr is not None))
@@ -97,21 +100,30 @@ class Cell:
         """What `step_` works on."""
         raise NotImplementedError
 
-    def step_(self, parts: States, before: States, after: States, w: Tensor) -> None:
-        """From the input product in the buffer and the state before: the activations, and the state after."""
+    def step_(self, parts: States, before: States, after: States, add_: Add) -> None:
+        """From the input product in the buffer and the state before: the activations, and the state after.
+
+        `add_` adds the recurrent product of its second argument to its first.
+        """
         raise NotImplementedError
 
-    def local(self, buffer: Tensor, before: States, after: States) -> States:
-        """First the derivative of each block's pre-activation by the state, then what else `back_` needs."""
+    def local(self, buffer: Tensor, before: States, after: States, out: Tensor) -> States:
+        """First `out`, the derivative of each gate's recurrent product by the state; then what else is needed."""
         raise NotImplementedError
 
     def back_parts(self, local: States, buffer: Tensor, grads: Sequence[Tensor]) -> States:
         """What `back_` works on, besides the states' gradients."""
         raise NotImplementedError
 
-    def back_(self, parts: States, grad: States, before: States, w: Tensor) -> None:
-        """From the state's gradient: the blocks' gradients, in place, and the earlier state's, added to `before`."""
+    def back_(self, parts: States, grad: States, before: States, add_: Add) -> None:
+        """From the state's gradient: the gates', in place, and the earlier state's, added to `before`.
+
+        `add_` adds what comes back through the recurrent product to its first argument.
+        """
         raise NotImplementedError
+
+    def input_gradient_(self, local: States, grads: Sequence[Tensor]) -> None:
+        """Turn `local[0]`, the gradient of the recurrent product, into that of the input's, gate for gate."""
 
 
 class GRU(Cell):
@@ -142,36 +154,38 @@ class GRU(Cell):
         H = self.hidden
         return buffer[..., : 3 * H], buffer[..., H : 3 * H], *buffer.split(H, -1)
 
-    def step_(self, parts: States, before: States, after: States, w: Tensor) -> None:
+    def step_(self, parts: States, before: States, after: States, add_: Add) -> None:
         grz, rz, g, r, z, n = parts
         (h,), (out,) = before, after
-        self.mm_(grz, h, w)
+        add_(grz, h)
         rz.sigmoid_()
         self.tanh_(n.addcmul_(r, g))
         torch.lerp(n, h, z, out=out)
 
-    def local(self, buffer: Tensor, before: States, after: States) -> States:
+    def local(self, buffer: Tensor, before: States, after: States, out: Tensor) -> States:
         g, r, z, n = buffer.split(self.hidden, -1)
-        local = torch.empty_like(buffer)
-        dg, dr, dz, dn = local.split(self.hidden, -1)
-        tanh_backward(1 - z, n, grad_input=dn)
+        dg, dr, dz = out.split(self.hidden, -1)
+        dn = tanh_backward(1 - z, n)
         torch.mul(dn, r, out=dg)
         gain = 0.5 if self.fast_tanh else 1.0  # g came from doubled weights
         sigmoid_backward((dn * g).mul_(gain), r, grad_input=dr)
         sigmoid_backward(before[0] - n, z, grad_input=dz)
-        return (local,)
+        return out, dn
 
     def back_parts(self, local: States, buffer: Tensor, grads: Sequence[Tensor]) -> States:
         H = self.hidden
-        (d,) = local
-        return d.unflatten(-1, (4, H)), grads[0].unsqueeze(-2), d[..., : 3 * H], buffer[..., 2 * H : 3 * H]
+        return local[0], local[0].unflatten(-1, (3, H)), grads[0].unsqueeze(-2), buffer[..., 2 * H : 3 * H]
 
-    def back_(self, parts: States, grad: States, before: States, w: Tensor) -> None:
-        grzn, dh_for_each, grz, z = parts
+    def back_(self, parts: States, grad: States, before: States, add_: Add) -> None:
+        grz, each, dh_for_each, z = parts
         (dh,), (dh_before,) = grad, before
-        grzn.mul_(dh_for_each)
-        self.mm_(dh_before, grz, w)
+        each.mul_(dh_for_each)
+        add_(dh_before, grz)
         dh_before.addcmul_(dh, z)
+
+    def input_gradient_(self, local: States, grads: Sequence[Tensor]) -> None:
+        nrz, dn = local
+        torch.mul(dn, grads[0], out=nrz[..., : self.hidden])
 
 
 class LSTM(Cell):
@@ -193,10 +207,10 @@ class LSTM(Cell):
     def parts(self, buffer: Tensor) -> States:
         return buffer, *buffer.split(self.hidden, -1)
 
-    def step_(self, parts: States, before: States, after: States, w: Tensor) -> None:
+    def step_(self, parts: States, before: States, after: States, add_: Add) -> None:
         ifgo, i, f, g, o = parts
         (h, c), (h_out, c_out) = before, after
-        self.mm_(ifgo, h, w)
+        add_(ifgo, h)
         if self.fast_tanh:
             ifgo.sigmoid_()
             torch.add(self.minus_one, g, alpha=2, out=g)
@@ -215,10 +229,9 @@ class LSTM(Cell):
         else:
             torch.tanh(c, out=out)
 
-    def local(self, buffer: Tensor, before: States, after: States) -> States:
+    def local(self, buffer: Tensor, before: States, after: States, out: Tensor) -> States:
         i, f, g, o = buffer.split(self.hidden, -1)
-        local = torch.empty_like(buffer)
-        di, df, dg, do = local.split(self.hidden, -1)
+        di, df, dg, do = out.split(self.hidden, -1)
         t = torch.empty_like(after[1])
         self.tanh_of(after[1], t)
         sigmoid_backward(g, i, grad_input=di)
@@ -226,7 +239,7 @@ class LSTM(Cell):
         tanh_backward(i, g, grad_input=dg)
         sigmoid_backward(t, o, grad_input=do)
         k = tanh_backward(o, t)
-        return (local, k) if self.w_hr is None else (local, k, t.mul_(o))
+        return (out, k) if self.w_hr is None else (out, k, t.mul_(o))
 
     def back_parts(self, local: States, buffer: Tensor, grads: Sequence[Tensor]) -> States:
         H = self.hidden
@@ -234,14 +247,14 @@ class LSTM(Cell):
         ifg, o = d[..., : 3 * H].unflatten(-1, (3, H)), d[..., 3 * H :]
         return d, ifg, grads[1].unsqueeze(-2), o, k, buffer[..., H : 2 * H]
 
-    def back_(self, parts: States, grad: States, before: States, w: Tensor) -> None:
+    def back_(self, parts: States, grad: States, before: States, add_: Add) -> None:
         ifgo, ifg, dc_for_each, o, k, f = parts
         (dh, dc), (dh_before, dc_before) = grad, before
         dm = dh if self.w_hr is None else self.mm(dh, self.w_hr)
         dc.addcmul_(dm, k)
         ifg.mul_(dc_for_each)
         o.mul_(dm)
-        self.mm_(dh_before, ifgo, w)
+        add_(dh_before, ifgo)
         dc_before.addcmul_(dc, f)
 
 
@@ -258,24 +271,24 @@ class RNNTanh(Cell):
     def parts(self, buffer: Tensor) -> States:
         return (buffer,)
 
-    def step_(self, parts: States, before: States, after: States, w: Tensor) -> None:
+    def step_(self, parts: States, before: States, after: States, add_: Add) -> None:
         (a,), (h,), (out,) = parts, before, after
-        self.mm_(a, h, w)
+        add_(a, h)
         if self.fast_tanh:
             torch.add(self.minus_one, a.sigmoid_(), alpha=2, out=out)
         else:
             torch.tanh(a, out=out)
 
-    def local(self, buffer: Tensor, before: States, after: States) -> States:
-        return (1 - after[0].square(),)
+    def local(self, buffer: Tensor, before: States, after: States, out: Tensor) -> States:
+        return (torch.addcmul(self.one, after[0], after[0], value=-1, out=out),)
 
     def back_parts(self, local: States, buffer: Tensor, grads: Sequence[Tensor]) -> States:
         return local
 
-    def back_(self, parts: States, grad: States, before: States, w: Tensor) -> None:
+    def back_(self, parts: States, grad: States, before: States, add_: Add) -> None:
         (d,), (dh,), (dh_before,) = parts, grad, before
         d.mul_(dh)
-        self.mm_(dh_before, d, w)
+        add_(dh_before, d)
 
 
 class RNNReLU(RNNTanh):
@@ -287,12 +300,13 @@ class RNNReLU(RNNTanh):
     def step(x: Tensor, state: States, w: Weights) -> States:
         return (torch.relu(x + F.linear(state[0], w.w_hh, w.b_hh)),)
 
-    def step_(self, parts: States, before: States, after: States, w: Tensor) -> None:
+    def step_(self, parts: States, before: States, after: States, add_: Add) -> None:
         (a,), (h,), (out,) = parts, before, after
-        torch.clamp(self.mm_(a, h, w), min=0, out=out)
+        add_(a, h)
+        torch.clamp(a, min=0, out=out)
 
-    def local(self, buffer: Tensor, before: States, after: States) -> States:
-        return ((after[0] > 0).to(after[0].dtype),)
+    def local(self, buffer: Tensor, before: States, after: States, out: Tensor) -> States:
+        return (torch.sign(after[0], out=out),)  # of what is never negative
 
 
 CELLS: dict[str, type[Cell]] = {"GRU": GRU, "LSTM": LSTM, "RNN_TANH": RNNTanh, "RNN_RELU": RNNReLU}

@@ -9,14 +9,19 @@ P input rows with padding, R rows that run, B sequences that have one, N all, I 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from ._cells import CELLS, Cell, States, Weights
 from ._lengths import Chunk, Plan
+from ._products import adder
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 CHUNK_BYTES = 2 << 20
 """Of a chunk's buffer, for each direction: about what stays in a core's caches."""
@@ -34,7 +39,7 @@ class Layer(NamedTuple):
     """The output is wanted as the caller's input lies; False: as rows that run."""
 
     def cell(self, weights: tuple[Weights, ...]) -> Cell:
-        return CELLS[self.mode](weights)
+        return CELLS[self.mode](weights, self.plan.live)
 
     def rows_at(self, there: bool) -> list[Tensor | None]:
         """Where each direction's rows lie, in the caller's input or among the rows that run; None: in order."""
@@ -70,6 +75,19 @@ def kept_shapes(
     )
 
 
+def _below_autograd(function: Callable[P, R]) -> Callable[P, R]:
+    """Autograd follows none of the ops in the loops; that they need not pass by it is a good part of a small op's time."""
+    guard: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", torch.no_grad)
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with guard():
+            return function(*args, **kwargs)
+
+    return run
+
+
+@_below_autograd
 def forward(
     layer: Layer, x: Tensor, initial: States, weights: tuple[Weights, ...], keep: bool, room: Kept | None = None
 ) -> tuple[Tensor, States, Kept]:
@@ -92,7 +110,7 @@ def forward(
     for states, first in zip(history, initial, strict=True):
         states.narrow(-2, 0, plan.live).copy_(_pick(layer, first))
 
-    w = cell.joined(*(cell.ordered(cell.scaled(d.w_hh)) for d in weights)).mT
+    add_ = adder(cell.joined(*(cell.ordered(cell.scaled(d.w_hh)) for d in weights)).mT)
     products = [_InputProduct(cell, d) for d in weights]
     rows_in = layer.rows_at(layer.gather)
     steps = list(zip(*(h.split([plan.live, *plan.batch_sizes], -2) for h in history), strict=True))
@@ -105,13 +123,14 @@ def forward(
         for part, b, after in zip(parts, chunk.sizes, steps[chunk.first + 1 :], strict=False):
             if b != b_before:
                 before = tuple(h.narrow(-2, 0, b) for h in before)
-            cell.step_(part, before, after, w)
+            cell.step_(part, before, after, add_)
             before, b_before = after, b
 
     output = _place_output(layer, history[0].narrow(-2, plan.live, plan.rows))
     return output, tuple(_place_last(layer, h, first) for h, first in zip(history, initial, strict=True)), room
 
 
+@_below_autograd
 def backward(
     layer: Layer,
     x: Tensor,
@@ -125,19 +144,20 @@ def backward(
 ) -> tuple[Tensor | None, States, list[Weights] | None]:
     """The gradients of x, of the initial states and of the weights."""
     plan, cell, (history, buffers) = layer.plan, layer.cell(weights), kept
-    gates = cell.gates * cell.hidden
-    w = cell.joined(*(cell.ordered(d.w_hh) for d in weights))
+    add_ = adder(cell.joined(*(cell.ordered(d.w_hh) for d in weights)))
     rows_in, rows_out = layer.rows_at(layer.gather), layer.rows_at(layer.scatter)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if want_x else None
     dw = _WeightGradients(cell, weights) if want_weights else None
     ends = [None if d is None else _pick(layer, d) for d in d_last]
     carried: list[Tensor] = []
+    chunks = layer.chunks(cell, x.element_size())
+    scratch = x.new_empty(*layer.lead, max((chunk.rows for chunk in chunks), default=0), cell.gates * cell.hidden)
 
-    for k, chunk in reversed(list(enumerate(layer.chunks(cell, x.element_size())))):
+    for k, chunk in reversed(list(enumerate(chunks))):
         before = tuple(_before(plan, h, chunk) for h in history)
         after = tuple(h.narrow(-2, plan.live + chunk.start, chunk.rows) for h in history)
         buffer = buffers[k] if buffers else after[0]
-        local = cell.local(buffer, before, after)
+        local = cell.local(buffer, before, after, scratch.narrow(-2, 0, chunk.rows))
 
         # The states' gradients, behind room for those of the step before the chunk.
         grads = [h.new_zeros(*layer.lead, chunk.before + chunk.rows, h.size(-1)) for h in history]
@@ -155,19 +175,17 @@ def backward(
         b_before = [chunk.before, *chunk.sizes]
         for t, b in reversed(list(enumerate(chunk.sizes))):
             target = views[t] if b == b_before[t] else tuple(h.narrow(-2, 0, b) for h in views[t])
-            cell.back_(parts[t], views[t + 1], target, w)
+            cell.back_(parts[t], views[t + 1], target, add_)
         carried = [grad.narrow(-2, 0, chunk.before) for grad in grads]
 
-        d = local[0]
-        d_in = d.narrow(-1, d.size(-1) - gates, gates)
-        for direction, weight in enumerate(weights):
-            own_d = d_in[direction] if layer.lead else d_in
-            if dx is not None:
-                _add_input_gradient(dx, rows_in[direction], chunk, own_d, weight.w_ih)
-            if dw is not None:
-                dw.add_input(direction, own_d, _rows(x, rows_in[direction], chunk))
         if dw is not None:
-            dw.add_recurrent(d, before[0], own[0], local)
+            dw.add_recurrent(local, before[0], own[0])
+        cell.input_gradient_(local, own)
+        for direction, d in enumerate(local[0] if layer.lead else local[:1]):
+            if dx is not None:
+                _add_input_gradient(dx, rows_in[direction], chunk, d, cell.ordered(weights[direction].w_ih))
+            if dw is not None:
+                dw.add_input(direction, d, _rows(x, rows_in[direction], chunk))
 
     d_initial = [
         _place_initial(layer, carried[s] if carried else None, d_last[s], first) for s, first in enumerate(initial)
@@ -202,38 +220,39 @@ class _InputProduct:
 
 
 class _WeightGradients:
+    """Sums over the chunks, with the gates in the buffer's order until the end."""
+
     def __init__(self, cell: Cell, weights: tuple[Weights, ...]) -> None:
         self.cell, self.weights = cell, weights
         self.w_ih = [torch.zeros_like(w.w_ih, memory_format=torch.contiguous_format) for w in weights]
         self.w_hh = torch.zeros_like(cell.joined(*(w.w_hh for w in weights)), memory_format=torch.contiguous_format)
         self.w_hr = None if cell.w_hr is None else torch.zeros_like(cell.w_hr, memory_format=torch.contiguous_format)
-        lead = (2,) if cell.paired else ()
-        self.bias = weights[0].w_hh.new_zeros(*lead, cell.width * cell.hidden)
+        self.b_hh = self.w_hh.new_zeros(self.w_hh.shape[:-1]) if weights[0].b_hh is not None else None
+        self.b_ih = [w.b_ih.new_zeros(w.b_ih.shape) for w in weights if w.b_ih is not None]
 
-    def add_input(self, direction: int, d: Tensor, x: Tensor) -> None:
-        self.w_ih[direction].addmm_(d.t(), x)
-
-    def add_recurrent(self, d: Tensor, h: Tensor, dh: Tensor, local: States) -> None:
-        gates = self.cell.gates * self.cell.hidden
-        self.cell.mm_(self.w_hh, d.narrow(-1, 0, gates).mT, h)
-        if self.weights[0].b_ih is not None:
-            self.bias.add_(d.sum(-2))
+    def add_recurrent(self, local: States, h: Tensor, dh: Tensor) -> None:
+        self.cell.mm_(self.w_hh, local[0].mT, h)
+        if self.b_hh is not None:
+            self.b_hh.add_(local[0].sum(-2))
         if self.w_hr is not None:
             self.cell.mm_(self.w_hr, dh.mT, local[-1])  # the LSTM's m
 
+    def add_input(self, direction: int, d: Tensor, x: Tensor) -> None:
+        self.w_ih[direction].addmm_(d.t(), x)
+        if self.b_ih:
+            self.b_ih[direction].add_(d.sum(0))
+
     def result(self) -> list[Weights]:
-        cell = self.cell
-        gates, free = cell.gates * cell.hidden, (cell.width - cell.gates) * cell.hidden
+        restored = self.cell.restored
         grads = []
-        for d, weight in enumerate(self.weights):
-            at = d if cell.paired else slice(None)
-            has_bias = weight.b_ih is not None
+        for d in range(len(self.weights)):
+            at = d if self.cell.paired else slice(None)
             grads.append(
                 Weights(
-                    self.w_ih[d],
-                    cell.restored(self.w_hh[at]),
-                    self.bias[at][..., free:] if has_bias else None,
-                    cell.restored(self.bias[at][..., :gates]) if has_bias else None,
+                    restored(self.w_ih[d]),
+                    restored(self.w_hh[at]),
+                    restored(self.b_ih[d]) if self.b_ih else None,
+                    None if self.b_hh is None else restored(self.b_hh[at]),
                     None if self.w_hr is None else self.w_hr[at],
                 )
             )

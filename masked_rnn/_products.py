@@ -1,0 +1,54 @@
+"""The recurrent product: many small matrices, one after another, with the same weight.
+
+MKL lays out the weight anew for every product. Where it is large against the rows, that is most of the work, and
+oneDNN's product with a weight laid out once is faster although it can't add in place (`python -m benchmarks.products`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._cells import Add
+
+LARGE = 1 << 20
+"""Bytes of a weight from which its layout is worth keeping: about a core's second-level cache."""
+
+
+def adder(w: Tensor) -> Add:
+    """A function that adds h @ w to its first argument; w (K, M) and h (b, K), or pairs of both."""
+    if _keeps_layout(w):
+        return _kept(w) if w.dim() == 2 else _pair(_kept(w[0]), _kept(w[1]))
+    product: Any = Tensor.addmm_ if w.dim() == 2 else Tensor.baddbmm_
+    return lambda target, h: product(target, h, w)
+
+
+def _keeps_layout(w: Tensor) -> bool:
+    return (
+        w.device.type == "cpu"
+        and w.dtype == torch.float32
+        and w.size(-1) * w.size(-2) * w.element_size() >= LARGE
+        and torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def _kept(w: Tensor) -> Add:
+    weight = torch.ops.mkldnn._reorder_linear_weight(w.t().contiguous(), None)
+    linear = torch.ops.mkldnn._linear_pointwise.default
+
+    def add_(target: Tensor, h: Tensor) -> None:
+        target.add_(linear(h, weight, None, "none", [], ""))
+
+    return add_
+
+
+def _pair(first: Add, second: Add) -> Add:
+    def add_(target: Tensor, h: Tensor) -> None:
+        first(target[0], h[0])
+        second(target[1], h[1])
+
+    return add_
