@@ -66,9 +66,25 @@ def choose(call: Call) -> Backend:
 def preferred(call: Call) -> tuple[str, ...]:
     """By measurement; see docs/backends.md."""
     if call.data.device.type == "cpu":
-        return ("bptt", "packed", "padded", "scan")
+        return (
+            ("padded", "bptt", "packed", "scan") if _suits_torchs_kernel(call) else ("bptt", "packed", "padded", "scan")
+        )
     on_device = any(t is not None and not is_on_host(t) for t in (call.lengths, call.mask))
     return ("padded", "packed", "scan") if on_device and call.form != "nested" else ("packed", "padded", "scan")
+
+
+def _suits_torchs_kernel(call: Call) -> bool:
+    """On the CPU: whether the work is too small for a loop in Python, or an LSTM's, for which PyTorch has oneDNN's."""
+    if call.data.dim() != 3 or call.mask is not None:
+        return False
+    size, learns = call.batch * call.layer.hidden_size, call.wants_gradient()
+    if call.layer.mode == "LSTM" and not call.layer.proj_size and call.data.dtype == torch.float32 and _has_onednn():
+        return call.lengths is None or size < (4096 if learns else 8192)
+    return not learns and size < 512
+
+
+def _has_onednn() -> bool:
+    return bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
 
 
 def why_only_scan() -> str | None:

@@ -67,6 +67,11 @@ class Call:
         real = self.lengths if self.mask is None else self.mask
         return real is not None and is_on_host(real) and values_can_be_read(real) and not bool(real.any())
 
+    def wants_gradient(self) -> bool:
+        return torch.is_grad_enabled() and any(
+            t.requires_grad for t in (self.data, *self.states, *self.layer.parameters(recurse=False))
+        )
+
     def enter_weights_dtype(self, autocast: torch.dtype) -> list[torch.dtype]:
         """Cast the input and the states to the weights' dtype; the dtypes of the output and the last states that
         `torch.nn` returns under autocast, where a GRU's h and a projected LSTM's c keep the precision they came in."""

@@ -76,7 +76,7 @@ def kept_shapes(
 
 
 def _below_autograd(function: Callable[P, R]) -> Callable[P, R]:
-    """Autograd follows none of the ops in the loops; that they need not pass by it is a good part of a small op's time."""
+    """Autograd follows none of the ops in the loops; not to pass by it saves a good part of a small op's time."""
     guard: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", torch.no_grad)
 
     @wraps(function)

@@ -1,7 +1,7 @@
 """The recurrent product: many small matrices, one after another, with the same weight.
 
 MKL lays out the weight anew for every product. Where it is large against the rows, that is most of the work, and
-oneDNN's product with a weight laid out once is faster although it can't add in place (`python -m benchmarks.products`).
+oneDNN's product with a weight laid out once is faster although it can't add in place.
 """
 
 from __future__ import annotations

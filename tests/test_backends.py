@@ -25,13 +25,42 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("form", CALLS)
-def test_on_the_cpu_bptt_runs(cell: str, form: str, ran: list[str]) -> None:
+def test_on_the_cpu_bptt_trains(cell: str, form: str, ran: list[str]) -> None:
     x, given = CALLS[form]
-    layer = masked(cell, batch_first=True)
-    layer(x, **given)
-    with torch.no_grad():
-        layer(x, **given)
-    assert ran == ["bptt", "bptt"]
+    masked(cell, batch_first=True)(x, **given)
+    torchs_own = cell == "lstm" and form in ("whole", "lengths", "unbatched")
+    assert ran == ["padded" if torchs_own else "bptt"]
+    layer = masked(cell, batch_first=True).double()
+    layer(x.double() if isinstance(x, torch.Tensor) else x.to(torch.float64), **given)
+    assert ran[1:] == ["bptt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "hidden", "given", "learns", "expected"),
+    [
+        ("gru", 4, 127, "lengths", False, "padded"),
+        ("gru", 4, 128, "lengths", False, "bptt"),
+        ("gru", 4, 128, "neither", False, "bptt"),
+        ("gru", 1, 8, "lengths", True, "bptt"),
+        ("gru", 1, 8, "mask", False, "bptt"),
+        ("rnn-tanh", 1, 8, "lengths", False, "padded"),
+        ("lstm", 64, 128, "neither", True, "padded"),
+        ("lstm", 64, 128, "neither", False, "padded"),
+        ("lstm", 31, 128, "lengths", True, "padded"),
+        ("lstm", 32, 128, "lengths", True, "bptt"),
+        ("lstm", 63, 128, "lengths", False, "padded"),
+        ("lstm", 64, 128, "lengths", False, "bptt"),
+        ("lstm-proj", 64, 128, "neither", True, "bptt"),
+    ],
+)
+def test_where_torchs_kernel_is_faster(
+    name: str, batch: int, hidden: int, given: str, learns: bool, expected: str, ran: list[str]
+) -> None:
+    layer = masked(name, INPUT, hidden)
+    values = {"lengths": [2] * batch, "mask": torch.ones(2, batch, dtype=torch.bool), "neither": None}
+    with torch.set_grad_enabled(learns):
+        layer(torch.randn(2, batch, INPUT), **({} if given == "neither" else {given: values[given]}))
+    assert ran == [expected]
 
 
 @pytest.mark.parametrize("form", CALLS)

@@ -54,6 +54,37 @@ def test_error_against_torchs_own(cell: str, backend: str, dtype: torch.dtype, b
     assert our_worst[1] <= max(3 * their_worst[1], floor)
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_lengths_in_float32(cell: str, backend: str, bidirectional: bool) -> None:
+    """Whose kernels are others than float64's: oneDNN's, and the products with a layout kept."""
+    for hidden in (3, 300):
+        layer = masked(cell, INPUT, hidden, bidirectional=bidirectional, batch_first=True, backend=backend)
+        lengths = [3, 9, 0, 1]
+        x = torch.randn(4, 9, INPUT)
+        mask = prefix_mask(lengths, 9)
+        states, pulled = random_states(layer, 4), cotangents(layer, 4, 9)
+        states = tuple(h.float() for h in states)
+        truth = oracle(layer, x, mask, states, pulled)
+        found = call(layer, torch.where(mask.unsqueeze(-1), x, torch.nan), states, pulled, lengths=lengths)
+        assert max(errors(found, truth)) < 1e-5
+
+
+def test_second_derivatives_in_float32(cell: str, backend: str) -> None:
+    layer = masked(cell, backend=backend, bidirectional=True)
+    x = torch.randn(6, 3, INPUT, requires_grad=True)
+
+    def penalty() -> list[Tensor]:
+        output, _ = layer(x, lengths=[6, 0, 4])
+        (dx,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+        return list(torch.autograd.grad(dx.square().sum(), [x, *layer.parameters()], allow_unused=True))
+
+    found = penalty()
+    layer.backend = "scan"
+    for a, b in zip(found, penalty(), strict=True):
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_results_keep_the_inputs_dtype(cell: str, backend: str, dtype: torch.dtype) -> None:
     layer = masked(cell, backend=backend, num_layers=2, bidirectional=True).to(dtype)
