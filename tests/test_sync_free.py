@@ -8,7 +8,6 @@ import pytest
 import torch
 from oracle import INPUT, masked
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from masked_rnn import _call, _lengths
@@ -60,14 +59,3 @@ def test_the_mode_refuses_what_waits() -> None:
     for waiting in (lambda: x.sum().item(), lambda: x.nonzero(), lambda: x[x > 0], lambda: bool(x.any())):
         with NoWaiting(), pytest.raises(AssertionError, match="waits for the device"):
             waiting()
-
-
-@pytest.mark.filterwarnings("ignore:PyTorch was compiled without cuDNN")
-def test_fake_lengths_on_a_device(cell: str) -> None:
-    """A fake accelerator has no values to wait for: only shapes are asked for."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, device="cuda")
-        x = torch.empty(3, 6, INPUT, device="cuda")
-        output, _ = layer(x, lengths=torch.empty(3, dtype=torch.int64, device="cuda"))
-    assert output.shape[:2] == (3, 6)
-    assert output.device.type == "cuda"
