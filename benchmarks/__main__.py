@@ -1,0 +1,134 @@
+"""Runs the suite, prints the figures and writes the CSV."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+from .contenders import BACKENDS, CONTENDERS
+from .problem import CELLS, SHAPES
+from .report import print_figures, print_speedups, progress
+from .rows import write
+from .suite import QUICK, WORKS, Plan, Suite
+
+
+def main() -> int:
+    arguments = parse()
+    plan = make_plan(arguments)
+    start, busy = time.perf_counter(), load()
+    if busy > 0.5:
+        print(f"other work is running here (load {busy:.1f}): the times will be worth little", file=sys.stderr)
+    with progress() as (told, started, advance), Suite(plan, told, advance) as suite:
+        started(suite.steps())
+        suite.run()
+    print_speedups(suite.rows)
+    print_figures(suite.rows)
+    for name, why in suite.left_out.items():
+        print(f"left out: {name} ({why})")
+    path = arguments.out / file_name(arguments.quick, plan)
+    write(path, suite.rows, facts(suite, busy, time.perf_counter() - start))
+    print(f"{path} written after {(time.perf_counter() - start) / 60:.1f} minutes")
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    def several(*names: str) -> dict[str, object]:
+        def split(text: str) -> tuple[str, ...]:
+            if unknown := set(text.split(",")) - set(names):
+                raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: expected some of {','.join(names)}")
+            return tuple(text.split(","))
+
+        return {"type": split, "metavar": "A,B"}
+
+    def positive(text: str) -> float:
+        if not float(text) > 0:
+            raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
+        return float(text)
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="about two minutes: the GRU, a few shapes")
+    parser.add_argument("--cell", help=f"of {','.join(CELLS)}; default all, with --quick gru", **several(*CELLS))  # type: ignore[arg-type]
+    parser.add_argument("--only", help=f"works, of {','.join(WORKS)}", **several(*WORKS))  # type: ignore[arg-type]
+    names = [c.name for c in CONTENDERS[1:]]
+    parser.add_argument("--against", help=f"contenders, of {','.join(names)}", **several(*names))  # type: ignore[arg-type]
+    parser.add_argument("--backends", action="store_true", help="also masked_rnn with each backend forced")
+    numbers = [str(k + 1) for k in range(len(SHAPES))]
+    parser.add_argument("--shapes", help=f"by number, of {','.join(numbers)}", **several(*numbers))  # type: ignore[arg-type]
+    parser.add_argument("--budget", type=positive, help="seconds of timing for each shape and work")
+    parser.add_argument("--growth", type=positive, help="the longest T of the works growth and memory")
+    parser.add_argument("--threads", type=int, choices=range(1, 257), metavar="N", default=2)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    return parser.parse_args()
+
+
+def make_plan(arguments: argparse.Namespace) -> Plan:
+    plan = QUICK if arguments.quick else Plan()
+    plan = replace(plan, threads=arguments.threads, backends=arguments.backends)
+    if arguments.cell:
+        plan = replace(plan, cells=arguments.cell)
+    if arguments.only:
+        plan = replace(plan, works=arguments.only)
+    if arguments.against:
+        plan = replace(plan, only=(*arguments.against, *(c.name for c in BACKENDS)))
+    if arguments.shapes:
+        plan = replace(plan, shapes=tuple(SHAPES[int(k) - 1] for k in arguments.shapes))
+    if arguments.budget:
+        plan = replace(plan, budget=arguments.budget, least_rounds=min(plan.least_rounds, 1 + int(arguments.budget)))
+    if arguments.growth:
+        longest = tuple(T for T in plan.growth if arguments.growth >= T) or (int(arguments.growth),)
+        plan = replace(plan, growth=longest, memory=min(plan.memory, int(arguments.growth)))
+    return plan
+
+
+def file_name(quick: bool, plan: Plan) -> str:
+    """<device>-torch<version>-<date>.csv; a run that isn't the whole suite says so."""
+    parts = ["cpu", f"torch{version('torch').split('+')[0]}", datetime.date.today().isoformat()]
+    parts += ["quick"] * quick
+    parts += plan.cells if plan.cells != (QUICK if quick else Plan()).cells else ()
+    parts += plan.works if plan.works != WORKS else ()
+    return "-".join(parts) + ".csv"
+
+
+def facts(suite: Suite, busy: float, seconds: float) -> dict[str, str]:
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return {
+        "command": f"python -m benchmarks {shlex.join(sys.argv[1:])}",
+        "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
+        "threads": str(suite.plan.threads),
+        "python": platform.python_version(),
+        "versions": ", ".join(dict.fromkeys(row.version for row in suite.rows)),
+        "commit": commit.stdout or "?",
+        "load before": f"{busy:.1f}",
+        "took": f"{seconds / 60:.0f} minutes",
+        "left out": "; ".join(f"{name} ({why})" for name, why in suite.left_out.items()) or "none",
+    }
+
+
+def load() -> float:
+    """Over the last minute, where the system tells."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "?"
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers are ended too
+    sys.exit(main())

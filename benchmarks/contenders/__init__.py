@@ -1,0 +1,88 @@
+"""The contenders: which there are, what each needs, and what it can do. Importing this imports no framework."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+from ..problem import CELLS, Problem, Result
+
+
+class Runner(Protocol):
+    """A contender at work on one problem. Building it may be slow; `infer` and `train` are timed and must block."""
+
+    def __init__(self, problem: Problem, threads: int, **options: Any) -> None: ...
+
+    def infer(self) -> Any:
+        """The output and last states, without gradients."""
+
+    def train(self) -> Any:
+        """Forward, backward of output and last states under the problem's cotangents, every parameter's gradient."""
+
+    def result(self, training: bool) -> Result: ...
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    module: str
+    """Of this package; contenders of one module share a process."""
+    runner: str
+    """The class in that module."""
+    needs: tuple[str, ...]
+    """Packages, by the names they are imported by."""
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    trains: bool = True
+    takes_lengths: bool = True
+    """False: runs over padding, so it can only be right, and is only checked, where every length is T."""
+    has_hidden_bias: bool = True
+    """False: its GRU has no b_hn, so it is checked with that bias zero."""
+    cells: tuple[str, ...] = CELLS
+
+    def missing(self) -> list[str]:
+        return [package for package in self.needs if find_spec(package) is None]
+
+    def version(self) -> str:
+        return " ".join(f"{package} {version_of(package)}" for package in self.needs)
+
+    def label(self, cell: str) -> str:
+        layer = f"nn.{cell.upper()}"
+        labels = {
+            "recipe": f"sort, pack, {layer}, unpack, unsort",
+            "padded": f"{layer} on the padded batch" + (" (oneDNN)" if cell == "lstm" else ""),
+            "keras": "Keras 3 on TensorFlow",
+            "keras-xla": "Keras 3 on TensorFlow, XLA",
+            "flax": "Flax nnx.RNN",
+            "paddle": "Paddle",
+            "onnxruntime": "ONNX Runtime",
+        }
+        return labels.get(self.name, self.name)
+
+
+@cache
+def version_of(package: str) -> str:
+    try:
+        return version(packages_distributions().get(package, [package])[0])
+    except PackageNotFoundError:
+        return "?"
+
+
+OURS = Contender("masked_rnn", "torch_layers", "Masked", ("masked_rnn", "torch"))
+RECIPE = Contender("recipe", "torch_layers", "Recipe", ("torch",))
+PADDED = Contender("padded", "torch_layers", "Padded", ("torch",), takes_lengths=False)
+OTHERS = (
+    Contender("keras", "keras_layers", "Keras", ("keras", "tensorflow")),
+    Contender("keras-xla", "keras_layers", "Keras", ("keras", "tensorflow"), {"jit_compile": True}),
+    Contender("flax", "flax_layers", "Flax", ("flax", "jax"), has_hidden_bias=False),
+    Contender("paddle", "paddle_layers", "Paddle", ("paddle",)),
+    Contender("onnxruntime", "onnxruntime_layers", "OnnxRuntime", ("onnxruntime", "onnx"), trains=False),
+)
+BACKENDS = tuple(
+    Contender(f"masked_rnn-{backend}", "torch_layers", "Masked", ("masked_rnn", "torch"), {"backend": backend})
+    for backend in ("packed", "padded", "bptt", "scan")
+)
+CONTENDERS = (OURS, RECIPE, PADDED, *OTHERS)

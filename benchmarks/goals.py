@@ -1,0 +1,95 @@
+"""The figures to reach, worked out from the rows of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import geometric_mean
+from typing import NamedTuple
+
+from .rows import Row
+
+FRAMEWORKS = ("keras", "keras-xla", "flax", "paddle")
+
+
+class Figure(NamedTuple):
+    cell: str
+    what: str
+    goal: str
+    value: str
+    reached: bool
+
+
+def figures(rows: Sequence[Row]) -> list[Figure]:
+    cells = dict.fromkeys(row.cell for row in rows)
+    return [figure for cell in cells for figure in _of_cell(cell, [row for row in rows if row.cell == cell])]
+
+
+def _of_cell(cell: str, rows: Sequence[Row]) -> Iterable[Figure]:
+    gru = cell == "gru"
+    layer = f"nn.{cell.upper()}"
+
+    def compare(work: str, against: Sequence[str], mean: float | None, least: float | None) -> Iterable[Figure]:
+        found = speedups(rows, work, against)
+        if found:
+            yield _figure(cell, f"{work} against {name_of(against[0], work, layer)}", found, mean, least)
+
+    yield from compare("training", ["recipe"], 5 if gru else 4, 2 if gru else 1.5)
+    for row in rows:
+        if row.work == "growth" and row.contender == "recipe" and row.T == 2000:
+            yield _at_least(cell, "training at T=2000 against the recipe", row.ratio_to_masked_rnn, 60)
+    ours = {row.T: row.median_ms for row in rows if row.work == "growth" and row.contender == "masked_rnn"}
+    if ours.get(500) and ours.get(4000):
+        grows = (ours[4000] / 4000) / (ours[500] / 500)  # type: ignore[operator]
+        yield Figure(cell, "cost per step from T=500 to T=4000 grows", "≤ 1.15×", f"{grows:.2f}×", grows <= 1.15)
+    yield from compare("training without lengths", ["padded"], 1.5 if gru else None, 1 if gru else None)
+    yield from compare("inference", ["recipe"], 1.3 if gru else None, 1)
+    for row in rows:
+        if row.work == "memory" and row.contender == "padded" and row.ratio_to_masked_rnn:
+            share = 1 / row.ratio_to_masked_rnn
+            what = f"peak memory of a training step at T={row.T} against {layer} on the padded batch"
+            yield Figure(cell, what, "≤ 0.65×", f"{share:.2f}×", share <= 0.65)
+    best = max((row.gflops or 0 for row in rows if row.contender.startswith("sgemm")), default=0)
+    for row in rows:
+        if row.work == "peak" and row.contender == "masked_rnn" and row.gflops and best:
+            goal = 75 if row.H == 512 else 45
+            share = 100 * row.gflops / best
+            what = f"share of sgemm peak ({best:.0f} GFLOP/s) in training, N={row.N}, H={row.H}"
+            yield Figure(cell, what, f"≥ {goal} %" if gru else "", f"{share:.0f} %", share >= goal or not gru)
+    yield from compare("training", ["padded"], None, None)
+    for work, mean in (("training", 2.0), ("inference", 1.3)):
+        for against in (["keras", "keras-xla"], ["flax"], ["paddle"]):
+            yield from compare(work, against, mean if gru else None, 1 if gru else None)
+    for what, chosen, goal in (
+        ("at H ≥ 128", lambda row: row.H >= 128, 1),
+        ("below", lambda row: row.H < 128, 1 / 1.5),
+    ):
+        found = speedups([row for row in rows if row.H and chosen(row)], "inference", ["onnxruntime"])
+        if found:
+            yield _figure(cell, f"inference against ONNX Runtime {what}", found, None, goal if gru else None)
+
+
+def speedups(rows: Iterable[Row], work: str, against: Sequence[str]) -> dict[str, float]:
+    """By shape: how many times as fast as the fastest of those it is held against."""
+    found: dict[str, float] = {}
+    for row in rows:
+        if row.work == work and row.contender in against and row.ratio_to_masked_rnn:
+            found[row.shape] = min(found.get(row.shape, float("inf")), row.ratio_to_masked_rnn)
+    return found
+
+
+def name_of(contender: str, work: str, layer: str) -> str:
+    padded = f"{layer} itself" if "without" in work else f"{layer} on the padded batch"
+    names = {"recipe": "the recipe", "padded": padded, "keras": "Keras", "flax": "Flax", "paddle": "Paddle"}
+    return names[contender]
+
+
+def _figure(cell: str, what: str, found: dict[str, float], mean: float | None, least: float | None) -> Figure:
+    average, lowest = geometric_mean(found.values()), min(found, key=found.__getitem__)
+    goals = [f"mean ≥ {mean:g}×" if mean else "", f"least ≥ {least:.3g}×" if least else ""]
+    value = f"mean {average:.2f}×, least {found[lowest]:.2f}× ({lowest}), {len(found)} shapes"
+    reached = average >= (mean or 0) and found[lowest] >= (least or 0)
+    return Figure(cell, what, ", ".join(filter(None, goals)), value, reached)
+
+
+def _at_least(cell: str, what: str, value: float | None, goal: float) -> Figure:
+    return Figure(cell, what, f"≥ {goal:g}×", f"{value or 0:.1f}×", (value or 0) >= goal)

@@ -1,0 +1,122 @@
+"""What is run: a shape, and the arrays that belong to it, the same in every process.
+
+T time, N batch, I input, H hidden, D directions, L layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+CELLS = ("gru", "lstm", "rnn")
+GATES = {"gru": 3, "lstm": 4, "rnn": 1}
+PARTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+class Shape(NamedTuple):
+    N: int
+    T: int
+    I: int  # noqa: E741
+    H: int
+    L: int = 1
+    bidirectional: bool = False
+
+    @property
+    def D(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    def __str__(self) -> str:
+        return f"{self.N}×{self.T} {self.I}→{self.H}" + f" ×{self.L}" * (self.L > 1) + " bi" * self.bidirectional
+
+
+SHAPES = (
+    Shape(32, 100, 128, 128),
+    Shape(32, 100, 128, 128, 1, True),
+    Shape(32, 100, 256, 256, 2, True),
+    Shape(64, 50, 64, 64),
+    Shape(8, 200, 64, 64, 1, True),
+    Shape(128, 100, 512, 512),
+    Shape(1, 100, 128, 128),
+    Shape(32, 500, 128, 128),
+)
+
+
+class Data(NamedTuple):
+    input: Array
+    """(N, T, I), random at padding too: a contender that reads padding is found out."""
+    lengths: Array
+    weights: dict[str, Array]
+    """By nn.GRU's names."""
+    d_output: Array
+    """(N, T, D·H): the cotangent of the output, zero at padding."""
+    d_states: tuple[Array, ...]
+    """(L·D, N, H) each: the cotangents of the last states."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    cell: str
+    shape: Shape
+    full: bool = False
+    """Every length is T, and a layer that can do without lengths gets none."""
+    hidden_bias: bool = True
+    """False: b_hn is zero, for a GRU without that bias."""
+    seed: int = 0
+
+    def lengths(self) -> Array:
+        """Uniform on [1, T], one of them T. A seed gives every T the same fractions of it."""
+        N, T = self.shape.N, self.shape.T
+        if self.full:
+            return np.full(N, T)
+        random = np.random.default_rng(self.seed)
+        lengths = 1 + (random.random(N) * T).astype(int)
+        lengths[random.integers(N)] = T
+        return lengths
+
+    def data(self) -> Data:
+        N, T, I, H, L, _ = self.shape  # noqa: E741
+        D, G = self.shape.D, GATES[self.cell]
+        lengths = self.lengths()
+        random = np.random.default_rng(self.seed + 1)
+
+        def normal(*size: int) -> Array:
+            return random.standard_normal(size, dtype=np.float32)
+
+        weights = {}
+        for layer in range(L):
+            width = I if layer == 0 else D * H
+            for suffix in ("", "_reverse")[:D]:
+                sizes = {"weight_ih": (G * H, width), "weight_hh": (G * H, H), "bias_ih": (G * H,), "bias_hh": (G * H,)}
+                for name, size in sizes.items():
+                    uniform = (2 * random.random(size, dtype=np.float32) - 1) / np.sqrt(np.float32(H))
+                    if name == "bias_hh" and self.cell == "gru" and not self.hidden_bias:
+                        uniform[2 * H :] = 0
+                    weights[f"{name}_l{layer}{suffix}"] = uniform
+        real = np.arange(T) < lengths[:, None]
+        d_output = normal(N, T, D * H) * real[:, :, None]
+        d_states = tuple(normal(L * D, N, H) for _ in range(2 if self.cell == "lstm" else 1))
+        return Data(normal(N, T, I), lengths, weights, d_output, d_states)
+
+    def training_flops(self) -> int:
+        """Of the products that one training step can't do without, at real steps only.
+
+        Forward: W_ih x and W_hh h. Backward: dh, dW_hh, dW_ih; dx between layers, not of the input.
+        """
+        _, _, I, H, L, _ = self.shape  # noqa: E741
+        D, rows = self.shape.D, int(self.lengths().sum())
+        widths = [I] + [D * H] * (L - 1)
+        columns = sum(3 * H + 2 * width + (width if layer else 0) for layer, width in enumerate(widths))
+        return 2 * rows * D * GATES[self.cell] * H * columns
+
+
+class Result(NamedTuple):
+    """What a contender gives back for checking, laid out as torch lays it out."""
+
+    output: Array
+    states: tuple[Array, ...]
+    grads: dict[str, Array] | None
+    """By nn.GRU's names; those the contender has. None: it doesn't train."""

@@ -1,0 +1,56 @@
+"""One row of the CSV, and the file."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Row:
+    cell: str
+    work: str
+    """training, training without lengths, inference, growth (of training), memory (of training), peak (of training)"""
+    shape: str
+    N: int | None
+    T: int | None
+    I: int | None  # noqa: E741
+    H: int | None
+    L: int | None
+    bidirectional: bool | None
+    contender: str
+    median_ms: float | None = None
+    quartile_range_ms: float | None = None
+    ratio_to_masked_rnn: float | None = None
+    """Median over the rounds of its time through masked_rnn's: above one, masked_rnn is faster (or smaller)."""
+    rounds: int | None = None
+    peak_mib: float | None = None
+    gflops: float | None = None
+    threads: int | None = None
+    version: str = ""
+
+
+def write(path: Path, rows: Iterable[Row], facts: Mapping[str, str]) -> None:
+    """Facts about the run go first, as comments."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        for name, fact in facts.items():
+            file.write(f"# {name}: {' '.join(fact.split())}\n")
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in asdict(row).items()})
+
+
+def read(path: Path) -> list[Row]:
+    types = {f.name: str(f.type).split(" |")[0] for f in fields(Row)}
+    parse = {"int": int, "float": float, "bool": "True".__eq__, "str": str}
+
+    def value(name: str, text: str) -> object:
+        return None if text == "" and types[name] != "str" else parse[types[name]](text)
+
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = (line for line in file if not line.startswith("#"))
+        return [Row(**{k: value(k, v) for k, v in raw.items()}) for raw in csv.DictReader(lines)]  # type: ignore[arg-type]
