@@ -254,7 +254,10 @@ def _set_lengths(call: Call, lengths: Any, mask: Any) -> None:
     if lengths is not None:
         if call.form == "unbatched" and isinstance(lengths, int) and not isinstance(lengths, bool):
             lengths = [lengths]
-        call.lengths = check_lengths(lengths, call.batch, call.steps, device, layout)
+        lengths = check_lengths(lengths, call.batch, call.steps, device, layout)
+        # Where no row is padded, as far as can be seen, the call is one without lengths.
+        whole = is_on_host(lengths) and values_can_be_read(lengths) and bool((lengths == call.steps).all())
+        call.lengths = None if whole else lengths
     elif mask is not None:
         unbatched = call.form == "unbatched"
         mask = check_mask(mask, (call.steps,) if unbatched else tuple(call.data.shape[:2]), device, layout)
