@@ -57,7 +57,7 @@ def test_where_torchs_kernel_is_faster(
     name: str, batch: int, hidden: int, given: str, learns: bool, expected: str, ran: list[str]
 ) -> None:
     layer = masked(name, INPUT, hidden)
-    values = {"lengths": [2] * batch, "mask": torch.ones(2, batch, dtype=torch.bool), "neither": None}
+    values = {"lengths": [1] * batch, "mask": torch.ones(2, batch, dtype=torch.bool), "neither": None}
     with torch.set_grad_enabled(learns):
         layer(torch.randn(2, batch, INPUT), **({} if given == "neither" else {given: values[given]}))
     assert ran == [expected]
@@ -120,3 +120,11 @@ def test_a_reason_moves_auto_on(ran: list[str], monkeypatch: pytest.MonkeyPatch)
     assert ran == ["packed"]
     with pytest.raises(ValueError, match=r"backend='bptt' can't run this call: it is a test\. Use backend='auto'"):
         masked("gru", batch_first=True, backend="bptt")(X)
+
+
+def test_full_lengths_are_no_lengths(cell: str) -> None:
+    from masked_rnn._call import open_call
+
+    layer = masked(cell, batch_first=True)
+    assert open_call(layer, X, None, [6, 6, 6], None).lengths is None
+    assert open_call(layer, X, None, [6, 6, 5], None).lengths is not None
