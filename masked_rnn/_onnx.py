@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ._call import Call, each_layer
 from ._cells import States, Weights
-from ._lengths import live_steps
 
 GATE_ORDER = {"GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2), "RNN_TANH": (0,), "RNN_RELU": (0,)}
 """ONNX's gates (zrh; iofc) by their places in PyTorch's order (r, z, n; i, f, g, o)."""
@@ -32,8 +31,6 @@ def why_not(call: Call) -> list[str]:
 
 def run(call: Call) -> tuple[Tensor, States]:
     x, lengths, back = call.padded()
-    if lengths is not None:
-        x = torch.where(live_steps(lengths, x.size(0)), x, torch.zeros((), dtype=x.dtype, device=x.device))
     mode = call.layer.mode
     output, last = each_layer(call, x, lambda x, initial, w: _node(mode, x, lengths, initial, w))
     return back(output), last
