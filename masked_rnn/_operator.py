@@ -1,7 +1,7 @@
 """A layer as one operator, opaque to torch.compile and torch.export: the loop over time stays out of the graph.
 
-Padded in, padded out, with a fake kernel and a registered gradient. Where its kernel runs, the lengths can be read, and
-are checked. T time, N batch, I input, P the state that is fed back, D directions.
+Padded in, padded out, in the layer's own layout, with a fake kernel and a registered gradient. Where its kernel runs,
+the lengths can be read, and are checked. T time, N batch, I input, P the state that is fed back, D directions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def why_not(call: Call) -> list[str]:
 
 
 def run(call: Call) -> tuple[Tensor, States]:
-    x, lengths, back = call.padded()
+    whole = call.data.dim() == 3 and call.mask is None
+    batch_first = whole and call.batch_first
+    x, lengths, back = (call.data, call.lengths, _same) if whole else call.padded()
     mode = call.layer.mode
     D = call.directions
     S = len(call.states)
@@ -33,11 +35,15 @@ def run(call: Call) -> tuple[Tensor, States]:
     def run_one(x: Tensor, initial: States, weights: tuple[Weights, ...]) -> tuple[Tensor, States]:
         tensors = [t for w in weights for t in w if t is not None]
         keep = torch.is_grad_enabled()
-        results = torch.ops.masked_rnn.layer(x, lengths, list(initial), tensors, mode, D, keep)
+        results = torch.ops.masked_rnn.layer(x, lengths, list(initial), tensors, mode, D, batch_first, keep)
         return results[0], tuple(results[1 : 1 + S])
 
     output, last = each_layer(call, x, run_one)
     return back(output), last
+
+
+def _same(output: Tensor) -> Tensor:
+    return output
 
 
 def _weights(tensors: Sequence[Tensor], directions: int) -> tuple[Weights, ...]:
@@ -59,6 +65,7 @@ def _layer(
     weights: Sequence[Tensor],
     mode: str,
     directions: int,
+    batch_first: bool,
     keep: bool,
 ) -> list[Tensor]:
     """The output, the last states, and what the gradient needs, as bytes."""
@@ -66,9 +73,9 @@ def _layer(
     reserve = x.new_empty(_reserve_size(x, initial, weights, mode, directions, keep), dtype=torch.uint8)
     if x.device.type != "cpu":
         with torch.no_grad():
-            output, last = run_layer(mode, x, lengths, states, grouped)
+            output, last = _kernel(mode, x, lengths, states, grouped, batch_first)
         return [output.contiguous(), *(h.clone() for h in last), reserve]
-    plan = _plan(x, lengths)
+    plan = _plan(x, lengths, batch_first)
     layer = Layer(mode, directions, plan, gather=True, scatter=True)
     kept = _kept(layer, x, initial, grouped, reserve) if keep else None
     output, last, _ = forward(layer, x.reshape(-1, x.size(-1)), states, grouped, keep, kept)
@@ -86,14 +93,15 @@ def _layer_gradient(
     grads: Sequence[Tensor],
     mode: str,
     directions: int,
+    batch_first: bool,
     want_x: bool,
     want_weights: bool,
 ) -> list[Tensor]:
     """The gradients of the initial states, then of x and of the weights where they are wanted."""
     grouped, states = _weights(weights, directions), tuple(initial)
     if x.device.type != "cpu":
-        return _recomputed(x, lengths, initial, weights, grads, mode, directions, want_x, want_weights)
-    layer = Layer(mode, directions, _plan(x, lengths), gather=True, scatter=True)
+        return _recomputed(x, lengths, initial, weights, grads, mode, directions, batch_first, want_x, want_weights)
+    layer = Layer(mode, directions, _plan(x, lengths, batch_first), gather=True, scatter=True)
     flat = x.reshape(-1, x.size(-1))
     kept = _kept(layer, x, initial, grouped, reserve)
     d_output = grads[0].reshape(flat.size(0), -1)
@@ -109,12 +117,21 @@ def _layer_gradient(
     return result
 
 
-def _plan(x: Tensor, lengths: Tensor | None) -> Plan:
-    steps, batch = x.shape[:2]
+def _kernel(
+    mode: str, x: Tensor, lengths: Tensor | None, initial: States, weights: tuple[Weights, ...], batch_first: bool
+) -> tuple[Tensor, States]:
+    output, last = run_layer(mode, x.transpose(0, 1) if batch_first else x, lengths, initial, weights)
+    return output.transpose(0, 1) if batch_first else output, last
+
+
+def _plan(x: Tensor, lengths: Tensor | None, batch_first: bool) -> Plan:
+    batch, steps = x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
     if lengths is None:
-        return plan_full(batch, steps, False, x.device)
-    check_range(lengths, steps, "as compiled or exported")
-    return plan_rows(lengths, torch.arange(batch), batch, steps * batch, x.device)
+        return plan_full(batch, steps, batch_first, x.device)
+    check_range(lengths, steps, f"batch_first={batch_first}")
+    starts = torch.arange(batch)
+    starts, stride = (starts * steps, 1) if batch_first else (starts, batch)
+    return plan_rows(lengths, starts, stride, steps * batch, x.device)
 
 
 def _reserve_size(
@@ -124,10 +141,10 @@ def _reserve_size(
     if not keep or x.device.type != "cpu":
         return 0
     cell = CELLS[mode]
-    steps, batch = x.shape[0], x.shape[1]
+    batch = initial[0].shape[1]
     states = sum(h.size(-1) for h in initial)
     blocks = weights[1].size(0) // cell.gates * cell.width if cell.keeps_buffer else 0
-    return directions * batch * ((steps + 1) * states + steps * blocks) * x.element_size()
+    return directions * (x.shape[0] * x.shape[1] * (states + blocks) + batch * states) * x.element_size()
 
 
 def _kept(layer: Layer, x: Tensor, initial: Sequence[Tensor], weights: tuple[Weights, ...], reserve: Tensor) -> Kept:
@@ -149,13 +166,15 @@ def _recomputed(
     grads: Sequence[Tensor],
     mode: str,
     directions: int,
+    batch_first: bool,
     want_x: bool,
     want_weights: bool,
 ) -> list[Tensor]:
     inputs = [t.detach().requires_grad_() for t in (*initial, x, *weights)]
     S = len(initial)
     with torch.enable_grad():
-        output, last = run_layer(mode, inputs[S], lengths, tuple(inputs[:S]), _weights(inputs[S + 1 :], directions))
+        grouped = _weights(inputs[S + 1 :], directions)
+        output, last = _kernel(mode, inputs[S], lengths, tuple(inputs[:S]), grouped, batch_first)
     wanted = inputs[:S] + (inputs[S : S + 1] if want_x else []) + (inputs[S + 1 :] if want_weights else [])
     found = torch.autograd.grad((output, *last), wanted, list(grads), allow_unused=True, materialize_grads=True)
     return [g.clone() for g in found]
@@ -168,6 +187,7 @@ def _fake_layer(
     weights: Sequence[Tensor],
     mode: str,
     directions: int,
+    batch_first: bool,
     keep: bool,
 ) -> list[Tensor]:
     output = x.new_empty(x.shape[0], x.shape[1], directions * initial[0].shape[-1])
@@ -184,6 +204,7 @@ def _fake_gradient(
     grads: Sequence[Tensor],
     mode: str,
     directions: int,
+    batch_first: bool,
     want_x: bool,
     want_weights: bool,
 ) -> list[Tensor]:
@@ -192,7 +213,7 @@ def _fake_gradient(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, lengths, initial, weights, ctx.mode, ctx.directions, _ = inputs
+    x, lengths, initial, weights, ctx.mode, ctx.directions, ctx.batch_first, _ = inputs
     ctx.n_states, ctx.n_weights = len(initial), len(weights)
     ctx.save_for_backward(x, lengths, output[-1], *initial, *weights)
 
@@ -203,20 +224,30 @@ def _gradient(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     want_x, want_weights = ctx.needs_input_grad[0], any(t.requires_grad for t in rest[S:])
     results = list(
         torch.ops.masked_rnn.layer_gradient(
-            x, lengths, rest[:S], rest[S:], reserve, grads[: 1 + S], ctx.mode, ctx.directions, want_x, want_weights
+            x,
+            lengths,
+            rest[:S],
+            rest[S:],
+            reserve,
+            grads[: 1 + S],
+            ctx.mode,
+            ctx.directions,
+            ctx.batch_first,
+            want_x,
+            want_weights,
         )
     )
     d_initial, results = results[:S], results[S:]
     dx = results.pop(0) if want_x else None
-    return dx, None, d_initial, results if want_weights else [None] * ctx.n_weights, None, None, None
+    return dx, None, d_initial, results if want_weights else [None] * ctx.n_weights, None, None, None, None
 
 
 layer = torch.library.custom_op(
     "masked_rnn::layer",
     _layer,
     mutates_args=(),
-    schema="(Tensor x, Tensor? lengths, Tensor[] initial, Tensor[] weights, str mode, int directions, bool keep) "
-    "-> Tensor[]",
+    schema="(Tensor x, Tensor? lengths, Tensor[] initial, Tensor[] weights, str mode, int directions, "
+    "bool batch_first, bool keep) -> Tensor[]",
 )
 layer.register_fake(_fake_layer)
 layer.register_autograd(_gradient, setup_context=_setup_context)
@@ -225,6 +256,6 @@ layer_gradient = torch.library.custom_op(
     _layer_gradient,
     mutates_args=(),
     schema="(Tensor x, Tensor? lengths, Tensor[] initial, Tensor[] weights, Tensor reserve, Tensor[] grads, "
-    "str mode, int directions, bool want_x, bool want_weights) -> Tensor[]",
+    "str mode, int directions, bool batch_first, bool want_x, bool want_weights) -> Tensor[]",
 )
 layer_gradient.register_fake(_fake_gradient)

@@ -172,11 +172,13 @@ def test_the_operator_keeps_torchs_rules(cell: str) -> None:
     layer = masked(cell, bidirectional=True)
     x = torch.randn(5, 3, INPUT, requires_grad=True)
     weights = list(layer.parameters())
-    initial = [torch.zeros(s) for s in [(2, 3, layer.proj_size or 3), (2, 3, 3)][: 2 if layer.mode == "LSTM" else 1]]
     # Full lengths: else part of the reserve is never written, and the checker compares all of it.
-    for lengths in (None, torch.tensor([5, 5, 5])):
+    for lengths, batch_first in ((None, False), (torch.tensor([5, 5, 5]), False), (torch.tensor([3] * 5), True)):
+        batch = 5 if batch_first else 3
+        shapes = [(2, batch, layer.proj_size or 3), (2, batch, 3)][: 2 if layer.mode == "LSTM" else 1]
+        initial = [torch.zeros(shape) for shape in shapes]
         torch.library.opcheck(
             torch.ops.masked_rnn.layer,
-            (x, lengths, initial, weights, layer.mode, 2, True),
+            (x, lengths, initial, weights, layer.mode, 2, batch_first, True),
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"),
         )
