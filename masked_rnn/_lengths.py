@@ -127,7 +127,7 @@ def _int64(lengths: Any) -> Tensor:
 
 
 def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")
+    return type(value).__name__ in ("bool", "bool_")  # Python's, and NumPy's without importing it
 
 
 def _integral(dtype: torch.dtype) -> bool:
