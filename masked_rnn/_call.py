@@ -156,7 +156,7 @@ class Call:
             lengths = torch.zeros(plan.batch, dtype=torch.int64, device=plan.device)
             return x.view(steps, plan.batch, -1), lengths.index_copy(0, order, plan.sorted_lengths), back
         x = self.data.transpose(0, 1) if self.batch_first else self.data
-        restore = _transposed if self.batch_first else _same
+        restore = _transposed if self.batch_first else same
         if self.mask is None:
             return x, None if self.lengths is None else self.lengths.to(x.device), restore
         x, place = compact(x, self.mask)
@@ -168,10 +168,10 @@ class Call:
             x, lengths, back = self.padded()
             return x, None if lengths is None else live_steps(lengths, x.size(0)), back
         x = self.data.transpose(0, 1) if self.batch_first else self.data
-        return x, self.mask.unsqueeze(-1), _transposed if self.batch_first else _same
+        return x, self.mask.unsqueeze(-1), _transposed if self.batch_first else same
 
 
-def _same(output: Tensor) -> Tensor:
+def same(output: Tensor) -> Tensor:
     return output
 
 

@@ -122,7 +122,8 @@ def _int64(lengths: Any) -> Tensor:
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"lengths can't be read as integers, got {type(lengths).__name__}. {cure}") from error
     if not _integral(lengths.dtype):
-        raise TypeError(f"lengths must be integers, but its dtype is {lengths.dtype}. {cure} Use lengths.long().")
+        use = "If it marks real steps, give it as mask." if lengths.dtype == torch.bool else "Use lengths.long()."
+        raise TypeError(f"lengths must be integers, but its dtype is {lengths.dtype}. {cure} {use}")
     return torch.as_tensor(lengths).to(torch.int64)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._call import Call, each_layer
+from ._call import Call, each_layer, same
 from ._cells import CELLS, States, Weights
 from ._lengths import Plan, check_range, plan_full, plan_rows
 from ._loops import Kept, Layer, backward, forward, kept_shapes
@@ -27,7 +27,7 @@ def why_not(call: Call) -> list[str]:
 def run(call: Call) -> tuple[Tensor, States]:
     whole = call.data.dim() == 3 and call.mask is None
     batch_first = whole and call.batch_first
-    x, lengths, back = (call.data, call.lengths, _same) if whole else call.padded()
+    x, lengths, back = (call.data, call.lengths, same) if whole else call.padded()
     mode = call.layer.mode
     D = call.directions
     S = len(call.states)
@@ -40,10 +40,6 @@ def run(call: Call) -> tuple[Tensor, States]:
 
     output, last = each_layer(call, x, run_one)
     return back(output), last
-
-
-def _same(output: Tensor) -> Tensor:
-    return output
 
 
 def _weights(tensors: Sequence[Tensor], directions: int) -> tuple[Weights, ...]:

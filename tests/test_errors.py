@@ -32,7 +32,7 @@ LENGTHS: list[tuple[Any, type[Exception], str]] = [
     (torch.tensor(3), ValueError, r"lengths must have one dimension.*Expected shape \(3,\)"),
     ([[1], [2], [3]], ValueError, r"lengths must have one dimension, but lengths\[0\] is \[1\]"),
     (torch.tensor([1.0, 2.0, 3.0]), TypeError, r"dtype is torch\.float32.*lengths\.long\(\)"),
-    (torch.tensor([True, False, True]), TypeError, r"dtype is torch\.bool"),
+    (torch.tensor([True, False, True]), TypeError, r"dtype is torch\.bool.*If it marks real steps, give it as mask"),
     (np.array([1.5, 2, 3]), TypeError, r"dtype is torch\.float64"),
     ([1, 2.0, 3], TypeError, r"lengths\[1\] = 2\.0 is of type float"),
     ([1, True, 3], TypeError, r"lengths\[1\] = True is of type bool"),
