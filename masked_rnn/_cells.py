@@ -1,7 +1,7 @@
 """One step of each cell and its local derivative, in the equations' letters.
 
-Every cell is written twice: `step` in plain ops, which autograd can follow any number of times, and `step_`, `local`
-and `back_`, the same step and its derivative in place, on rows of a buffer. A buffer's row has `width` blocks of H
+Every cell is written twice: `step` in plain ops, which autograd can follow any number of times, and `run_`, `local`
+and `run_back_`, the same step and its derivative in place, on rows of a buffer. A buffer's row has `width` blocks of H
 columns: the input product fills the last `gates` of them, the recurrent product adds to the first `gates`. `local`
 turns a buffer of activations into the derivatives of the gates by the state, so that a step back starts with one
 product of the two.
@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 States = tuple[Tensor, ...]
+Steps = Sequence[Sequence[Tensor]]
+"""Of several tensors, the rows of each step, in the order in which the steps run."""
 Add = Callable[[Tensor, Tensor], Any]
 tanh_backward = torch.ops.aten.tanh_backward
 sigmoid_backward = torch.ops.aten.sigmoid_backward
@@ -61,7 +63,6 @@ class Cell:
         many = rows * len(weights) * self.hidden >= 1024
         self.fast_tanh = many and w_hh.dtype in (torch.float32, torch.float64)
         self.one, self.minus_one = w_hh.new_ones(()), w_hh.new_full((), -1)
-        self.mm_: Callable[..., Any] = Tensor.baddbmm_ if self.paired else Tensor.addmm_
         self.mm: Callable[..., Any] = torch.bmm if self.paired else torch.mm
         self.w_hr = None if weights[0].w_hr is None else self.joined(*(w.w_hr for w in weights if w.w_hr is not None))
 
@@ -80,10 +81,6 @@ class Cell:
         """A recurrent weight or bias with its gates in the buffer's order."""
         return weight
 
-    def restored(self, grad: Tensor) -> Tensor:
-        """The inverse of `ordered`."""
-        return grad
-
     def tanh_(self, a: Tensor) -> None:
         """tanh in place, of what `scaled` weights gave."""
         if self.fast_tanh:
@@ -97,11 +94,11 @@ class Cell:
         raise NotImplementedError
 
     def parts(self, buffer: Tensor) -> States:
-        """What `step_` works on."""
+        """What `run_` works on."""
         raise NotImplementedError
 
-    def step_(self, parts: States, before: States, after: States, add_: Add) -> None:
-        """From the input product in the buffer and the state before: the activations, and the state after.
+    def run_(self, parts: Steps, before: Steps, after: Steps, add_: Add) -> None:
+        """From the input products in the buffer and the states before: the activations, and the states after.
 
         `add_` adds the recurrent product of its second argument to its first.
         """
@@ -112,11 +109,11 @@ class Cell:
         raise NotImplementedError
 
     def back_parts(self, local: States, buffer: Tensor, grads: Sequence[Tensor]) -> States:
-        """What `back_` works on, besides the states' gradients."""
+        """What `run_back_` works on, besides the states' gradients."""
         raise NotImplementedError
 
-    def back_(self, parts: States, grad: States, before: States, add_: Add) -> None:
-        """From the state's gradient: the gates', in place, and the earlier state's, added to `before`.
+    def run_back_(self, parts: Steps, grads: Steps, before: Steps, add_: Add) -> None:
+        """From the states' gradients: the gates', in place, and the earlier states', added to `before`.
 
         `add_` adds what comes back through the recurrent product to its first argument.
         """
@@ -137,9 +134,6 @@ class GRU(Cell):
     def ordered(self, weight: Tensor) -> Tensor:
         return weight.roll(self.hidden, 0)
 
-    def restored(self, grad: Tensor) -> Tensor:
-        return grad.roll(-self.hidden, 0)
-
     @staticmethod
     def step(x: Tensor, state: States, w: Weights) -> States:
         (h,) = state
@@ -154,17 +148,16 @@ class GRU(Cell):
         H = self.hidden
         return buffer[..., : 3 * H], buffer[..., H : 3 * H], *buffer.split(H, -1)
 
-    def step_(self, parts: States, before: States, after: States, add_: Add) -> None:
-        grz, rz, g, r, z, n = parts
-        (h,), (out,) = before, after
-        add_(grz, h)
-        rz.sigmoid_()
-        self.tanh_(n.addcmul_(r, g))
-        torch.lerp(n, h, z, out=out)
+    def run_(self, parts: Steps, before: Steps, after: Steps, add_: Add) -> None:
+        for grz, rz, g, r, z, n, h, h_out in zip(*parts, *before, *after, strict=True):
+            add_(grz, h)
+            rz.sigmoid_()
+            self.tanh_(n.addcmul_(r, g))
+            torch.lerp(n, h, z, out=h_out)
 
     def local(self, buffer: Tensor, before: States, after: States, out: Tensor) -> States:
         g, r, z, n = buffer.split(self.hidden, -1)
-        dg, dr, dz = out.split(self.hidden, -1)
+        dr, dz, dg = out.split(self.hidden, -1)
         dn = tanh_backward(1 - z, n)
         torch.mul(dn, r, out=dg)
         gain = 0.5 if self.fast_tanh else 1.0  # g came from doubled weights
@@ -176,16 +169,15 @@ class GRU(Cell):
         H = self.hidden
         return local[0], local[0].unflatten(-1, (3, H)), grads[0].unsqueeze(-2), buffer[..., 2 * H : 3 * H]
 
-    def back_(self, parts: States, grad: States, before: States, add_: Add) -> None:
-        grz, each, dh_for_each, z = parts
-        (dh,), (dh_before,) = grad, before
-        each.mul_(dh_for_each)
-        add_(dh_before, grz)
-        dh_before.addcmul_(dh, z)
+    def run_back_(self, parts: Steps, grads: Steps, before: Steps, add_: Add) -> None:
+        for rzg, each, dh_for_each, z, dh, dh_before in zip(*parts, *grads, *before, strict=True):
+            each.mul_(dh_for_each)
+            add_(dh_before, rzg)
+            dh_before.addcmul_(dh, z)
 
     def input_gradient_(self, local: States, grads: Sequence[Tensor]) -> None:
-        nrz, dn = local
-        torch.mul(dn, grads[0], out=nrz[..., : self.hidden])
+        rzg, dn = local
+        torch.mul(dn, grads[0], out=rzg[..., 2 * self.hidden :])
 
 
 class LSTM(Cell):
@@ -207,21 +199,20 @@ class LSTM(Cell):
     def parts(self, buffer: Tensor) -> States:
         return buffer, *buffer.split(self.hidden, -1)
 
-    def step_(self, parts: States, before: States, after: States, add_: Add) -> None:
-        ifgo, i, f, g, o = parts
-        (h, c), (h_out, c_out) = before, after
-        add_(ifgo, h)
-        if self.fast_tanh:
-            ifgo.sigmoid_()
-            torch.add(self.minus_one, g, alpha=2, out=g)
-        else:
-            i.sigmoid_(), f.sigmoid_(), g.tanh_(), o.sigmoid_()
-        torch.mul(f, c, out=c_out).addcmul_(i, g)
-        m = h_out if self.w_hr is None else torch.empty_like(c_out)
-        self.tanh_of(c_out, m)
-        m.mul_(o)
-        if self.w_hr is not None:
-            self.mm(m, self.w_hr.mT, out=h_out)
+    def run_(self, parts: Steps, before: Steps, after: Steps, add_: Add) -> None:
+        for ifgo, i, f, g, o, h, c, h_out, c_out in zip(*parts, *before, *after, strict=True):
+            add_(ifgo, h)
+            if self.fast_tanh:
+                ifgo.sigmoid_()
+                torch.add(self.minus_one, g, alpha=2, out=g)
+            else:
+                i.sigmoid_(), f.sigmoid_(), g.tanh_(), o.sigmoid_()
+            torch.mul(f, c, out=c_out).addcmul_(i, g)
+            m = h_out if self.w_hr is None else torch.empty_like(c_out)
+            self.tanh_of(c_out, m)
+            m.mul_(o)
+            if self.w_hr is not None:
+                self.mm(m, self.w_hr.mT, out=h_out)
 
     def tanh_of(self, c: Tensor, out: Tensor) -> None:
         if self.fast_tanh:
@@ -247,15 +238,14 @@ class LSTM(Cell):
         ifg, o = d[..., : 3 * H].unflatten(-1, (3, H)), d[..., 3 * H :]
         return d, ifg, grads[1].unsqueeze(-2), o, k, buffer[..., H : 2 * H]
 
-    def back_(self, parts: States, grad: States, before: States, add_: Add) -> None:
-        ifgo, ifg, dc_for_each, o, k, f = parts
-        (dh, dc), (dh_before, dc_before) = grad, before
-        dm = dh if self.w_hr is None else self.mm(dh, self.w_hr)
-        dc.addcmul_(dm, k)
-        ifg.mul_(dc_for_each)
-        o.mul_(dm)
-        add_(dh_before, ifgo)
-        dc_before.addcmul_(dc, f)
+    def run_back_(self, parts: Steps, grads: Steps, before: Steps, add_: Add) -> None:
+        for ifgo, ifg, dc_for_each, o, k, f, dh, dc, dh_before, dc_before in zip(*parts, *grads, *before, strict=True):
+            dm = dh if self.w_hr is None else self.mm(dh, self.w_hr)
+            dc.addcmul_(dm, k)
+            ifg.mul_(dc_for_each)
+            o.mul_(dm)
+            add_(dh_before, ifgo)
+            dc_before.addcmul_(dc, f)
 
 
 class RNNTanh(Cell):
@@ -271,9 +261,12 @@ class RNNTanh(Cell):
     def parts(self, buffer: Tensor) -> States:
         return (buffer,)
 
-    def step_(self, parts: States, before: States, after: States, add_: Add) -> None:
-        (a,), (h,), (out,) = parts, before, after
-        add_(a, h)
+    def run_(self, parts: Steps, before: Steps, after: Steps, add_: Add) -> None:
+        for a, h, h_out in zip(*parts, *before, *after, strict=True):
+            add_(a, h)
+            self.activate(a, h_out)
+
+    def activate(self, a: Tensor, out: Tensor) -> None:
         if self.fast_tanh:
             torch.add(self.minus_one, a.sigmoid_(), alpha=2, out=out)
         else:
@@ -285,10 +278,10 @@ class RNNTanh(Cell):
     def back_parts(self, local: States, buffer: Tensor, grads: Sequence[Tensor]) -> States:
         return local
 
-    def back_(self, parts: States, grad: States, before: States, add_: Add) -> None:
-        (d,), (dh,), (dh_before,) = parts, grad, before
-        d.mul_(dh)
-        add_(dh_before, d)
+    def run_back_(self, parts: Steps, grads: Steps, before: Steps, add_: Add) -> None:
+        for d, dh, dh_before in zip(*parts, *grads, *before, strict=True):
+            d.mul_(dh)
+            add_(dh_before, d)
 
 
 class RNNReLU(RNNTanh):
@@ -300,9 +293,7 @@ class RNNReLU(RNNTanh):
     def step(x: Tensor, state: States, w: Weights) -> States:
         return (torch.relu(x + F.linear(state[0], w.w_hh, w.b_hh)),)
 
-    def step_(self, parts: States, before: States, after: States, add_: Add) -> None:
-        (a,), (h,), (out,) = parts, before, after
-        add_(a, h)
+    def activate(self, a: Tensor, out: Tensor) -> None:
         torch.clamp(a, min=0, out=out)
 
     def local(self, buffer: Tensor, before: States, after: States, out: Tensor) -> States:

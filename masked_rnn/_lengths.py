@@ -177,15 +177,20 @@ class Plan:
         return starts[self._last_step[place] - step] + place
 
     @cached_property
-    def _last_step(self) -> Tensor:
+    def _ends(self) -> list[int]:
+        """The last step of each sequence, in sorted order."""
         ends = [t for t, (now, then) in enumerate(pairwise([*self.batch_sizes, 0])) for _ in range(now - then)]
-        return torch.tensor(ends[::-1], dtype=torch.int64, device=self.device)
+        return ends[::-1]
+
+    @cached_property
+    def _last_step(self) -> Tensor:
+        return torch.tensor(self._ends, dtype=torch.int64, device=self.device)
 
     @cached_property
     def last(self) -> Tensor:
         """The row of each sequence's last step, in sorted order."""
-        *_, starts = self._step_and_place
-        return starts[self._last_step] + torch.arange(self.live, device=self.device)
+        rows = [self.starts[t] + place for place, t in enumerate(self._ends)]
+        return torch.tensor(rows, dtype=torch.int64, device=self.device)
 
     @cached_property
     def previous(self) -> Tensor:

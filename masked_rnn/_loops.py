@@ -93,9 +93,9 @@ def forward(
 ) -> tuple[Tensor, States, Kept]:
     """x (P, I) or (R, I), initial states (D, N, H) -> output (P, D·H) or (R, D·H), last states (D, N, H).
 
-    What is kept for backward goes into `room`, or into new memory.
+    What is kept for backward goes into `room`, or into new memory; the output may lie in it.
     """
-    plan, cell = layer.plan, layer.cell(weights)
+    plan, cell, axis = layer.plan, layer.cell(weights), len(layer.lead)
     chunks = layer.chunks(cell, x.element_size())
     if room is None:
         history_shapes, buffer_shapes = kept_shapes(layer, cell, initial, chunks)
@@ -113,18 +113,15 @@ def forward(
     add_ = adder(cell.joined(*(cell.ordered(cell.scaled(d.w_hh)) for d in weights)).mT)
     products = [_InputProduct(cell, d) for d in weights]
     rows_in = layer.rows_at(layer.gather)
-    steps = list(zip(*(h.split([plan.live, *plan.batch_sizes], -2) for h in history), strict=True))
+    states_at = [torch.split_with_sizes(h, [plan.live, *plan.batch_sizes], axis) for h in history]
     for k, chunk in enumerate(chunks):
         buffer = buffers[k] if buffers else shared.narrow(-2, 0, chunk.rows)
         for d, product in enumerate(products):
             product(_rows(x, rows_in[d], chunk), buffer[d] if layer.lead else buffer)
-        parts = zip(*(part.split(chunk.sizes, len(layer.lead)) for part in cell.parts(buffer)), strict=True)
-        before, b_before = steps[chunk.first], chunk.before
-        for part, b, after in zip(parts, chunk.sizes, steps[chunk.first + 1 :], strict=False):
-            if b != b_before:
-                before = tuple(h.narrow(-2, 0, b) for h in before)
-            cell.step_(part, before, after, add_)
-            before, b_before = after, b
+        parts = [torch.split_with_sizes(part, chunk.sizes, axis) for part in cell.parts(buffer)]
+        stop = chunk.first + len(chunk.sizes)
+        before = [_first_rows(views[chunk.first : stop], chunk) for views in states_at]
+        cell.run_(parts, before, [views[chunk.first + 1 : stop + 1] for views in states_at], add_)
 
     output = _place_output(layer, history[0].narrow(-2, plan.live, plan.rows))
     return output, tuple(_place_last(layer, h, first) for h, first in zip(history, initial, strict=True)), room
@@ -143,15 +140,17 @@ def backward(
     want_weights: bool,
 ) -> tuple[Tensor | None, States, list[Weights] | None]:
     """The gradients of x, of the initial states and of the weights."""
-    plan, cell, (history, buffers) = layer.plan, layer.cell(weights), kept
-    add_ = adder(cell.joined(*(cell.ordered(d.w_hh) for d in weights)))
+    plan, cell, axis, (history, buffers) = layer.plan, layer.cell(weights), len(layer.lead), kept
+    chunks = layer.chunks(cell, x.element_size())
+    add_ = adder(cell.joined(*(d.w_hh for d in weights)))
     rows_in, rows_out = layer.rows_at(layer.gather), layer.rows_at(layer.scatter)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if want_x else None
     dw = _WeightGradients(cell, weights) if want_weights else None
     ends = [None if d is None else _pick(layer, d) for d in d_last]
     carried: list[Tensor] = []
-    chunks = layer.chunks(cell, x.element_size())
-    scratch = x.new_empty(*layer.lead, max((chunk.rows for chunk in chunks), default=0), cell.gates * cell.hidden)
+    most = max((chunk.rows for chunk in chunks), default=0)
+    scratch = x.new_empty(*layer.lead, most, cell.gates * cell.hidden)
+    room = [x.new_empty(*layer.lead, plan.live + most, h.size(-1)) for h in history]
 
     for k, chunk in reversed(list(enumerate(chunks))):
         before = tuple(_before(plan, h, chunk) for h in history)
@@ -160,30 +159,30 @@ def backward(
         local = cell.local(buffer, before, after, scratch.narrow(-2, 0, chunk.rows))
 
         # The states' gradients, behind room for those of the step before the chunk.
-        grads = [h.new_zeros(*layer.lead, chunk.before + chunk.rows, h.size(-1)) for h in history]
+        grads = [states.narrow(-2, 0, chunk.before + chunk.rows) for states in room]
         own = [grad.narrow(-2, chunk.before, chunk.rows) for grad in grads]
+        for states in grads if d_output is None else grads[1:]:
+            states.zero_()
         if d_output is not None:
+            grads[0].narrow(-2, 0, chunk.before).zero_()
             _read_output(layer, d_output, rows_out, chunk, own[0])
         for grad, end in zip(own, ends, strict=True):
             _add_ends(plan, end, chunk, grad)
         for grad, carry in zip(own, carried, strict=False):
             grad.narrow(-2, chunk.rows - carry.size(-2), carry.size(-2)).add_(carry)
 
-        views = list(zip(*(grad.split([chunk.before, *chunk.sizes], -2) for grad in grads), strict=True))
-        back_parts = cell.back_parts(local, buffer, own)
-        parts = list(zip(*(part.split(chunk.sizes, len(layer.lead)) for part in back_parts), strict=True))
-        b_before = [chunk.before, *chunk.sizes]
-        for t, b in reversed(list(enumerate(chunk.sizes))):
-            target = views[t] if b == b_before[t] else tuple(h.narrow(-2, 0, b) for h in views[t])
-            cell.back_(parts[t], views[t + 1], target, add_)
-        carried = [grad.narrow(-2, 0, chunk.before) for grad in grads]
+        parts = [torch.split_with_sizes(part, chunk.sizes, axis)[::-1] for part in cell.back_parts(local, buffer, own)]
+        views = [torch.split_with_sizes(grad, [chunk.before, *chunk.sizes], axis) for grad in grads]
+        earlier = [_first_rows(steps[:-1], chunk)[::-1] for steps in views]
+        cell.run_back_(parts, [steps[:0:-1] for steps in views], earlier, add_)
+        carried = [grad.narrow(-2, 0, chunk.before).clone() for grad in grads]
 
         if dw is not None:
             dw.add_recurrent(local, before[0], own[0])
         cell.input_gradient_(local, own)
         for direction, d in enumerate(local[0] if layer.lead else local[:1]):
             if dx is not None:
-                _add_input_gradient(dx, rows_in[direction], chunk, d, cell.ordered(weights[direction].w_ih))
+                _add_input_gradient(dx, rows_in[direction], chunk, d, weights[direction].w_ih)
             if dw is not None:
                 dw.add_input(direction, d, _rows(x, rows_in[direction], chunk))
 
@@ -191,6 +190,14 @@ def backward(
         _place_initial(layer, carried[s] if carried else None, d_last[s], first) for s, first in enumerate(initial)
     ]
     return dx, tuple(d_initial), None if dw is None else dw.result()
+
+
+def _first_rows(views: Sequence[Tensor], chunk: Chunk) -> Sequence[Tensor]:
+    """Of the states of the step before each of the chunk's steps, those of the sequences that go on."""
+    if chunk.before == chunk.sizes[-1]:
+        return views
+    had = [chunk.before, *chunk.sizes]
+    return [v if b == b_had else v.narrow(-2, 0, b) for v, b, b_had in zip(views, chunk.sizes, had, strict=False)]
 
 
 class _InputProduct:
@@ -220,42 +227,45 @@ class _InputProduct:
 
 
 class _WeightGradients:
-    """Sums over the chunks, with the gates in the buffer's order until the end."""
+    """Sums over the chunks, by the weights' names; those of the recurrent product for both directions together."""
 
     def __init__(self, cell: Cell, weights: tuple[Weights, ...]) -> None:
         self.cell, self.weights = cell, weights
-        self.w_ih = [torch.zeros_like(w.w_ih, memory_format=torch.contiguous_format) for w in weights]
-        self.w_hh = torch.zeros_like(cell.joined(*(w.w_hh for w in weights)), memory_format=torch.contiguous_format)
-        self.w_hr = None if cell.w_hr is None else torch.zeros_like(cell.w_hr, memory_format=torch.contiguous_format)
-        self.b_hh = self.w_hh.new_zeros(self.w_hh.shape[:-1]) if weights[0].b_hh is not None else None
-        self.b_ih = [w.b_ih.new_zeros(w.b_ih.shape) for w in weights if w.b_ih is not None]
+        self.recurrent: dict[str, Tensor] = {}
+        self.input: list[dict[str, Tensor]] = [{} for _ in weights]
 
     def add_recurrent(self, local: States, h: Tensor, dh: Tensor) -> None:
-        self.cell.mm_(self.w_hh, local[0].mT, h)
-        if self.b_hh is not None:
-            self.b_hh.add_(local[0].sum(-2))
-        if self.w_hr is not None:
-            self.cell.mm_(self.w_hr, dh.mT, local[-1])  # the LSTM's m
+        self._add_product(self.recurrent, "w_hh", local[0].mT, h)
+        if self.weights[0].b_hh is not None:
+            self._add_sum(self.recurrent, "b_hh", local[0])
+        if self.cell.w_hr is not None:
+            self._add_product(self.recurrent, "w_hr", dh.mT, local[-1])  # the LSTM's m
 
     def add_input(self, direction: int, d: Tensor, x: Tensor) -> None:
-        self.w_ih[direction].addmm_(d.t(), x)
-        if self.b_ih:
-            self.b_ih[direction].add_(d.sum(0))
+        self._add_product(self.input[direction], "w_ih", d.t(), x)
+        if self.weights[direction].b_ih is not None:
+            self._add_sum(self.input[direction], "b_ih", d)
+
+    def _add_product(self, sums: dict[str, Tensor], name: str, a: Tensor, b: Tensor) -> None:
+        if name not in sums:
+            sums[name] = a @ b
+        elif a.dim() == 2:
+            sums[name].addmm_(a, b)
+        else:
+            sums[name].baddbmm_(a, b)
+
+    def _add_sum(self, sums: dict[str, Tensor], name: str, d: Tensor) -> None:
+        sums[name] = sums[name].add_(d.sum(-2)) if name in sums else d.sum(-2)
 
     def result(self) -> list[Weights]:
-        restored = self.cell.restored
         grads = []
-        for d in range(len(self.weights)):
-            at = d if self.cell.paired else slice(None)
-            grads.append(
-                Weights(
-                    restored(self.w_ih[d]),
-                    restored(self.w_hh[at]),
-                    restored(self.b_ih[d]) if self.b_ih else None,
-                    None if self.b_hh is None else restored(self.b_hh[at]),
-                    None if self.w_hr is None else self.w_hr[at],
-                )
-            )
+        for direction, weights in enumerate(self.weights):
+            sums = self.input[direction] | {
+                name: total[direction] if self.cell.paired else total for name, total in self.recurrent.items()
+            }
+            if not sums:  # no row ran
+                sums = {name: torch.zeros_like(w) for name, w in weights._asdict().items() if w is not None}
+            grads.append(Weights(**sums))
         return grads
 
 
@@ -306,7 +316,7 @@ def _add_ends(plan: Plan, ends: Tensor | None, chunk: Chunk, grad: Tensor) -> No
     count = chunk.sizes[0] - chunk.after
     if ends is not None and count:
         at = plan.last.narrow(0, chunk.after, count) - chunk.start
-        grad.index_add_(-2, at, ends.narrow(-2, chunk.after, count))
+        grad.index_copy_(-2, at, grad.index_select(-2, at).add_(ends.narrow(-2, chunk.after, count)))
 
 
 def _add_input_gradient(dx: Tensor, index: Tensor | None, chunk: Chunk, d: Tensor, w_ih: Tensor) -> None:
