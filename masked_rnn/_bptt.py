@@ -51,8 +51,6 @@ class _Layer(torch.autograd.Function):
         ctx.layer, ctx.n_states = layer, n_states
         ctx.save_for_backward(x, *tensors, *kept.history, *kept.buffers)
         ctx.set_materialize_grads(False)
-        if output._is_view():
-            output = output.clone()  # what the caller does to it in place must not reach what is kept
         return output, *last
 
     @staticmethod

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from ._products import adder
 P = ParamSpec("P")
 R = TypeVar("R")
 
+VIEW_AND_IN_PLACE = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 CHUNK_BYTES = 2 << 20
 """Of a chunk's buffer, for each direction: about what stays in a core's caches."""
 
@@ -76,12 +77,12 @@ def kept_shapes(
 
 
 def _below_autograd(function: Callable[P, R]) -> Callable[P, R]:
-    """Autograd follows none of the ops in the loops; not to pass by it saves a good part of a small op's time."""
-    guard: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", torch.no_grad)
+    """Autograd follows none of the ops in the loops, nor whether they are views or in place; not to pass by it saves a
+    good part of a small op's time."""
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with guard():
+        with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(VIEW_AND_IN_PLACE):
             return function(*args, **kwargs)
 
     return run
@@ -93,7 +94,7 @@ def forward(
 ) -> tuple[Tensor, States, Kept]:
     """x (P, I) or (R, I), initial states (D, N, H) -> output (P, D·H) or (R, D·H), last states (D, N, H).
 
-    What is kept for backward goes into `room`, or into new memory; the output may lie in it.
+    What is kept for backward goes into `room`, or into new memory.
     """
     plan, cell, axis = layer.plan, layer.cell(weights), len(layer.lead)
     chunks = layer.chunks(cell, x.element_size())
@@ -124,6 +125,8 @@ def forward(
         cell.run_(parts, before, [views[chunk.first + 1 : stop + 1] for views in states_at], add_)
 
     output = _place_output(layer, history[0].narrow(-2, plan.live, plan.rows))
+    if keep and output.untyped_storage().data_ptr() == history[0].untyped_storage().data_ptr():
+        output = output.clone()  # what the caller does to it in place must not reach what is kept
     return output, tuple(_place_last(layer, h, first) for h, first in zip(history, initial, strict=True)), room
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -75,8 +76,6 @@ def _layer(
     layer = Layer(mode, directions, plan, gather=True, scatter=True)
     kept = _kept(layer, x, initial, grouped, reserve) if keep else None
     output, last, _ = forward(layer, x.reshape(-1, x.size(-1)), states, grouped, keep, kept)
-    if plan.index is None and directions == 1:
-        output = output.clone()  # it lies in the history, which may lie in the reserve
     return [output.unflatten(0, x.shape[:2]), *last, reserve]
 
 
@@ -125,9 +124,17 @@ def _plan(x: Tensor, lengths: Tensor | None, batch_first: bool) -> Plan:
     if lengths is None:
         return plan_full(batch, steps, batch_first, x.device)
     check_range(lengths, steps, f"batch_first={batch_first}")
-    starts = torch.arange(batch)
-    starts, stride = (starts * steps, 1) if batch_first else (starts, batch)
-    return plan_rows(lengths, starts, stride, steps * batch, x.device)
+    return _plan_of(tuple(lengths.tolist()), steps, batch_first)
+
+
+@lru_cache(maxsize=4)
+def _plan_of(lengths: tuple[int, ...], steps: int, batch_first: bool) -> Plan:
+    """A layer's gradient, and the layers above and below, ask for the same plan."""
+    batch = len(lengths)
+    starts, stride = torch.arange(batch), batch
+    if batch_first:
+        starts, stride = starts * steps, 1
+    return plan_rows(torch.tensor(lengths, dtype=torch.int64), starts, stride, steps * batch, torch.device("cpu"))
 
 
 def _reserve_size(
