@@ -15,7 +15,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-from .contenders import BACKENDS, CONTENDERS
+from .contenders import BACKENDS, CAPTURED, CONTENDERS
 from .problem import CELLS, SHAPES
 from .report import print_figures, print_speedups, progress
 from .rows import write
@@ -62,6 +62,7 @@ def parse() -> argparse.Namespace:
     names = [c.name for c in CONTENDERS[1:]]
     parser.add_argument("--against", help=f"contenders, of {','.join(names)}", **several(*names))  # type: ignore[arg-type]
     parser.add_argument("--backends", action="store_true", help="also masked_rnn with each backend forced")
+    parser.add_argument("--captured", action="store_true", help="also masked_rnn compiled, and exported to ONNX")
     numbers = [str(k + 1) for k in range(len(SHAPES))]
     parser.add_argument("--shapes", help=f"by number, of {','.join(numbers)}", **several(*numbers))  # type: ignore[arg-type]
     parser.add_argument("--budget", type=positive, help="seconds of timing for each shape and work")
@@ -73,13 +74,13 @@ def parse() -> argparse.Namespace:
 
 def make_plan(arguments: argparse.Namespace) -> Plan:
     plan = QUICK if arguments.quick else Plan()
-    plan = replace(plan, threads=arguments.threads, backends=arguments.backends)
+    plan = replace(plan, threads=arguments.threads, backends=arguments.backends, captured=arguments.captured)
     if arguments.cell:
         plan = replace(plan, cells=arguments.cell)
     if arguments.only:
         plan = replace(plan, works=arguments.only)
     if arguments.against:
-        plan = replace(plan, only=(*arguments.against, *(c.name for c in BACKENDS)))
+        plan = replace(plan, only=(*arguments.against, *(c.name for c in (*BACKENDS, *CAPTURED))))
     if arguments.shapes:
         plan = replace(plan, shapes=tuple(SHAPES[int(k) - 1] for k in arguments.shapes))
     if arguments.budget:

@@ -59,6 +59,12 @@ def _of_cell(cell: str, rows: Sequence[Row]) -> Iterable[Figure]:
     for work, mean in (("training", 2.0), ("inference", 1.3)):
         for against in (["keras", "keras-xla"], ["flax"], ["paddle"]):
             yield from compare(work, against, mean if gru else None, 1 if gru else None)
+    for work in ("training", "inference"):
+        yield from _times(cell, f"{work}: the recipe's time over the products' alone", rows, work, "recipe", "products")
+    what = "training compiled: its time over eager's"
+    yield from _times(cell, what, rows, "training", "masked_rnn-compiled", "masked_rnn", 1.1)
+    what = "exported, in ONNX Runtime: its time over a hand-built graph's"
+    yield from _times(cell, what, rows, "inference", "masked_rnn-onnx", "onnxruntime", 1.1)
     for what, chosen, goal in (
         ("at H ≥ 128", lambda row: row.H >= 128, 1),
         ("below", lambda row: row.H < 128, 1 / 1.5),
@@ -89,6 +95,17 @@ def _figure(cell: str, what: str, found: dict[str, float], mean: float | None, l
     value = f"mean {average:.2f}×, least {found[lowest]:.2f}× ({lowest}), {len(found)} shapes"
     reached = average >= (mean or 0) and found[lowest] >= (least or 0)
     return Figure(cell, what, ", ".join(filter(None, goals)), value, reached)
+
+
+def _times(
+    cell: str, what: str, rows: Sequence[Row], work: str, numerator: str, denominator: str, most: float | None = None
+) -> Iterable[Figure]:
+    above, below = speedups(rows, work, [numerator]), speedups(rows, work, [denominator])
+    found = {shape: above[shape] / below[shape] for shape in above if shape in below}
+    if found:
+        average, highest = geometric_mean(found.values()), max(found, key=found.__getitem__)
+        value = f"mean {average:.2f}×, most {found[highest]:.2f}× ({highest}), {len(found)} shapes"
+        yield Figure(cell, what, f"mean ≤ {most:.2f}×" if most else "", value, average <= (most or average))
 
 
 def _at_least(cell: str, what: str, value: float | None, goal: float) -> Figure:

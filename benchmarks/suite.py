@@ -8,7 +8,7 @@ from statistics import median, quantiles
 from types import TracebackType
 from typing import Self
 
-from .contenders import BACKENDS, CONTENDERS, OURS, PADDED, RECIPE, Contender
+from .contenders import BACKENDS, CAPTURED, CONTENDERS, OURS, PADDED, PRODUCTS, RECIPE, Contender
 from .measure import Entry, Times, ratio, take_turns
 from .oracle import faults, oracle, prove
 from .problem import SHAPES, Problem, Result, Shape
@@ -36,6 +36,8 @@ class Plan:
     """Names of the contenders that masked_rnn meets; None: all."""
     backends: bool = False
     """Also time masked_rnn with each backend forced."""
+    captured: bool = False
+    """Also time masked_rnn compiled, and exported to ONNX."""
     budget: float = 15.0
     """Seconds of timing for each shape and work."""
     least_rounds: int = 7
@@ -89,7 +91,7 @@ class Suite:
                     self.race("", self.contenders(cell), Problem(cell, shape), works)
                     self.advance()
                 if "training" in works:
-                    others = [c for c in self.contenders(cell) if c in (OURS, PADDED, *BACKENDS)]
+                    others = [c for c in self.contenders(cell) if c in (OURS, PADDED, PRODUCTS, *BACKENDS)]
                     self.race(" without lengths", others, Problem(cell, shape, full=True), ["training"])
                     self.advance()
             for work in ("growth", "memory", "peak"):
@@ -99,7 +101,7 @@ class Suite:
 
     def contenders(self, cell: str) -> list[Contender]:
         """Those that can run here; the others are left out by name."""
-        wanted = (*CONTENDERS, *(BACKENDS if self.plan.backends else ()))
+        wanted = (*CONTENDERS, *(BACKENDS * self.plan.backends), *(CAPTURED * self.plan.captured))
         chosen = [c for c in wanted if c == OURS or self.plan.only is None or c.name in self.plan.only]
         for contender in chosen:
             if missing := contender.missing():
@@ -129,6 +131,9 @@ class Suite:
         fine = []
         truths: dict[Problem, Result] = {}
         for contender in contenders:
+            if not contender.is_layer:
+                fine.append(contender)
+                continue
             self.told(f"{problem.cell} {problem.shape}: checking {contender.name}")
             checked = fit(contender, problem if contender.takes_lengths else replace(problem, full=True))
             if checked not in truths:
@@ -204,7 +209,7 @@ class Suite:
             self.found_right([OURS], problem, True)
         training = [Entry(OURS, problem, "train") for problem in problems]
         sgemm = {
-            Entry(Contender(f"sgemm {n}", OURS.module, "Sgemm", OURS.needs, {"n": n}), problems[0], "infer"): n
+            Entry(Contender(f"sgemm {n}", PRODUCTS.module, "Sgemm", PRODUCTS.needs, {"n": n}), problems[0], "infer"): n
             for n in SGEMM_SIZES
         }
         times = self.take_turns([*training, *sgemm], f"{cell}: share of the sgemm peak")

@@ -42,6 +42,8 @@ class Contender:
     has_hidden_bias: bool = True
     """False: its GRU has no b_hn, so it is checked with that bias zero."""
     cells: tuple[str, ...] = CELLS
+    is_layer: bool = True
+    """False: there is no result to check."""
 
     def missing(self) -> list[str]:
         return [package for package in self.needs if find_spec(package) is None]
@@ -59,6 +61,7 @@ class Contender:
             "flax": "Flax nnx.RNN",
             "paddle": "Paddle",
             "onnxruntime": "ONNX Runtime",
+            "products": "matrix products alone",
         }
         return labels.get(self.name, self.name)
 
@@ -81,8 +84,15 @@ OTHERS = (
     Contender("paddle", "paddle_layers", "Paddle", ("paddle",)),
     Contender("onnxruntime", "onnxruntime_layers", "OnnxRuntime", ("onnxruntime", "onnx"), trains=False),
 )
+PRODUCTS = Contender("products", "products", "Products", ("torch",), is_layer=False)
+CAPTURED = (
+    Contender("masked_rnn-compiled", "compiled_layers", "Compiled", OURS.needs),
+    Contender(
+        "masked_rnn-onnx", "onnxruntime_layers", "Exported", (*OURS.needs, "onnxruntime", "onnxscript"), trains=False
+    ),
+)
 BACKENDS = tuple(
     Contender(f"masked_rnn-{backend}", "torch_layers", "Masked", ("masked_rnn", "torch"), {"backend": backend})
     for backend in ("packed", "padded", "bptt", "scan")
 )
-CONTENDERS = (OURS, RECIPE, PADDED, *OTHERS)
+CONTENDERS = (OURS, RECIPE, PADDED, *OTHERS, PRODUCTS)

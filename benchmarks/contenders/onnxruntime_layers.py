@@ -1,14 +1,16 @@
-"""ONNX Runtime's GRU, LSTM and RNN nodes with sequence_lens, in a graph built by hand. Time-major, its own layout."""
+"""ONNX Runtime's GRU, LSTM and RNN nodes with sequence_lens, in a graph built by hand, and in one that masked_rnn
+exports. Time-major, its own layout."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
 import onnxruntime
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from ..problem import Array, Problem, Result
+from ..problem import Array, Data, Problem, Result
 
 # Where ONNX keeps torch's gates: GRU r, z, n as z, r, n; LSTM i, f, g, o as i, o, f, g.
 ORDER = {"gru": (1, 0, 2), "lstm": (0, 3, 1, 2), "rnn": (0,)}
@@ -20,12 +22,16 @@ class OnnxRuntime:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         self.session = onnxruntime.InferenceSession(
-            model(problem, data.weights).SerializeToString(), options, providers=["CPUExecutionProvider"]
+            self.model(problem, data).SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
+        kinds = {given.name: given.type for given in self.session.get_inputs()}
         self.feeds = {
             "x": np.ascontiguousarray(data.input.transpose(1, 0, 2)),
-            "lengths": data.lengths.astype(np.int32),
+            "lengths": data.lengths.astype(np.int32 if kinds["lengths"] == "tensor(int32)" else np.int64),
         }
+
+    def model(self, problem: Problem, data: Data) -> ModelProto:
+        return by_hand(problem, data.weights)
 
     def infer(self) -> Any:
         return self.session.run(None, self.feeds)
@@ -38,7 +44,33 @@ class OnnxRuntime:
         return Result(output.transpose(1, 0, 2), tuple(states), None)
 
 
-def model(problem: Problem, weights: dict[str, Array]) -> ModelProto:
+class Exported(OnnxRuntime):
+    def model(self, problem: Problem, data: Data) -> ModelProto:
+        import torch
+
+        from .torch_layers import MASKED
+
+        _, _, I, H, L, bidirectional = problem.shape  # noqa: E741
+        layer = MASKED[problem.cell](I, H, L, bidirectional=bidirectional, flatten_hidden=False).eval()
+        layer.load_state_dict({name: torch.from_numpy(w) for name, w in data.weights.items()})
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of torchvision's operators, not needed here
+        program = torch.onnx.export(
+            layer,
+            (torch.zeros(3, 2, I), None, torch.tensor([3, 1])),
+            dynamo=True,
+            dynamic_shapes=(
+                {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},
+                None,
+                {0: torch.export.Dim.DYNAMIC},
+            ),
+            input_names=["x", "lengths"],
+            verbose=False,
+        )
+        assert program is not None
+        return program.model_proto
+
+
+def by_hand(problem: Problem, weights: dict[str, Array]) -> ModelProto:
     """x (T, N, I), lengths (N,) → output (T, N, D·H), h_n (L·D, N, H), and the LSTM's c_n."""
     shape, D, op = problem.shape, problem.shape.D, problem.cell.upper()
     parts = ("h", "c") if op == "LSTM" else ("h",)

@@ -85,14 +85,3 @@ class Recipe(TorchRunner):
 
 def flat(last: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return last if isinstance(last, tuple) else (last,)
-
-
-class Sgemm:
-    """The machine's own pace: a product of two float32 matrices of n rows and columns."""
-
-    def __init__(self, problem: Problem, threads: int, n: int) -> None:
-        torch.set_num_threads(threads)
-        self.a, self.b, self.out = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
-
-    def infer(self) -> None:
-        torch.mm(self.a, self.b, out=self.out)
