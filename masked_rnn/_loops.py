@@ -111,7 +111,7 @@ def forward(
     for states, first in zip(history, initial, strict=True):
         states.narrow(-2, 0, plan.live).copy_(_pick(layer, first))
 
-    add_ = adder(cell.joined(*(cell.ordered(cell.scaled(d.w_hh)) for d in weights)).mT)
+    add_ = adder(cell.joined(*(cell.ordered(cell.scaled(d.w_hh)) for d in weights)).mT, plan.live)
     products = [_InputProduct(cell, d) for d in weights]
     rows_in = layer.rows_at(layer.gather)
     states_at = [torch.split_with_sizes(h, [plan.live, *plan.batch_sizes], axis) for h in history]
@@ -145,7 +145,7 @@ def backward(
     """The gradients of x, of the initial states and of the weights."""
     plan, cell, axis, (history, buffers) = layer.plan, layer.cell(weights), len(layer.lead), kept
     chunks = layer.chunks(cell, x.element_size())
-    add_ = adder(cell.joined(*(d.w_hh for d in weights)))
+    add_ = adder(cell.joined(*(d.w_hh for d in weights)), plan.live)
     rows_in, rows_out = layer.rows_at(layer.gather), layer.rows_at(layer.scatter)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if want_x else None
     dw = _WeightGradients(cell, weights) if want_weights else None

@@ -1,7 +1,7 @@
 """The recurrent product: many small matrices, one after another, with the same weight.
 
-MKL lays out the weight anew for every product. Where it is large against the rows, that is most of the work, and
-oneDNN's product with a weight laid out once is faster although it can't add in place.
+MKL lays out the weight anew for every product of more than one row. Where it is large against the rows, that is most of
+the work, and oneDNN's product with a weight laid out once is faster although it can't add in place.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ._cells import Add
 
-LARGE = 1 << 20
-"""Bytes of a weight from which its layout is worth keeping: about a core's second-level cache."""
+LARGE = 3 << 18
+"""Bytes of a weight from which its layout is worth keeping: most of a core's second-level cache."""
 
 
-def adder(w: Tensor) -> Add:
-    """A function that adds h @ w to its first argument; w (K, M) and h (b, K), or pairs of both."""
-    if _keeps_layout(w):
+def adder(w: Tensor, rows: int) -> Add:
+    """A function that adds h @ w to its first argument; w (K, M) and h (b, K) with b up to `rows`, or pairs of both."""
+    if rows > 1 and _keeps_layout(w):
         return _kept(w) if w.dim() == 2 else _pair(_kept(w[0]), _kept(w[1]))
     product: Any = Tensor.addmm_ if w.dim() == 2 else Tensor.baddbmm_
     return lambda target, h: product(target, h, w)
