@@ -182,3 +182,32 @@ def test_the_operator_keeps_torchs_rules(cell: str) -> None:
             (x, lengths, initial, weights, layer.mode, 2, batch_first, True),
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"),
         )
+
+
+@pytest.mark.usefixtures("allow_rnn")
+def test_the_same_lengths_in_another_layout(cell: str) -> None:
+    lengths = torch.tensor([3, 1, 2])
+    for batch_first in (False, True):
+        layer = masked(cell, bidirectional=True, batch_first=batch_first)
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+        for steps in (3, 7, 4):
+            x = torch.randn(3, steps, INPUT)
+            x = x if batch_first else x.transpose(0, 1)
+            close([compiled(x, lengths=lengths)[0]], [layer(x, lengths=lengths)[0]])
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("lengths", [None, [4, 2, 2], [0, 0, 0]], ids=str)
+def test_results_of_the_operators_share_no_memory(cell: str, bidirectional: bool, lengths: list[int] | None) -> None:
+    layer = masked(cell, bidirectional=bidirectional)
+    D, x = 2 if bidirectional else 1, torch.randn(4, 3, INPUT)
+    states, weights = random_states(layer, 3, torch.float32), [p.detach() for p in layer.parameters()]
+    given = None if lengths is None else torch.tensor(lengths)
+    called = (x, given, states, weights)
+    results = torch.ops.masked_rnn.layer(*called, layer.mode, D, False, True)
+    grads = [torch.randn_like(result) for result in results[:-1]]
+    found = torch.ops.masked_rnn.layer_gradient(*called, results[-1], grads, layer.mode, D, False, True, True)
+    assert [g.shape for g in found] == [t.shape for t in (*states, x, *weights)]
+    for tensors in ([*states, x, *weights, *results], [*states, x, *weights, *grads, *found]):
+        places = [t.untyped_storage().data_ptr() for t in tensors]
+        assert len(set(places)) == len(places)
