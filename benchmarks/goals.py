@@ -105,7 +105,7 @@ def _times(
     if found:
         average, highest = geometric_mean(found.values()), max(found, key=found.__getitem__)
         value = f"mean {average:.2f}×, most {found[highest]:.2f}× ({highest}), {len(found)} shapes"
-        yield Figure(cell, what, f"mean ≤ {most:.2f}×" if most else "", value, average <= (most or average))
+        yield Figure(cell, what, f"mean ≤ {most:.2f}×" if most else "", value, most is None or average <= most)
 
 
 def _at_least(cell: str, what: str, value: float | None, goal: float) -> Figure:

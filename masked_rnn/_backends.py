@@ -12,6 +12,7 @@ from . import _bptt, _onnx, _operator, _packed, _padded, _scan
 from ._call import Call
 from ._cells import States
 from ._lengths import is_on_host
+from ._products import has_onednn
 
 
 class Backend(NamedTuple):
@@ -78,13 +79,9 @@ def _suits_torchs_kernel(call: Call) -> bool:
     if call.data.dim() != 3 or call.mask is not None:
         return False
     size, learns = call.batch * call.layer.hidden_size, call.wants_gradient()
-    if call.layer.mode == "LSTM" and not call.layer.proj_size and call.data.dtype == torch.float32 and _has_onednn():
+    if call.layer.mode == "LSTM" and not call.layer.proj_size and call.data.dtype == torch.float32 and has_onednn():
         return call.lengths is None or size < (4096 if learns else 8192)
     return not learns and size < 512
-
-
-def _has_onednn() -> bool:
-    return bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
 
 
 def why_only_scan() -> str | None:

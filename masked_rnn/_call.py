@@ -124,9 +124,9 @@ class Call:
         if self.starts is not None:
             starts, stride = self.starts.cpu(), 1
         elif self.batch_first:
-            starts, stride = torch.arange(0, batch * steps, steps) if steps else torch.zeros(batch).long(), 1
+            starts, stride = torch.arange(batch, device="cpu") * steps, 1
         else:
-            starts, stride = torch.arange(batch), batch
+            starts, stride = torch.arange(batch, device="cpu"), batch
         size = self.data.size(0) if self.starts is not None else batch * steps
         return plan_rows(lengths, starts, stride, size, device, is_sorted=self.is_sorted, steps_of=steps_of)
 

@@ -115,16 +115,17 @@ def _int64(lengths: Any) -> Tensor:
                 integral = hasattr(length, "__index__") and not _is_bool(length)
             if not integral:
                 raise TypeError(f"lengths[{n}] = {length!r} is of type {type(length).__name__}. {cure}")
-        return torch.tensor([operator.index(length) for length in lengths], dtype=torch.int64)
+        return torch.tensor([operator.index(length) for length in lengths], dtype=torch.int64, device="cpu")
     if not isinstance(lengths, Tensor):
         try:
-            lengths = torch.as_tensor(lengths)
+            lengths = torch.as_tensor(lengths, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"lengths can't be read as integers, got {type(lengths).__name__}. {cure}") from error
     if not _integral(lengths.dtype):
         use = "If it marks real steps, give it as mask." if lengths.dtype == torch.bool else "Use lengths.long()."
         raise TypeError(f"lengths must be integers, but its dtype is {lengths.dtype}. {cure} {use}")
-    return torch.as_tensor(lengths).to(torch.int64)
+    whole: Tensor = lengths.to(torch.int64)
+    return whole
 
 
 def _is_bool(value: Any) -> bool:
@@ -262,7 +263,7 @@ def plan_rows(
     if not is_sorted:
         lengths, order = lengths.sort(descending=True, stable=True)
     steps = int(lengths[0]) if batch else 0
-    live = torch.arange(steps).unsqueeze(1) < lengths
+    live = torch.arange(steps, device="cpu").unsqueeze(1) < lengths
     batch_sizes = live.sum(1).tolist()
     step, place = live.nonzero(as_tuple=True)
     sequence = place if order is None else order[place]

@@ -20,10 +20,12 @@ from ._cells import CELLS, Cell, States, Weights
 from ._lengths import Chunk, Plan
 from ._products import adder
 
-P = ParamSpec("P")
-R = TypeVar("R")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
-VIEW_AND_IN_PLACE = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+PASSED_BY = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+for _device in ("CPU", "CUDA", "XPU", "MPS"):
+    PASSED_BY = PASSED_BY | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{_device}"))
 CHUNK_BYTES = 2 << 20
 """Of a chunk's buffer, for each direction: about what stays in a core's caches."""
 
@@ -48,6 +50,11 @@ class Layer(NamedTuple):
         if self.directions == 1:
             return [index]
         return [index, self.plan.flip if index is None else index[self.plan.flip]]
+
+    @property
+    def lies_in_history(self) -> bool:
+        """Whether the output that the caller gets is the states at every row, as they stand."""
+        return self.scatter and self.directions == 1 and self.plan.index is None
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -76,13 +83,13 @@ def kept_shapes(
     )
 
 
-def _below_autograd(function: Callable[P, R]) -> Callable[P, R]:
-    """Autograd follows none of the ops in the loops, nor whether they are views or in place; not to pass by it saves a
-    good part of a small op's time."""
+def _below_autograd(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Autograd follows none of the ops in the loops, nor which of them are views or in place; not to pass by it saves a
+    good part of a small op's time. Nor does autocast: a backward may be called under it."""
 
     @wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(VIEW_AND_IN_PLACE):
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(PASSED_BY):
             return function(*args, **kwargs)
 
     return run
@@ -125,7 +132,7 @@ def forward(
         cell.run_(parts, before, [views[chunk.first + 1 : stop + 1] for views in states_at], add_)
 
     output = _place_output(layer, history[0].narrow(-2, plan.live, plan.rows))
-    if keep and output.untyped_storage().data_ptr() == history[0].untyped_storage().data_ptr():
+    if keep and layer.lies_in_history:
         output = output.clone()  # what the caller does to it in place must not reach what is kept
     return output, tuple(_place_last(layer, h, first) for h, first in zip(history, initial, strict=True)), room
 
@@ -258,7 +265,10 @@ class _WeightGradients:
             sums[name].baddbmm_(a, b)
 
     def _add_sum(self, sums: dict[str, Tensor], name: str, d: Tensor) -> None:
-        sums[name] = sums[name].add_(d.sum(-2)) if name in sums else d.sum(-2)
+        if name not in sums:
+            sums[name] = d.sum(-2)
+        else:
+            sums[name].add_(d.sum(-2))
 
     def result(self) -> list[Weights]:
         grads = []

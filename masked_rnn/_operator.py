@@ -76,7 +76,8 @@ def _layer(
     layer = Layer(mode, directions, plan, gather=True, scatter=True)
     kept = _kept(layer, x, initial, grouped, reserve) if keep else None
     output, last, _ = forward(layer, x.reshape(-1, x.size(-1)), states, grouped, keep, kept)
-    return [output.unflatten(0, x.shape[:2]), *last, reserve]
+    # Not a view for autograd: the caller may change it in place.
+    return [torch.ops.aten._unsafe_view(output, [*x.shape[:2], output.size(-1)]), *last, reserve]
 
 
 def _layer_gradient(
@@ -127,14 +128,15 @@ def _plan(x: Tensor, lengths: Tensor | None, batch_first: bool) -> Plan:
     return _plan_of(tuple(lengths.tolist()), steps, batch_first)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def _plan_of(lengths: tuple[int, ...], steps: int, batch_first: bool) -> Plan:
     """A layer's gradient, and the layers above and below, ask for the same plan."""
     batch = len(lengths)
-    starts, stride = torch.arange(batch), batch
+    cpu = torch.device("cpu")
+    starts, stride = torch.arange(batch, device=cpu), batch
     if batch_first:
         starts, stride = starts * steps, 1
-    return plan_rows(torch.tensor(lengths, dtype=torch.int64), starts, stride, steps * batch, torch.device("cpu"))
+    return plan_rows(torch.tensor(lengths, dtype=torch.int64, device=cpu), starts, stride, steps * batch, cpu)
 
 
 def _reserve_size(

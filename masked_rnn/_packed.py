@@ -34,7 +34,7 @@ def run(call: Call) -> tuple[Tensor, States]:
         )
     plan = call.plan()
     rows = pick_rows(call.rows(), plan.index)
-    batch_sizes = torch.tensor(plan.batch_sizes, dtype=torch.int64)
+    batch_sizes = torch.tensor(plan.batch_sizes, dtype=torch.int64, device="cpu")
     whole = plan.live == plan.batch
     if plan.order is not None:
         states = tuple(h.index_select(1, plan.order) for h in call.states)

@@ -25,13 +25,17 @@ def adder(w: Tensor, rows: int) -> Add:
     return lambda target, h: product(target, h, w)
 
 
+def has_onednn() -> bool:
+    return bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
+
+
 def _keeps_layout(w: Tensor) -> bool:
     return (
         w.device.type == "cpu"
         and w.dtype == torch.float32
         and w.size(-1) * w.size(-2) * w.element_size() >= LARGE
         and torch.backends.mkl.is_available()
-        and torch.backends.mkldnn.is_available()
+        and has_onednn()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
 

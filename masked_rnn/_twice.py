@@ -27,7 +27,8 @@ def gradient_of(
 ) -> list[Tensor | None]:
     """The inputs' gradients, from those of `plain(*inputs)`; differentiable where the backward is."""
     create = torch.is_grad_enabled()
-    with torch.enable_grad():
+    device = next(t.device.type for t in inputs if t is not None)
+    with torch.enable_grad(), torch.autocast(device, enabled=False):
         # Aliases, so that the gradient by one input does not run on into another that it was made from.
         aliases = [None if t is None else t.view_as(t) for t in inputs]
         pairs = [(o, g) for o, g in zip(plain(*aliases), grads, strict=True) if g is not None and o.requires_grad]

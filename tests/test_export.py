@@ -94,3 +94,7 @@ def test_the_exported_layer_trains(cell: str) -> None:
     expected = torch.autograd.grad(layer(x, lengths=lengths)[0].square().sum(), own)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
+    output = exported(x, lengths)[0]
+    found = torch.autograd.grad(output.mul_(2).square().sum(), parameters)  # in place, as it is allowed on any layer's
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, 4 * b)

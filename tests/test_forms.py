@@ -215,3 +215,24 @@ def test_packing_agrees_with_torch() -> None:
     assert plan.batch_sizes == packed.batch_sizes.tolist()
     assert torch.equal(plan.order, packed.sorted_indices)
     assert torch.equal(x.flatten(0, 1)[plan.index], packed.data)
+
+
+@pytest.mark.parametrize("form", ["tensor", "list", "mask", "nested", "packed"])
+def test_another_default_device(cell: str, backend: str, form: str) -> None:
+    """Lengths stay where they are, and so does what is made from them."""
+    layer = masked(cell, backend=backend, batch_first=True)
+    x, lengths = torch.randn(3, 5, INPUT), torch.tensor([3, 5, 1])
+    mask = torch.arange(5) < lengths.unsqueeze(1)
+    inputs: dict[str, tuple[Any, dict[str, Any]]] = {
+        "tensor": (x, {"lengths": lengths}),
+        "list": (x, {"lengths": [3, 5, 1]}),
+        "mask": (x, {"mask": mask}),
+        "nested": (torch.nested.as_nested_tensor([x[0, :3], x[1], x[2, :1]], layout=torch.jagged), {}),
+        "packed": (pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False), {}),
+    }
+    given, more = inputs[form]
+    expected = layer(given, **more)[1]
+    with torch.device("meta"):
+        found = layer(given, **more)[1]
+    for a, b in zip(as_tuple(found), as_tuple(expected), strict=True):
+        torch.testing.assert_close(a, b)

@@ -22,6 +22,8 @@ from oracle import (
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from masked_rnn import _loops
+
 STEPS, BATCH, HIDDEN = 60, 5, 24
 
 
@@ -127,6 +129,33 @@ def test_autocast(cell: str, backend: str, case: dict[str, Any]) -> None:
     torch.testing.assert_close(found.float(), truth, atol=0.03, rtol=0)
     found.float().square().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in ours.parameters())
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_backward_under_autocast(cell: str, bidirectional: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the backward that runs outside, bit for bit, over several chunks too; so is the operator's."""
+    monkeypatch.setattr(_loops, "CHUNK_BYTES", 300)
+    layer = masked(cell, num_layers=2, bidirectional=bidirectional, backend="bptt")
+    x, lengths, parameters = torch.randn(6, 3, INPUT), torch.tensor([6, 2, 5]), list(layer.parameters())
+
+    def by_operator(x: Tensor, lengths: Tensor) -> Any:
+        with torch._dynamo.config.patch(allow_rnn=True):
+            return torch.compile(layer, backend="aot_eager", fullgraph=True)(x, lengths=lengths)
+
+    for run in (lambda x, lengths: layer(x, lengths=lengths), by_operator):
+        loss = run(x, lengths)[0].square().sum()
+        expected = torch.autograd.grad(loss, parameters, retain_graph=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = torch.autograd.grad(loss, parameters)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, atol=0, rtol=0)
+    layer.backend = "bptt"
+    x.requires_grad_()
+    loss = layer(x, lengths=lengths)[0].square().sum()
+    (expected_dx,) = torch.autograd.grad(loss, x, create_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        (dx,) = torch.autograd.grad(loss, x, create_graph=True)
+    torch.testing.assert_close(dx, expected_dx, atol=1e-5, rtol=1e-4)
 
 
 def _float(hx: Any) -> Any:

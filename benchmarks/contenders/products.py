@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from masked_rnn._products import adder
 
 from ..problem import GATES, Problem
 
@@ -20,8 +24,8 @@ class Sgemm:
 
 
 class Products:
-    """The products that a step can't do without, at real steps, and nothing else: no activation, no padding moved, no
-    memory asked for, no slice taken. What a layer whose products are torch's can't be faster than."""
+    """The products that a step can't do without, at real steps, by the ops that masked_rnn makes them with, and nothing
+    else: no activation, no padding moved, no memory asked for, no slice taken."""
 
     def __init__(self, problem: Problem, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -37,9 +41,10 @@ class Products:
         axis = D - 1
         h, gates = matrices(rows, H), matrices(rows, columns)
         self.steps = list(zip(h.split(sizes, axis), gates.split(sizes, axis), strict=True))
-        self.w_hh = matrices(columns, H)
+        w_hh = matrices(columns, H)
+        self.add_forward, self.add_back = adder(w_hh.mT, sizes[0]), adder(w_hh, sizes[0])
         self.h, self.gates, self.dw_hh = h, gates, matrices(columns, H)
-        self.add_ = Tensor.baddbmm_ if D == 2 else Tensor.addmm_
+        self.add_: Any = Tensor.baddbmm_ if D == 2 else Tensor.addmm_
         self.directions = gates.unbind(0) if D == 2 else (gates,)
         self.layers = [
             (torch.randn(rows, width), torch.randn(columns, width), torch.randn(columns, width), k > 0)
@@ -52,14 +57,14 @@ class Products:
             for gates in self.directions:
                 torch.mm(x, w_ih.t(), out=gates)
             for h, gates in self.steps:
-                self.add_(gates, h, self.w_hh.mT)
+                self.add_forward(gates, h)
 
     @torch.no_grad()
     def train(self) -> None:
         self.infer()
         for x, w_ih, dw_ih, wants_dx in self.layers:
             for h, gates in self.steps:
-                self.add_(h, gates, self.w_hh)
+                self.add_back(h, gates)
             self.add_(self.dw_hh, self.gates.mT, self.h)
             for gates in self.directions:
                 torch.mm(gates.t(), x, out=dw_ih)
