@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from masked_rnn._products import adder
-
 from ..problem import GATES, Problem
 
 
@@ -24,7 +22,7 @@ class Sgemm:
 
 
 class Products:
-    """The products that a step can't do without, at real steps, by the ops that masked_rnn makes them with, and nothing
+    """The products that a step can't do without, at real steps, by torch's `mm`, `addmm_` and `baddbmm_`, and nothing
     else: no activation, no padding moved, no memory asked for, no slice taken."""
 
     def __init__(self, problem: Problem, threads: int) -> None:
@@ -41,8 +39,7 @@ class Products:
         axis = D - 1
         h, gates = matrices(rows, H), matrices(rows, columns)
         self.steps = list(zip(h.split(sizes, axis), gates.split(sizes, axis), strict=True))
-        w_hh = matrices(columns, H)
-        self.add_forward, self.add_back = adder(w_hh.mT, sizes[0]), adder(w_hh, sizes[0])
+        self.w_hh = matrices(columns, H)
         self.h, self.gates, self.dw_hh = h, gates, matrices(columns, H)
         self.add_: Any = Tensor.baddbmm_ if D == 2 else Tensor.addmm_
         self.directions = gates.unbind(0) if D == 2 else (gates,)
@@ -57,14 +54,14 @@ class Products:
             for gates in self.directions:
                 torch.mm(x, w_ih.t(), out=gates)
             for h, gates in self.steps:
-                self.add_forward(gates, h)
+                self.add_(gates, h, self.w_hh.mT)
 
     @torch.no_grad()
     def train(self) -> None:
         self.infer()
         for x, w_ih, dw_ih, wants_dx in self.layers:
             for h, gates in self.steps:
-                self.add_back(h, gates)
+                self.add_(h, gates, self.w_hh)
             self.add_(self.dw_hh, self.gates.mT, self.h)
             for gates in self.directions:
                 torch.mm(gates.t(), x, out=dw_ih)
