@@ -9,8 +9,9 @@ P input rows with padding, R rows that run, B sequences that have one, N all, I 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import reduce, wraps
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -23,9 +24,13 @@ from ._products import adder
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-PASSED_BY = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-for _device in ("CPU", "CUDA", "XPU", "MPS"):
-    PASSED_BY = PASSED_BY | torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{_device}"))
+PASSED_BY = reduce(
+    operator.or_,
+    (
+        torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+        for key in ("ADInplaceOrView", "AutocastCPU", "AutocastCUDA", "AutocastXPU", "AutocastMPS")
+    ),
+)
 CHUNK_BYTES = 2 << 20
 """Of a chunk's buffer, for each direction: about what stays in a core's caches."""
 
