@@ -1,4 +1,4 @@
-"""Which backend runs a call: the first in the order of preference that has nothing against it."""
+"""Which backend runs a call, and why another can't."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from torch import Tensor
 from . import _bptt, _onnx, _operator, _packed, _padded, _scan
 from ._call import Call
 from ._cells import States
+from ._kernels import suits_kernel
 from ._lengths import is_on_host
-from ._products import has_onednn
+from ._torch import forward_gradients_run, is_exporting_onnx, is_transformed, lstm_kernel_runs
 
 
 class Backend(NamedTuple):
     name: str
-    why_not: Callable[[Call], list[str]]
-    """The reasons why it can't run a call, in words."""
     run: Callable[[Call], tuple[Tensor, States]]
     """The output, as the input lies, and the last states (L·D, N, P)."""
 
 
 BACKENDS = {
-    name: Backend(name, module.why_not, module.run)
+    name: Backend(name, module.run)
     for name, module in (("packed", _packed), ("padded", _padded), ("bptt", _bptt), ("scan", _scan))
 }
-OPERATOR = Backend("operator", _operator.why_not, _operator.run)
-ONNX = Backend("onnx", _onnx.why_not, _onnx.run)
+OPERATOR = Backend("operator", _operator.run)
+ONNX = Backend("onnx", _onnx.run)
 
 
 def run(call: Call) -> tuple[Tensor, States]:
@@ -45,51 +44,85 @@ def run(call: Call) -> tuple[Tensor, States]:
 
 def choose(call: Call) -> Backend:
     wanted = call.layer.backend
-    if torch.compiler.is_compiling() or _onnx.is_exporting():
+    if torch.compiler.is_compiling() or (is_exporting_onnx() and not torch.jit.is_tracing()):
         return _choose_captured(call, wanted)
-    transform = why_only_scan()
-    if wanted != "auto":
-        backend = BACKENDS["bptt" if call.is_empty() and not transform else wanted]
-        reasons = ([transform] if transform and wanted != "scan" else []) + backend.why_not(call)
-        if reasons:
-            raise ValueError(
-                f"backend={wanted!r} can't run this call: {'; '.join(reasons)}. "
-                "Use backend='auto', which takes one that can."
-            )
-        return backend
-    if transform:
-        return BACKENDS["scan"]
-    if call.is_empty():
-        return BACKENDS["bptt"]
-    return next(b for b in map(BACKENDS.__getitem__, preferred(call)) if not b.why_not(call))
+    name = preferred(call) if wanted == "auto" else wanted
+    reason = why_not(name, call)
+    if reason:
+        cure = "Use backend='auto', which takes one that can." if preferred(call) != name else ""
+        raise ValueError(f"backend={name!r} can't run this call: {reason}. {cure}".rstrip())
+    return BACKENDS["bptt" if _has_no_step(name, call) else name]
 
 
-def preferred(call: Call) -> tuple[str, ...]:
-    """By measurement; see docs/backends.md."""
+def _has_no_step(name: str, call: Call) -> bool:
+    """Whether a call is known to be empty. No kernel takes such a call; `bptt` returns at once."""
+    if torch.jit.is_tracing() or why_only_scan(call):
+        return False
+    reads_plan = call.form == "nested" or (name == "packed" and not _packed.takes_input_as_it_is(call))
+    return call.is_empty() or (reads_plan and not call.plan().rows)
+
+
+def preferred(call: Call) -> str:
+    """What `auto` takes: by measurement on the CPU; see docs/backends.md."""
+    if why_only_scan(call):
+        return "scan"
+    if torch.jit.is_tracing() or not call.values_can_be_read():
+        return "packed" if call.packed is not None else "padded"
     if call.data.device.type == "cpu":
-        return (
-            ("padded", "bptt", "packed", "scan") if _suits_torchs_kernel(call) else ("bptt", "packed", "padded", "scan")
-        )
+        return "padded" if _suits_kernel(call) and not why_not("padded", call) else "bptt"
     on_device = any(t is not None and not is_on_host(t) for t in (call.lengths, call.mask))
-    return ("padded", "packed", "scan") if on_device and call.form != "nested" else ("packed", "padded", "scan")
+    return "padded" if on_device and call.form != "nested" else "packed"
 
 
-def _suits_torchs_kernel(call: Call) -> bool:
-    """On the CPU: whether the work is too small for a loop in Python, or an LSTM's, for which PyTorch has oneDNN's."""
+def _suits_kernel(call: Call) -> bool:
     if call.data.dim() != 3 or call.mask is not None:
         return False
-    size, learns = call.batch * call.layer.hidden_size, call.wants_gradient()
-    if call.layer.mode == "LSTM" and not call.layer.proj_size and call.data.dtype == torch.float32 and has_onednn():
-        return call.lengths is None or size < (4096 if learns else 8192)
-    return not learns and size < 512
+    layer = call.layer
+    # Where dropout is drawn, the choice must not hang on gradients: a checkpoint runs once without and once with.
+    learns = call.draws_dropout() or call.wants_gradient()
+    fed_back = layer.proj_size or layer.hidden_size
+    return suits_kernel(
+        layer.mode, call.data, call.batch, call.steps, layer.hidden_size, fed_back, call.lengths, learns
+    )
 
 
-def why_only_scan() -> str | None:
-    if torch._C._are_functorch_transforms_active():
+def why_not(name: str, call: Call) -> str | None:
+    """The reason why a backend can't run a call, in words."""
+    if name != "scan":
+        transform = why_only_scan(call)
+        if transform:
+            return transform
+    if torch.jit.is_tracing():
+        if name == "bptt" or (name == "packed" and not _packed.takes_input_as_it_is(call)):
+            return "torch.jit.trace would keep the lengths of this call for good"
+        if name == "scan":
+            return "torch.jit.trace would keep the number of steps of this call for good"
+        if name == "padded" and call.packed is not None:
+            return "torch.jit.trace would keep the lengths of this call for good"
+    elif not call.values_can_be_read():
+        reads = name in ("packed", "bptt") and (call.lengths is not None or call.mask is not None)
+        if reads or call.data.dim() == 2:
+            return "it reads lengths, which have no values here (FakeTensorMode, make_fx or the meta device)"
+    if name == "padded" or (name == "packed" and call.packed is None and _packed.takes_input_as_it_is(call)):
+        return _why_no_lstm_kernel(call)
+    return None
+
+
+def why_only_scan(call: Call) -> str | None:
+    if is_transformed():
         return "a torch.func transform (vmap, grad, jvp, ...) is active, which only backend='scan' can follow"
-    if torch.autograd.forward_ad._current_level >= 0:
+    if forward_gradients_run(call.data, *call.states):
         return "forward-mode differentiation is active, which only backend='scan' can follow"
     return None
+
+
+def _why_no_lstm_kernel(call: Call) -> str | None:
+    if call.layer.mode != "LSTM" or call.layer.proj_size or call.data.device.type != "cpu":
+        return None
+    if not torch.is_autocast_enabled("cpu") or call.data.dtype == torch.float64:
+        return None
+    dtype = torch.get_autocast_dtype("cpu")
+    return None if lstm_kernel_runs(dtype) else f"PyTorch has no LSTM kernel for {dtype} under autocast on this CPU"
 
 
 def _choose_captured(call: Call, wanted: str) -> Backend:
@@ -100,8 +133,9 @@ def _choose_captured(call: Call, wanted: str) -> Backend:
             f"backend={wanted!r} can't run this call: it is being compiled or exported, which goes through an operator "
             "of its own. Use backend='auto'."
         )
-    backend = ONNX if _onnx.is_exporting() else OPERATOR
-    reasons = backend.why_not(call)
-    if reasons:
-        raise ValueError(f"this layer can't be captured: {'; '.join(reasons)}.")
-    return backend
+    if not is_exporting_onnx():
+        return OPERATOR
+    reason = _onnx.why_not(call)
+    if reason:
+        raise ValueError(f"this layer can't be captured: {reason}.")
+    return ONNX

@@ -18,10 +18,6 @@ from ._rows import pick_rows, place_rows
 from ._twice import gradient_of, wants_plain
 
 
-def why_not(call: Call) -> list[str]:
-    return []
-
-
 def run(call: Call) -> tuple[Tensor, States]:
     plan, L = call.plan(), call.layer.num_layers
     number = count()

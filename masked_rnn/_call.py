@@ -21,12 +21,14 @@ from ._lengths import (
     compact,
     is_on_host,
     live_steps,
+    look_like_lengths,
     plan_full,
     plan_rows,
     real_steps,
     spread,
     values_can_be_read,
 )
+from ._torch import jagged_like, ragged_dim
 
 
 class Call:
@@ -36,8 +38,19 @@ class Call:
     a nested tensor, its rows with one. Backends take it as `rows()` with a `plan()`, or as `padded()`.
     """
 
-    def __init__(self, layer: Any, data: Tensor, form: str, batch: int, steps: int, batch_first: bool) -> None:
+    def __init__(
+        self,
+        layer: Any,
+        weights: list[tuple[Weights, ...]],
+        data: Tensor,
+        form: str,
+        batch: int,
+        steps: int,
+        batch_first: bool,
+    ) -> None:
         self.layer = layer
+        self.weights = weights
+        """For each layer, each direction's."""
         self.data = data
         self.form = form
         """padded, unbatched, packed or nested"""
@@ -60,22 +73,36 @@ class Call:
     def directions(self) -> int:
         return 2 if self.layer.bidirectional else 1
 
+    def real(self) -> Tensor | None:
+        """What says which steps are real, where anything does."""
+        if self.packed is not None:
+            return self.packed.batch_sizes
+        return self.lengths if self.mask is None else self.mask
+
+    def values_can_be_read(self) -> bool:
+        real = self.real()
+        return values_can_be_read(self.data if real is None else real)
+
     def is_empty(self) -> bool:
         """Whether no sequence has a step, as far as can be seen without waiting for a device."""
         if self.batch == 0 or self.data.numel() == 0:
             return True
-        real = self.lengths if self.mask is None else self.mask
+        real = self.real()
         return real is not None and is_on_host(real) and values_can_be_read(real) and not bool(real.any())
 
     def wants_gradient(self) -> bool:
         return torch.is_grad_enabled() and any(
-            t.requires_grad for t in (self.data, *self.states, *self.layer.parameters(recurse=False))
+            t is not None and t.requires_grad
+            for t in (self.data, *self.states, *(t for layer in self.weights for w in layer for t in w))
         )
+
+    def draws_dropout(self) -> bool:
+        return bool(self.layer.dropout and self.layer.training and self.layer.num_layers > 1)
 
     def enter_weights_dtype(self, autocast: torch.dtype) -> list[torch.dtype]:
         """Cast the input and the states to the weights' dtype; the dtypes of the output and the last states that
         `torch.nn` returns under autocast, where a GRU's h and a projected LSTM's c keep the precision they came in."""
-        dtype = self.layer.weight_ih_l0.dtype
+        dtype = self.weights[0][0].w_ih.dtype
         low = dtype if dtype == torch.float64 else autocast
         wide = [torch.promote_types(low, h.dtype) for h in self.states]
         if self.layer.mode == "GRU":
@@ -87,20 +114,6 @@ class Call:
         self.data = self.data.to(dtype)
         self.states = tuple(h.to(dtype) for h in self.states)
         return results
-
-    def weights(self) -> list[tuple[Weights, ...]]:
-        """For each layer, each direction's; read as attributes, so that parametrized and functional weights count."""
-        layer = self.layer
-        suffixes = ("", "_reverse")[: self.directions]
-        has = (True, True, layer.bias, layer.bias, layer.proj_size > 0)
-        names = [name if here else None for name, here in zip(NAMES, has, strict=True)]
-        return [
-            tuple(
-                Weights(*(None if name is None else getattr(layer, f"{name}_l{k}{suffix}") for name in names))  # type: ignore[arg-type]
-                for suffix in suffixes
-            )
-            for k in range(layer.num_layers)
-        ]
 
     def plan(self) -> Plan:
         """Which rows run when. Reads the lengths on the host."""
@@ -180,12 +193,13 @@ def _transposed(output: Tensor) -> Tensor:
 
 
 def open_call(layer: Any, input: Any, hx: Any, lengths: Any, mask: Any) -> Call:
+    weights = read_weights(layer)
     if isinstance(input, PackedSequence):
-        call = _open_packed(layer, input)
+        call = _open_packed(layer, weights, input)
     elif isinstance(input, Tensor) and input.is_nested:
-        call = _open_nested(layer, input)
+        call = _open_nested(layer, weights, input)
     else:
-        call = _open_padded(layer, input)
+        call = _open_padded(layer, weights, input)
     if call.form in ("packed", "nested"):
         _refuse_twice(call.form, lengths, mask)
     else:
@@ -199,7 +213,32 @@ def open_call(layer: Any, input: Any, hx: Any, lengths: Any, mask: Any) -> Call:
     return call
 
 
-def _open_padded(layer: Any, input: Any) -> Call:
+def read_weights(layer: Any) -> list[tuple[Weights, ...]]:
+    """Read as attributes, so that parametrized and functional weights count."""
+    suffixes = ("", "_reverse") if layer.bidirectional else ("",)
+    has = (True, True, layer.bias, layer.bias, layer.proj_size > 0)
+    names = [name if here else None for name, here in zip(NAMES, has, strict=True)]
+    return [
+        tuple(
+            Weights(*(None if name is None else getattr(layer, f"{name}_l{k}{suffix}") for name in names))  # type: ignore[arg-type]
+            for suffix in suffixes
+        )
+        for k in range(layer.num_layers)
+    ]
+
+
+def _check_input(layer: Any, weights: list[tuple[Weights, ...]], data: Tensor) -> None:
+    """What `nn.RNNBase.check_input` refuses, by the weights that the call runs with."""
+    dtype = weights[0][0].w_ih.dtype
+    if data.dtype != dtype and not torch.is_autocast_enabled(data.device.type):
+        raise ValueError(f"input must have the type {dtype}, got type {data.dtype}. Use input.to({dtype}).")
+    if data.size(-1) != layer.input_size:
+        raise RuntimeError(
+            f"input.size(-1) must be equal to input_size. Expected {layer.input_size}, got {data.size(-1)}"
+        )
+
+
+def _open_padded(layer: Any, weights: list[tuple[Weights, ...]], input: Any) -> Call:
     if not isinstance(input, Tensor):
         raise TypeError(
             f"{type(layer).__name__}: expected input to be a tensor or a PackedSequence, got {type(input).__name__}"
@@ -208,30 +247,38 @@ def _open_padded(layer: Any, input: Any) -> Call:
         raise ValueError(f"{type(layer).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
     form = "padded" if input.dim() == 3 else "unbatched"
     data = input if form == "padded" else input.unsqueeze(0 if layer.batch_first else 1)
-    layer.check_input(data, None)
+    _check_input(layer, weights, data)
     batch, steps = data.shape[:2] if layer.batch_first else (data.shape[1], data.shape[0])
-    return Call(layer, data, form, batch, steps, layer.batch_first)
+    return Call(layer, weights, data, form, batch, steps, layer.batch_first)
 
 
-def _open_packed(layer: Any, input: PackedSequence) -> Call:
-    layer.check_input(input.data, input.batch_sizes)
-    call = Call(layer, input.data, "packed", int(input.batch_sizes[0]), len(input.batch_sizes), False)
+def _open_packed(layer: Any, weights: list[tuple[Weights, ...]], input: PackedSequence) -> Call:
+    data, batch_sizes, order, _ = input
+    if data.dim() != 2:
+        raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
+    _check_input(layer, weights, data)
+    batch: Any = batch_sizes[0] if order is None else order.size(0)
+    call = Call(
+        layer, weights, data, "packed", batch if torch.jit.is_tracing() else int(batch), batch_sizes.size(0), False
+    )
     call.packed = input
     return call
 
 
-def _open_nested(layer: Any, input: Tensor) -> Call:
+def _open_nested(layer: Any, weights: list[tuple[Weights, ...]], input: Tensor) -> Call:
     if input.layout != torch.jagged:
         raise ValueError(
             "a nested input must have the jagged layout, got a strided one. "
             "Use torch.nested.nested_tensor(..., layout=torch.jagged)."
         )
-    if input.dim() != 3 or input._ragged_idx != 1:  # type: ignore[attr-defined]
+    if torch.jit.is_tracing():
+        raise ValueError("torch.jit.trace can't record a nested tensor's lengths. Give padded input and lengths.")
+    if input.dim() != 3 or ragged_dim(input) != 1:
         raise ValueError(f"a nested input must be of shape (N, j, I) with time ragged, got {tuple(input.shape)}")
     values, offsets = input.values(), input.offsets()  # type: ignore[attr-defined]
-    layer.check_input(values, offsets)
+    _check_input(layer, weights, values)
     narrowed = input.lengths()  # type: ignore[attr-defined]
-    call = Call(layer, values, "nested", offsets.size(0) - 1, 0, True)
+    call = Call(layer, weights, values, "nested", offsets.size(0) - 1, 0, True)
     call.starts, call.lengths = offsets[:-1], offsets.diff() if narrowed is None else narrowed
     call.source = input
     return call
@@ -281,12 +328,26 @@ def _open_states(call: Call, hx: Any) -> States:
         return tuple(
             torch.zeros(stacked, call.batch, w, dtype=call.data.dtype, device=call.data.device) for w in widths
         )
+    _refuse_lengths_as_hx(call, hx)
     if len(widths) == 1:
         hx = (hx,)
-    elif not isinstance(hx, tuple | list) or len(hx) != 2:
+    elif not isinstance(hx, (tuple, list)) or len(hx) != 2:
         raise RuntimeError(f"{type(layer).__name__}: hx must be the pair (h_0, c_0), got {type(hx).__name__}")
     names = ("hx",) if len(widths) == 1 else ("hx[0]", "hx[1]")
     return tuple(_open_state(call, h, stacked, w, name) for h, w, name in zip(hx, widths, names, strict=True))
+
+
+def _refuse_lengths_as_hx(call: Call, hx: Any) -> None:
+    if isinstance(hx, Tensor) and hx.is_floating_point():
+        return
+    is_mask = isinstance(hx, Tensor) and hx.dtype == torch.bool
+    if is_mask or look_like_lengths(hx):
+        what, name = ("a bool tensor", "mask") if is_mask else ("whole numbers", "lengths")
+        carries = call.form in ("packed", "nested")
+        cure = f"{call.form} input carries its lengths: leave them out" if carries else f"pass {name}=..."
+        raise TypeError(
+            f"the second argument, hx, is the initial state, but got {what}. If they are {name}, {cure}."
+        )
 
 
 def _state_widths(layer: Any) -> tuple[int, ...]:
@@ -300,7 +361,7 @@ def _open_state(call: Call, h: Any, stacked: int, width: int, name: str) -> Tens
     unbatched = call.form == "unbatched"
     whole = (stacked, width) if unbatched else (stacked, call.batch, width)
     flat = (stacked * width,) if unbatched else (call.batch, stacked * width)
-    if h.dtype != call.data.dtype and not torch._C._is_any_autocast_enabled():
+    if h.dtype != call.data.dtype and not torch.is_autocast_enabled(call.data.device.type):
         raise RuntimeError(
             f"{name} has dtype {h.dtype}, but the input has {call.data.dtype}. Convert it: {name}.to({call.data.dtype})"
         )
@@ -327,25 +388,16 @@ def close_call(call: Call, output: Tensor, states: States) -> tuple[Any, Any]:
             output, call.packed.batch_sizes, call.packed.sorted_indices, call.packed.unsorted_indices
         )
     elif call.form == "nested":
-        result = _close_nested(call.source, output)
+        result = jagged_like(call.source, output)
     if call.layer.flatten_hidden:
-        states = tuple(h.transpose(0, 1).flatten(1) for h in states)
+        stacked = call.layer.num_layers * call.directions
+        states = tuple(torch.cat(h.unbind(0), -1) if stacked > 1 else h[0] for h in states)
         batch_dim = 0
     else:
         batch_dim = 1
     if call.form == "unbatched":
         states = tuple(h.squeeze(batch_dim) for h in states)
     return result, states[0] if len(states) == 1 else states
-
-
-def _close_nested(source: Any, values: Tensor) -> Tensor:
-    return torch.nested.nested_tensor_from_jagged(
-        values,
-        source.offsets(),
-        source.lengths(),
-        min_seqlen=source._maybe_min_seqlen,
-        max_seqlen=source._maybe_max_seqlen,
-    )
 
 
 def each_layer(
@@ -357,7 +409,7 @@ def each_layer(
     """Run the layers, one upon the other's output, with dropout between them."""
     layer, D = call.layer, call.directions
     lasts: list[States] = []
-    for k, weights in enumerate(call.weights()):
+    for k, weights in enumerate(call.weights):
         if k and layer.dropout and layer.training:
             x = nn.functional.dropout(x, layer.dropout)
         x, last = run(x, tuple(h[k * D : (k + 1) * D] for h in initial or call.states), weights)

@@ -6,8 +6,8 @@ columns: the input product fills the last `gates` of them, the recurrent product
 turns a buffer of activations into the derivatives of the gates by the state, so that a step back starts with one
 product of the two.
 
-In float32 and float64, tanh(a) is taken as 2 sigmoid(2a) - 1, since ATen's sigmoid is several times faster than its
-tanh. The factor in the argument is folded into the weights, once a call.
+tanh is ATen's own. 2 sigmoid(2a) - 1 is several times faster, and loses the digits of small values: the difference of
+two numbers near 1 has their absolute error.
 
 I input, H hidden, P the state that is fed back (H, or proj_size), b rows of a step.
 """
@@ -25,8 +25,6 @@ States = tuple[Tensor, ...]
 Steps = Sequence[Sequence[Tensor]]
 """Of several tensors, the rows of each step, in the order in which the steps run."""
 Add = Callable[[Tensor, Tensor], Any]
-tanh_backward = torch.ops.aten.tanh_backward
-sigmoid_backward = torch.ops.aten.sigmoid_backward
 
 
 class Weights(NamedTuple):
@@ -44,49 +42,37 @@ NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
 
 class Cell:
-    """A cell over the weights of one direction, or of two that run as a batch of two; so many `rows` run at first."""
+    """A cell over the weights of one direction, or of two that run as a batch of two."""
 
     gates: ClassVar[int]
     width: ClassVar[int]
     states: ClassVar[int] = 1
-    tanh_gate: ClassVar[int | None]
-    """The gate, in PyTorch's order, whose pre-activation goes through tanh."""
     keeps_buffer: ClassVar[bool] = True
     """Whether the derivative needs the buffer, or only the states."""
 
-    def __init__(self, weights: tuple[Weights, ...], rows: int) -> None:
+    def __init__(self, weights: tuple[Weights, ...]) -> None:
         w_hh = weights[0].w_hh
         self.weights = weights
         self.hidden = w_hh.size(0) // self.gates
         self.paired = len(weights) == 2
-        # It takes one op more, which pays from about a thousand values a step.
-        many = rows * len(weights) * self.hidden >= 1024
-        self.fast_tanh = many and w_hh.dtype in (torch.float32, torch.float64)
-        self.one, self.minus_one = w_hh.new_ones(()), w_hh.new_full((), -1)
+        self.one = w_hh.new_ones(())
         self.mm: Callable[..., Any] = torch.bmm if self.paired else torch.mm
         self.w_hr = None if weights[0].w_hr is None else self.joined(*(w.w_hr for w in weights if w.w_hr is not None))
 
     def joined(self, *tensors: Tensor) -> Tensor:
         return torch.stack(tensors) if self.paired else tensors[0]
 
-    def scaled(self, weight: Tensor) -> Tensor:
-        """A weight or bias with the rows of the tanh gate doubled, where tanh is taken through the sigmoid."""
-        if self.tanh_gate is None or not self.fast_tanh:
-            return weight
-        weight = weight.clone(memory_format=torch.contiguous_format)
-        weight.unflatten(0, (self.gates, self.hidden))[self.tanh_gate].mul_(2)
-        return weight
-
     def ordered(self, weight: Tensor) -> Tensor:
         """A recurrent weight or bias with its gates in the buffer's order."""
         return weight
 
-    def tanh_(self, a: Tensor) -> None:
-        """tanh in place, of what `scaled` weights gave."""
-        if self.fast_tanh:
-            torch.add(self.minus_one, a.sigmoid_(), alpha=2, out=a)
-        else:
-            a.tanh_()
+    def sigmoid_slope(self, s: Tensor, out: Tensor) -> Tensor:
+        """s (1 - s): the derivative of s = σ(a) by a."""
+        return torch.sub(self.one, s, out=out).mul_(s)
+
+    def tanh_slope(self, t: Tensor, out: Tensor) -> Tensor:
+        """1 - t²: the derivative of t = tanh(a) by a."""
+        return torch.addcmul(self.one, t, t, value=-1, out=out)
 
     @staticmethod
     def step(x: Tensor, state: States, w: Weights) -> States:
@@ -129,7 +115,7 @@ class GRU(Cell):
     Buffer: g, r, z, n.
     """
 
-    gates, width, tanh_gate = 3, 4, 2
+    gates, width = 3, 4
 
     def ordered(self, weight: Tensor) -> Tensor:
         return weight.roll(self.hidden, 0)
@@ -152,17 +138,16 @@ class GRU(Cell):
         for grz, rz, g, r, z, n, h, h_out in zip(*parts, *before, *after, strict=True):
             add_(grz, h)
             rz.sigmoid_()
-            self.tanh_(n.addcmul_(r, g))
+            n.addcmul_(r, g).tanh_()
             torch.lerp(n, h, z, out=h_out)
 
     def local(self, buffer: Tensor, before: States, after: States, out: Tensor) -> States:
         g, r, z, n = buffer.split(self.hidden, -1)
         dr, dz, dg = out.split(self.hidden, -1)
-        dn = tanh_backward(1 - z, n)
+        dn = self.tanh_slope(n, torch.empty_like(n)).mul_(1 - z)
         torch.mul(dn, r, out=dg)
-        gain = 0.5 if self.fast_tanh else 1.0  # g came from doubled weights
-        sigmoid_backward((dn * g).mul_(gain), r, grad_input=dr)
-        sigmoid_backward(before[0] - n, z, grad_input=dz)
+        self.sigmoid_slope(r, dr).mul_(g).mul_(dn)
+        self.sigmoid_slope(z, dz).mul_(before[0] - n)
         return out, dn
 
     def back_parts(self, local: States, buffer: Tensor, grads: Sequence[Tensor]) -> States:
@@ -186,7 +171,7 @@ class LSTM(Cell):
     Buffer: i, f, g, o.
     """
 
-    gates, width, states, tanh_gate = 4, 4, 2, 2
+    gates, width, states = 4, 4, 2
 
     @staticmethod
     def step(x: Tensor, state: States, w: Weights) -> States:
@@ -197,39 +182,29 @@ class LSTM(Cell):
         return (m if w.w_hr is None else F.linear(m, w.w_hr)), c
 
     def parts(self, buffer: Tensor) -> States:
-        return buffer, *buffer.split(self.hidden, -1)
+        return buffer, buffer[..., : 2 * self.hidden], *buffer.split(self.hidden, -1)
 
     def run_(self, parts: Steps, before: Steps, after: Steps, add_: Add) -> None:
-        for ifgo, i, f, g, o, h, c, h_out, c_out in zip(*parts, *before, *after, strict=True):
+        for ifgo, i_and_f, i, f, g, o, h, c, h_out, c_out in zip(*parts, *before, *after, strict=True):
             add_(ifgo, h)
-            if self.fast_tanh:
-                ifgo.sigmoid_()
-                torch.add(self.minus_one, g, alpha=2, out=g)
-            else:
-                i.sigmoid_(), f.sigmoid_(), g.tanh_(), o.sigmoid_()
+            i_and_f.sigmoid_()
+            g.tanh_()
+            o.sigmoid_()
             torch.mul(f, c, out=c_out).addcmul_(i, g)
             m = h_out if self.w_hr is None else torch.empty_like(c_out)
-            self.tanh_of(c_out, m)
-            m.mul_(o)
+            torch.tanh(c_out, out=m).mul_(o)
             if self.w_hr is not None:
                 self.mm(m, self.w_hr.mT, out=h_out)
-
-    def tanh_of(self, c: Tensor, out: Tensor) -> None:
-        if self.fast_tanh:
-            self.tanh_(torch.mul(c, 2, out=out))
-        else:
-            torch.tanh(c, out=out)
 
     def local(self, buffer: Tensor, before: States, after: States, out: Tensor) -> States:
         i, f, g, o = buffer.split(self.hidden, -1)
         di, df, dg, do = out.split(self.hidden, -1)
-        t = torch.empty_like(after[1])
-        self.tanh_of(after[1], t)
-        sigmoid_backward(g, i, grad_input=di)
-        sigmoid_backward(before[1], f, grad_input=df)
-        tanh_backward(i, g, grad_input=dg)
-        sigmoid_backward(t, o, grad_input=do)
-        k = tanh_backward(o, t)
+        t = torch.tanh(after[1])
+        self.sigmoid_slope(i, di).mul_(g)
+        self.sigmoid_slope(f, df).mul_(before[1])
+        self.tanh_slope(g, dg).mul_(i)
+        self.sigmoid_slope(o, do).mul_(t)
+        k = self.tanh_slope(t, torch.empty_like(t)).mul_(o)
         return (out, k) if self.w_hr is None else (out, k, t.mul_(o))
 
     def back_parts(self, local: States, buffer: Tensor, grads: Sequence[Tensor]) -> States:
@@ -252,7 +227,6 @@ class RNNTanh(Cell):
     """h' = tanh(W_i x + b_i + W_h h + b_h). Buffer: the argument."""
 
     gates, width, keeps_buffer = 1, 1, False
-    tanh_gate: ClassVar[int | None] = 0
 
     @staticmethod
     def step(x: Tensor, state: States, w: Weights) -> States:
@@ -267,13 +241,10 @@ class RNNTanh(Cell):
             self.activate(a, h_out)
 
     def activate(self, a: Tensor, out: Tensor) -> None:
-        if self.fast_tanh:
-            torch.add(self.minus_one, a.sigmoid_(), alpha=2, out=out)
-        else:
-            torch.tanh(a, out=out)
+        torch.tanh(a, out=out)
 
     def local(self, buffer: Tensor, before: States, after: States, out: Tensor) -> States:
-        return (torch.addcmul(self.one, after[0], after[0], value=-1, out=out),)
+        return (self.tanh_slope(after[0], out),)
 
     def back_parts(self, local: States, buffer: Tensor, grads: Sequence[Tensor]) -> States:
         return local
@@ -286,8 +257,6 @@ class RNNTanh(Cell):
 
 class RNNReLU(RNNTanh):
     """h' = max(0, W_i x + b_i + W_h h + b_h). Buffer: the argument."""
-
-    tanh_gate = None
 
     @staticmethod
     def step(x: Tensor, state: States, w: Weights) -> States:

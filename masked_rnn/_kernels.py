@@ -6,23 +6,39 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import _VF, Tensor
+from torch import Tensor
 
 from ._cells import States, Weights
 from ._plain import scan_layers
+from ._torch import KERNELS, has_onednn
 from ._twice import Twice
 
-KERNELS: dict[str, Any] = {
-    "GRU": _VF.gru,
-    "LSTM": _VF.lstm,
-    "RNN_TANH": _VF.rnn_tanh,
-    "RNN_RELU": _VF.rnn_relu,
-}
+def runs_cudnn(x: Tensor) -> bool:
+    """Whether the kernel that will run is cuDNN's (or MIOpen's), whose backward can't be differentiated."""
+    return x.is_cuda and torch.backends.cudnn.enabled
 
 
-def differentiates_once(x: Tensor) -> bool:
-    """Whether the kernel that will run has a backward that can't be differentiated."""
-    return x.is_cuda and torch.backends.cudnn.enabled and torch.is_grad_enabled()
+def has_lstm_kernel(mode: str, x: Tensor, hidden: int, fed_back: int) -> bool:
+    """On the CPU: whether the kernel over a padded batch is oneDNN's LSTM."""
+    return mode == "LSTM" and hidden == fed_back and x.dtype == torch.float32 and has_onednn()
+
+
+def suits_kernel(
+    mode: str, x: Tensor, batch: int, steps: int, hidden: int, fed_back: int, lengths: Tensor | None, learns: bool
+) -> bool:
+    """On the CPU: whether the kernel over a padded batch beats a loop of our own over the real steps alone.
+
+    By measurement; docs/backends.md has the rule in words. Reads the lengths.
+    """
+    if not has_lstm_kernel(mode, x, hidden, fed_back):
+        # A call of few small steps is over before a loop in Python has begun.
+        return not learns and batch * hidden < 512 and (lengths is None or steps < 16)
+    if lengths is None:
+        return True
+    # Its vectors are 16 wide: it computes no less for a smaller layer.
+    width = max(hidden, 16)
+    real = int(lengths.sum()) / max(steps, 1) * width
+    return batch * width < (1000 + 0.8 * real if learns else 1400 + 1.6 * real)
 
 
 def run_kernel(
@@ -52,8 +68,9 @@ def run_kernel(
         )
         return result
 
-    # Dropout can't be drawn again for a second pass; callers that may need one put it between single layers.
-    if differentiates_once(x) and not (dropout and training):
+    # Dropout can't be drawn again for a second pass; callers that may need one put it between single layers, whether
+    # gradients are wanted or not: a checkpoint runs once without and once with, and must draw the same.
+    if runs_cudnn(x) and torch.is_grad_enabled() and not (dropout and training):
         has = [[t is not None for t in w] for layer in weights for w in layer]
 
         def plain(x: Tensor, *tensors: Tensor) -> Sequence[Tensor]:

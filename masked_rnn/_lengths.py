@@ -9,19 +9,21 @@ import operator
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ._torch import assert_async, is_fake, is_recorded, is_transformed
+
+EXPECTED = "Expected whole numbers: a list, a tuple, an array or a tensor of any integer dtype."
+
 
 def values_can_be_read(tensor: Tensor) -> bool:
-    """False while the call is traced or transformed, when a tensor stands for values that are not there."""
+    """False while a call is compiled, traced, recorded or transformed: a tensor has no values then, or an example's."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or tensor.device.type == "meta"
-        or isinstance(tensor, torch._subclasses.FakeTensor)
+        torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed() or is_recorded() or is_fake(tensor)
     )
 
 
@@ -31,8 +33,9 @@ def is_on_host(tensor: Tensor) -> bool:
 
 
 def check_lengths(given: Any, batch: int, steps: int, device: torch.device, layout: str) -> Tensor:
-    """Lengths as int64 `(N,)`, checked against the batch; on the host unless both they and the input are elsewhere."""
-    lengths = _int64(given)
+    """Lengths as int64 `(N,)`, checked against the batch. Kept on the CPU, unless both they and the input are on
+    another device."""
+    lengths = _int64(given, steps)
     if lengths.dim() == 0 and batch == 1:
         lengths = lengths.unsqueeze(0)
     if lengths.dim() != 1:
@@ -53,7 +56,7 @@ def check_lengths(given: Any, batch: int, steps: int, device: torch.device, layo
         check_range(lengths, steps, layout)
     else:
         # A read would wait for the device; the assertion reports from there.
-        torch._assert_async(
+        assert_async(
             ((lengths >= 0) & (lengths <= steps)).all(),
             f"a length is out of range: expected 0 <= length <= {steps}, the input's time steps ({layout})",
         )
@@ -76,7 +79,7 @@ def check_mask(mask: Any, shape: tuple[int, ...], device: torch.device, layout: 
         raise TypeError(f"mask must be a bool tensor, got {type(mask).__name__}. Use torch.as_tensor(mask).")
     if mask.dtype != torch.bool:
         raise TypeError(
-            f"mask must be a bool tensor, True at real steps, but its dtype is {mask.dtype}. Use mask.bool()."
+            f"mask must be a bool tensor, True at real steps, but its dtype is {mask.dtype}.{_mask_cure(mask)}"
         )
     if tuple(mask.shape) != shape:
         raise ValueError(
@@ -87,11 +90,21 @@ def check_mask(mask: Any, shape: tuple[int, ...], device: torch.device, layout: 
     return moved
 
 
+def _mask_cure(mask: Tensor) -> str:
+    if not values_can_be_read(mask):
+        return ""
+    if bool(((mask == 0) | (mask == 1)).all()):
+        return " Use mask.bool()."
+    if bool(((mask == 0) | (mask < -1)).all()):
+        return " It looks like one that is added to scores, 0 at real steps: use mask == 0."
+    return ""
+
+
 def check_sorted(lengths: Tensor) -> None:
     if not values_can_be_read(lengths):
         return
     if not is_on_host(lengths):
-        torch._assert_async((lengths.diff() <= 0).all(), "lengths must decrease under enforce_sorted=True")
+        assert_async((lengths.diff() <= 0).all(), "lengths must decrease under enforce_sorted=True")
         return
     for n, (before, length) in enumerate(pairwise(lengths.tolist()), 1):
         if length > before:
@@ -101,38 +114,83 @@ def check_sorted(lengths: Tensor) -> None:
             )
 
 
-def _int64(lengths: Any) -> Tensor:
-    cure = "Expected whole numbers: a list, a tuple, an array or a tensor of any integer dtype."
-    if isinstance(lengths, bool | float | str | bytes) or lengths is None:
-        raise TypeError(f"lengths must be integers, got {lengths!r} of type {type(lengths).__name__}. {cure}")
-    if isinstance(lengths, Sequence):
-        for n, length in enumerate(lengths):
-            if isinstance(length, Sequence) and not isinstance(length, str | bytes):
-                raise ValueError(f"lengths must have one dimension, but lengths[{n}] is {length!r}. {cure}")
+def _int64(given: Any, steps: int) -> Tensor:
+    if isinstance(given, Tensor):
+        return _whole(given, steps)
+    if isinstance(given, (bool, float, str, bytes)) or given is None:
+        raise TypeError(f"lengths must be integers, got {given!r} of type {type(given).__name__}. {EXPECTED}")
+    if isinstance(given, int):
+        return torch.tensor(given, dtype=torch.int64, device="cpu")
+    if isinstance(given, Sequence):
+        return _from_list(given, steps)
+    array = np.asarray(given)
+    if array.dtype.kind in "iu" and array.dtype != np.uint64:
+        # A copy: torch takes no negative strides and no foreign byte order, and warns of memory it may not write.
+        return torch.from_numpy(np.array(array, dtype=np.int64))
+    if array.ndim and array.dtype.kind in "uO":
+        return _from_list(array.tolist(), steps)
+    if array.dtype.kind in "bf":
+        return _whole(torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="))), steps)
+    raise TypeError(f"lengths can't be read as integers, got {type(given).__name__}. {EXPECTED}")
+
+
+def _from_list(given: Sequence[Any], steps: int) -> Tensor:
+    if not torch.compiler.is_compiling():
+        for n, length in enumerate(given):
+            if isinstance(length, Sequence) and not isinstance(length, (str, bytes)):
+                raise ValueError(f"lengths must have one dimension, but lengths[{n}] is {length!r}. {EXPECTED}")
             if isinstance(length, Tensor):
-                integral = length.numel() == 1 and _integral(length.dtype)
+                integral = length.numel() == 1 and _is_integral(length.dtype)
             else:
-                integral = hasattr(length, "__index__") and not _is_bool(length)
+                integral = hasattr(length, "__index__") and not isinstance(length, (bool, np.bool_))
             if not integral:
-                raise TypeError(f"lengths[{n}] = {length!r} is of type {type(length).__name__}. {cure}")
-        return torch.tensor([operator.index(length) for length in lengths], dtype=torch.int64, device="cpu")
-    if not isinstance(lengths, Tensor):
-        try:
-            lengths = torch.as_tensor(lengths, device="cpu")
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"lengths can't be read as integers, got {type(lengths).__name__}. {cure}") from error
-    if not _integral(lengths.dtype):
-        use = "If it marks real steps, give it as mask." if lengths.dtype == torch.bool else "Use lengths.long()."
-        raise TypeError(f"lengths must be integers, but its dtype is {lengths.dtype}. {cure} {use}")
+                _refuse_element(given, n, steps)
+        given = [operator.index(length) for length in given]
+        for n, length in enumerate(given):
+            if not -(1 << 63) <= length < 1 << 63:
+                raise ValueError(f"lengths[{n}] = {length} is out of range. Expected 0 <= length <= {steps}.")
+    return torch.tensor(given, dtype=torch.int64, device="cpu")
+
+
+def _whole(lengths: Tensor, steps: int) -> Tensor:
+    if not _is_integral(lengths.dtype):
+        raise TypeError(f"lengths must be integers, but its dtype is {lengths.dtype}. {EXPECTED}{_cure(lengths, steps)}")
     whole: Tensor = lengths.to(torch.int64)
     return whole
 
 
-def _is_bool(value: Any) -> bool:
-    return type(value).__name__ in ("bool", "bool_")  # Python's, and NumPy's without importing it
+def _cure(lengths: Tensor, steps: int) -> str:
+    """What to write instead, where that is sure to be right."""
+    if lengths.dtype == torch.bool:
+        return " If it marks real steps, give it as mask."
+    if lengths.is_complex() or not values_can_be_read(lengths) or not lengths.numel():
+        return ""
+    are_whole = bool((lengths == lengths.round()).all())
+    if bool(((lengths >= 0) & (lengths <= 1)).all()):
+        cure = f"If they are fractions of the {steps} steps, use (lengths * {steps}).round().long()"
+        return f" {cure}; if they count steps, lengths.long()." if are_whole else f" {cure}."
+    return " Use lengths.long()." if are_whole else ""
 
 
-def _integral(dtype: torch.dtype) -> bool:
+def _refuse_element(given: Sequence[Any], n: int, steps: int) -> NoReturn:
+    cure = ""
+    if all(isinstance(length, (int, float)) and 0 <= length <= 1 for length in given):
+        cure = (
+            f" If they are fractions of the {steps} steps, use (torch.tensor(lengths) * {steps}).round().long()."
+        )
+    raise TypeError(f"lengths[{n}] = {given[n]!r} is of type {type(given[n]).__name__}. {EXPECTED}{cure}")
+
+
+def look_like_lengths(given: Any) -> bool:
+    """Whether what stands where the initial state should is whole numbers."""
+    if isinstance(given, (Tensor, np.ndarray)):
+        return _is_integral(given.dtype) if isinstance(given, Tensor) else given.dtype.kind in "iu"
+    if isinstance(given, (list, tuple)):
+        return len(given) > 0 and all(look_like_lengths(value) for value in given)
+    return hasattr(given, "__index__") and not isinstance(given, (bool, np.bool_))
+
+
+def _is_integral(dtype: torch.dtype) -> bool:
     return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
@@ -282,7 +340,7 @@ def real_steps(mask: Tensor) -> Tensor:
 def compact(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """`(T, N, I)` with each sequence's real steps moved to its front, and where each step went (padding: T)."""
     steps = x.size(0)
-    place = torch.where(mask, mask.cumsum(0) - 1, steps)
+    place = torch.where(mask, mask.to(torch.int64).cumsum(0) - 1, steps)  # ONNX sums no bools
     index = place.unsqueeze(-1).expand_as(x)
     moved = x.new_zeros(steps + 1, *x.shape[1:]).scatter(0, index, x)
     return moved[:steps], place

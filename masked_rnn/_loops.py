@@ -9,10 +9,8 @@ P input rows with padding, R rows that run, B sequences that have one, N all, I 
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
-from functools import reduce, wraps
-from typing import NamedTuple, ParamSpec, TypeVar
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,17 +18,8 @@ from torch import Tensor
 from ._cells import CELLS, Cell, States, Weights
 from ._lengths import Chunk, Plan
 from ._products import adder
+from ._torch import below_autograd
 
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
-
-PASSED_BY = reduce(
-    operator.or_,
-    (
-        torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-        for key in ("ADInplaceOrView", "AutocastCPU", "AutocastCUDA", "AutocastXPU", "AutocastMPS")
-    ),
-)
 CHUNK_BYTES = 2 << 20
 """Of a chunk's buffer, for each direction: about what stays in a core's caches."""
 
@@ -47,7 +36,7 @@ class Layer(NamedTuple):
     """The output is wanted as the caller's input lies; False: as rows that run."""
 
     def cell(self, weights: tuple[Weights, ...]) -> Cell:
-        return CELLS[self.mode](weights, self.plan.live)
+        return CELLS[self.mode](weights)
 
     def rows_at(self, there: bool) -> list[Tensor | None]:
         """Where each direction's rows lie, in the caller's input or among the rows that run; None: in order."""
@@ -88,19 +77,7 @@ def kept_shapes(
     )
 
 
-def _below_autograd(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Autograd follows none of the ops in the loops, nor which of them are views or in place; not to pass by it saves a
-    good part of a small op's time. Nor does autocast: a backward may be called under it."""
-
-    @wraps(function)
-    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(PASSED_BY):
-            return function(*args, **kwargs)
-
-    return run
-
-
-@_below_autograd
+@below_autograd
 def forward(
     layer: Layer, x: Tensor, initial: States, weights: tuple[Weights, ...], keep: bool, room: Kept | None = None
 ) -> tuple[Tensor, States, Kept]:
@@ -123,7 +100,7 @@ def forward(
     for states, first in zip(history, initial, strict=True):
         states.narrow(-2, 0, plan.live).copy_(_pick(layer, first))
 
-    add_ = adder(cell.joined(*(cell.ordered(cell.scaled(d.w_hh)) for d in weights)).mT, plan.live)
+    add_ = adder(cell.joined(*(cell.ordered(d.w_hh) for d in weights)).mT, plan.live)
     products = [_InputProduct(cell, d) for d in weights]
     rows_in = layer.rows_at(layer.gather)
     states_at = [torch.split_with_sizes(h, [plan.live, *plan.batch_sizes], axis) for h in history]
@@ -142,7 +119,7 @@ def forward(
     return output, tuple(_place_last(layer, h, first) for h, first in zip(history, initial, strict=True)), room
 
 
-@_below_autograd
+@below_autograd
 def backward(
     layer: Layer,
     x: Tensor,
@@ -219,14 +196,14 @@ class _InputProduct:
     """W_ih x + b_ih, with every recurrent bias that adds to it; the rest of the recurrent bias stands before it."""
 
     def __init__(self, cell: Cell, weights: Weights) -> None:
-        self.w = cell.scaled(weights.w_ih).t()
+        self.w = weights.w_ih.t()
         self.gates = gates = cell.gates * cell.hidden
         self.free = (cell.width - cell.gates) * cell.hidden
         self.bias: Tensor | None = None
         self.free_bias: Tensor | None = None
         if weights.b_ih is not None and weights.b_hh is not None:
-            b_hh = cell.ordered(cell.scaled(weights.b_hh))
-            self.bias = cell.scaled(weights.b_ih).clone()
+            b_hh = cell.ordered(weights.b_hh)
+            self.bias = weights.b_ih.clone()
             self.bias[: gates - self.free].add_(b_hh[self.free :])
             self.free_bias = b_hh[: self.free]
 

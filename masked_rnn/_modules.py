@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Self, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
 from ._backends import BACKENDS, run
 from ._call import close_call, open_call
+from ._torch import forward_pre_hooks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,10 +27,30 @@ def _run(layer: Any, input: Any, hx: Any, lengths: Any, mask: Any) -> Any:
     return close_call(call, *run(call))
 
 
-@cache
-def _out_of_dynamos_sight() -> Any:
-    """Dynamo leaves every `nn.RNNBase` to run as it is, but would compile, in pieces, the functions that it calls."""
-    return torch.compiler.disable(_run)
+_run_eagerly: Any = None
+
+
+def _eager_run() -> Any:
+    """`_run`, which Dynamo leaves alone. Made when Dynamo is first there: loading it takes seconds."""
+    global _run_eagerly
+    if _run_eagerly is None:
+        _run_eagerly = torch.compiler.disable(_run)
+    return _run_eagerly
+
+
+def _as_leaf(layer: Any, input: Any, hx: Any, lengths: Any, mask: Any) -> Any:
+    """One node in the graph of `torch.fx`, which takes only modules of torch.nn for leaves by itself."""
+    path = input.tracer.path_of_module(layer)
+    if not path:
+        raise torch.fx.proxy.TraceError(
+            f"torch.fx can't trace into {type(layer).__name__}, as it can't into torch.nn's layers. "
+            "Trace a module that holds it: it becomes one node there."
+        )
+    return input.tracer.create_proxy("call_module", path, (input, hx, lengths), {"mask": mask})
+
+
+OPTIONS = {"enforce_sorted": False, "flatten_hidden": True, "backend": "auto"}
+"""What is ours in a constructor's arguments, with the defaults."""
 
 
 class MaskedRNNBase(nn.RNNBase):
@@ -56,14 +77,20 @@ class MaskedRNNBase(nn.RNNBase):
         self.flatten_hidden = flatten_hidden
         self.backend = backend
 
-    def forward(self, input: Any, hx: Any = None, lengths: Any = None, *, mask: Any = None) -> Any:
-        if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
-            return _out_of_dynamos_sight()(self, input, hx, lengths, mask)
+    def _forward(self, input: Any, hx: Any, lengths: Any, mask: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            if isinstance(input, torch.fx.Proxy):
+                return _as_leaf(self, input, hx, lengths, mask)
+            # Dynamo leaves every nn.RNNBase to run as it is, but would compile, in pieces, the functions that it calls.
+            if "torch._dynamo" in sys.modules:
+                return _eager_run()(self, input, hx, lengths, mask)
+        elif torch.compiler.is_dynamo_compiling() and not torch._dynamo.config.allow_rnn:
+            return _eager_run()(self, input, hx, lengths, mask)
         return _run(self, input, hx, lengths, mask)
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]
-        for name, default in (("enforce_sorted", False), ("flatten_hidden", True), ("backend", "auto")):
+        for name, default in OPTIONS.items():
             if getattr(self, name) != default:
                 parts.append(f"{name}={getattr(self, name)!r}")
         return ", ".join(parts)
@@ -73,6 +100,7 @@ class MaskedRNNBase(nn.RNNBase):
         """A layer over the parameters of `plain`, with its configuration and the `extra` arguments of its kind."""
         if not isinstance(plain, cls._plain):
             raise TypeError(f"expected an nn.{cls._plain.__name__}, got {type(plain).__name__}")
+        kept = {name: getattr(plain, name) for name in OPTIONS if isinstance(plain, MaskedRNNBase)}
         weight: Any = plain.weight_ih_l0
         layer = cls(
             plain.input_size,
@@ -85,11 +113,32 @@ class MaskedRNNBase(nn.RNNBase):
             device="meta",
             dtype=weight.dtype,
             **{name: getattr(plain, name) for name in extra},
-            **options,
+            **{"flatten_hidden": False, **kept, **options},
         )
-        for name, _ in list(layer.named_parameters()):
-            setattr(layer, name, getattr(plain, name))
+        _share_weights(layer, plain)
         return layer.train(plain.training)
+
+
+def _share_weights(layer: Any, plain: Any) -> None:
+    """Put the parameters of `plain` in the place of the layer's, or what they are computed from."""
+    computed = False
+    for name, _ in list(layer.named_parameters()):
+        if parametrize.is_parametrized(plain, name):
+            parametrize.register_parametrization(layer, name, nn.Identity(), unsafe=True)
+            layer.parametrizations[name] = plain.parametrizations[name]
+        elif isinstance(getattr(plain, name), nn.Parameter):
+            setattr(layer, name, getattr(plain, name))
+        else:  # a plain tensor that a hook computes before each call, as pruning does
+            computed = True
+            delattr(layer, name)
+            setattr(layer, name, getattr(plain, name))
+    if computed:
+        for name, parameter in plain.named_parameters(recurse=False):
+            layer.register_parameter(name, parameter)
+        for name, buffer in plain.named_buffers(recurse=False):
+            layer.register_buffer(name, buffer)
+        for hook, with_kwargs in forward_pre_hooks(plain):
+            layer.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
 
 
 class MaskedGRU(MaskedRNNBase, nn.GRU):
@@ -165,7 +214,7 @@ class MaskedGRU(MaskedRNNBase, nn.GRU):
         self, input: PackedSequence, hx: Tensor | None = None, lengths: None = None, *, mask: None = None
     ) -> tuple[PackedSequence, Tensor]: ...
     def forward(self, input: Any, hx: Any = None, lengths: Any = None, *, mask: Any = None) -> Any:
-        return super().forward(input, hx, lengths, mask=mask)
+        return self._forward(input, hx, lengths, mask)
 
     @classmethod
     def from_gru(cls, gru: nn.GRU, **options: Any) -> Self:
@@ -226,7 +275,7 @@ class MaskedLSTM(MaskedRNNBase, nn.LSTM):
         mask: None = None,
     ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...
     def forward(self, input: Any, hx: Any = None, lengths: Any = None, *, mask: Any = None) -> Any:
-        return super().forward(input, hx, lengths, mask=mask)
+        return self._forward(input, hx, lengths, mask)
 
     @classmethod
     def from_lstm(cls, lstm: nn.LSTM, **options: Any) -> Self:
@@ -259,7 +308,7 @@ class MaskedRNN(MaskedRNNBase, nn.RNN):
         self, input: PackedSequence, hx: Tensor | None = None, lengths: None = None, *, mask: None = None
     ) -> tuple[PackedSequence, Tensor]: ...
     def forward(self, input: Any, hx: Any = None, lengths: Any = None, *, mask: Any = None) -> Any:
-        return super().forward(input, hx, lengths, mask=mask)
+        return self._forward(input, hx, lengths, mask)
 
     @classmethod
     def from_rnn(cls, rnn: nn.RNN, **options: Any) -> Self:

@@ -6,7 +6,6 @@ T time, N batch, I input, H hidden, D directions.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -14,19 +13,14 @@ from torch import Tensor
 
 from ._call import Call, each_layer
 from ._cells import States, Weights
+from ._torch import symbolic_node
 
 GATE_ORDER = {"GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2), "RNN_TANH": (0,), "RNN_RELU": (0,)}
 """ONNX's gates (zrh; iofc) by their places in PyTorch's order (r, z, n; i, f, g, o)."""
 
 
-def is_exporting() -> bool:
-    """`torch.onnx.is_in_onnx_export()`, which Dynamo takes for False at all times, and which loads the exporter."""
-    flags = sys.modules.get("torch.onnx._internal.exporter._flags")
-    return flags is not None and flags._is_onnx_exporting
-
-
-def why_not(call: Call) -> list[str]:
-    return ["ONNX's LSTM node has no projection (proj_size)"] if call.layer.proj_size else []
+def why_not(call: Call) -> str | None:
+    return "ONNX's LSTM node has no projection (proj_size)" if call.layer.proj_size else None
 
 
 def run(call: Call) -> tuple[Tensor, States]:
@@ -58,13 +52,12 @@ def _node(
         attributes["linear_before_reset"] = 1
     if mode.startswith("RNN"):
         attributes["activations"] = ["Tanh" if mode == "RNN_TANH" else "Relu"] * D
-    Y, *last = torch.onnx.ops.symbolic_multi_out(
+    Y, *last = symbolic_node(
         mode.split("_")[0],
         [x, W, R, B, None if lengths is None else lengths.to(torch.int32), *initial],
         attributes,
         dtypes=[x.dtype] * (1 + len(initial)),
         shapes=[(steps, D, batch, hidden), *[(D, batch, hidden)] * len(initial)],
-        version=None,
     )
     output = Y.transpose(1, 2).flatten(2)
     if lengths is not None:

@@ -17,12 +17,10 @@ from torch import Tensor
 from ._call import Call, each_layer, same
 from ._cells import CELLS, States, Weights
 from ._lengths import Plan, check_range, plan_full, plan_rows
+from ._kernels import has_lstm_kernel, suits_kernel
 from ._loops import Kept, Layer, backward, forward, kept_shapes
 from ._padded import run_layer
-
-
-def why_not(call: Call) -> list[str]:
-    return []
+from ._torch import unsafe_view, with_autograd
 
 
 def run(call: Call) -> tuple[Tensor, States]:
@@ -67,8 +65,8 @@ def _layer(
 ) -> list[Tensor]:
     """The output, the last states, and what the gradient needs, as bytes."""
     grouped, states = _weights(weights, directions), tuple(initial)
-    reserve = x.new_empty(_reserve_size(x, initial, weights, mode, directions, keep), dtype=torch.uint8)
-    if x.device.type != "cpu":
+    reserve = x.new_empty(_reserve_size(x, lengths, initial, weights, mode, directions, keep), dtype=torch.uint8)
+    if _runs_kernel(x, lengths, initial, mode, batch_first, keep):
         with torch.no_grad():
             output, last = _kernel(mode, x, lengths, states, grouped, batch_first)
         return [output.contiguous(), *(h.clone() for h in last), reserve]
@@ -77,7 +75,7 @@ def _layer(
     kept = _kept(layer, x, initial, grouped, reserve) if keep else None
     output, last, _ = forward(layer, x.reshape(-1, x.size(-1)), states, grouped, keep, kept)
     # Not a view for autograd: the caller may change it in place.
-    return [torch.ops.aten._unsafe_view(output, [*x.shape[:2], output.size(-1)]), *last, reserve]
+    return [unsafe_view(output, [*x.shape[:2], output.size(-1)]), *last, reserve]
 
 
 def _layer_gradient(
@@ -95,7 +93,7 @@ def _layer_gradient(
 ) -> list[Tensor]:
     """The gradients of the initial states, then of x and of the weights where they are wanted."""
     grouped, states = _weights(weights, directions), tuple(initial)
-    if x.device.type != "cpu":
+    if _runs_kernel(x, lengths, initial, mode, batch_first, learns=True):
         return _recomputed(x, lengths, initial, weights, grads, mode, directions, batch_first, want_x, want_weights)
     layer = Layer(mode, directions, _plan(x, lengths, batch_first), gather=True, scatter=True)
     flat = x.reshape(-1, x.size(-1))
@@ -113,6 +111,20 @@ def _layer_gradient(
     return result
 
 
+def _runs_kernel(
+    x: Tensor, lengths: Tensor | None, initial: Sequence[Tensor], mode: str, batch_first: bool, learns: bool
+) -> bool:
+    """Whether PyTorch's kernel runs, and once more for the gradient: as `auto` would choose."""
+    if x.device.type != "cpu":
+        return True
+    batch, steps = x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
+    if lengths is not None:
+        check_range(lengths, steps, f"batch_first={batch_first}")
+    if batch == 0 or steps == 0:
+        return False
+    return suits_kernel(mode, x, batch, steps, initial[-1].size(-1), initial[0].size(-1), lengths, learns)
+
+
 def _kernel(
     mode: str, x: Tensor, lengths: Tensor | None, initial: States, weights: tuple[Weights, ...], batch_first: bool
 ) -> tuple[Tensor, States]:
@@ -124,7 +136,6 @@ def _plan(x: Tensor, lengths: Tensor | None, batch_first: bool) -> Plan:
     batch, steps = x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
     if lengths is None:
         return plan_full(batch, steps, batch_first, x.device)
-    check_range(lengths, steps, f"batch_first={batch_first}")
     return _plan_of(tuple(lengths.tolist()), steps, batch_first)
 
 
@@ -140,10 +151,17 @@ def _plan_of(lengths: tuple[int, ...], steps: int, batch_first: bool) -> Plan:
 
 
 def _reserve_size(
-    x: Tensor, initial: Sequence[Tensor], weights: Sequence[Tensor], mode: str, directions: int, keep: bool
+    x: Tensor,
+    lengths: Tensor | None,
+    initial: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    mode: str,
+    directions: int,
+    keep: bool,
 ) -> Any:
     """Enough bytes for a batch without padding; memory that is not touched costs nothing."""
-    if not keep or x.device.type != "cpu":
+    runs_kernel = lengths is None and has_lstm_kernel(mode, x, initial[-1].size(-1), initial[0].size(-1))
+    if not keep or x.device.type != "cpu" or runs_kernel:
         return 0
     cell = CELLS[mode]
     batch = initial[0].shape[1]
@@ -175,14 +193,18 @@ def _recomputed(
     want_x: bool,
     want_weights: bool,
 ) -> list[Tensor]:
-    inputs = [t.detach().requires_grad_() for t in (*initial, x, *weights)]
     S = len(initial)
-    with torch.enable_grad():
-        grouped = _weights(inputs[S + 1 :], directions)
-        output, last = _kernel(mode, inputs[S], lengths, tuple(inputs[:S]), grouped, batch_first)
-    wanted = inputs[:S] + (inputs[S : S + 1] if want_x else []) + (inputs[S + 1 :] if want_weights else [])
-    found = torch.autograd.grad((output, *last), wanted, list(grads), allow_unused=True, materialize_grads=True)
-    return [g.clone() for g in found]
+
+    def run() -> list[Tensor]:
+        inputs = [t.detach().requires_grad_() for t in (*initial, x, *weights)]
+        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+            grouped = _weights(inputs[S + 1 :], directions)
+            output, last = _kernel(mode, inputs[S], lengths, tuple(inputs[:S]), grouped, batch_first)
+        wanted = inputs[:S] + (inputs[S : S + 1] if want_x else []) + (inputs[S + 1 :] if want_weights else [])
+        found = torch.autograd.grad((output, *last), wanted, list(grads), allow_unused=True, materialize_grads=True)
+        return [g.clone(memory_format=torch.contiguous_format) for g in found]
+
+    return with_autograd(run)
 
 
 def _fake_layer(
@@ -196,7 +218,7 @@ def _fake_layer(
     keep: bool,
 ) -> list[Tensor]:
     output = x.new_empty(x.shape[0], x.shape[1], directions * initial[0].shape[-1])
-    reserve = x.new_empty(_reserve_size(x, initial, weights, mode, directions, keep), dtype=torch.uint8)
+    reserve = x.new_empty(_reserve_size(x, lengths, initial, weights, mode, directions, keep), dtype=torch.uint8)
     return [output, *(torch.empty_like(h, memory_format=torch.contiguous_format) for h in initial), reserve]
 
 

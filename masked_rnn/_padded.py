@@ -10,23 +10,20 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ._call import Call, each_layer
 from ._cells import States, Weights
-from ._kernels import differentiates_once, run_kernel
+from ._kernels import run_kernel, runs_cudnn
 from ._lengths import live_steps, reverse_index
-
-
-def why_not(call: Call) -> list[str]:
-    return []
 
 
 def run(call: Call) -> tuple[Tensor, States]:
     layer = call.layer
     x, lengths, back = call.padded()
-    if lengths is None and not (layer.dropout and layer.training and differentiates_once(x)):
+    if lengths is None and not (call.draws_dropout() and runs_cudnn(x)):
         output, last = run_kernel(
-            layer.mode, x, call.states, call.weights(), dropout=layer.dropout, training=layer.training
+            layer.mode, x, call.states, call.weights, dropout=layer.dropout, training=layer.training
         )
     else:
         output, last = each_layer(call, x, lambda x, state, w: run_layer(layer.mode, x, lengths, state, w))
@@ -73,9 +70,10 @@ def _with_cell_states(x: Tensor, live: Tensor, lengths: Tensor, initial: States,
     One more input, 1 at padding, drives the gates there to i = 0 and f = 1 exactly: c' = f c + i g = c.
     """
     hidden = w.w_hh.size(0) // 4
-    drive = w.w_ih.new_zeros(4, hidden)
-    drive[0], drive[1] = -_SATURATING, _SATURATING
-    w = w._replace(w_ih=torch.cat([w.w_ih, drive.view(-1, 1)], 1))
+    drive = w.w_ih.new_zeros(4, hidden, w.w_ih.size(1) + 1)
+    drive[0, :, -1], drive[1, :, -1] = -_SATURATING, _SATURATING
+    # Padded, not concatenated: the gradient of a part of a concatenation is not contiguous.
+    w = w._replace(w_ih=F.pad(w.w_ih, (0, 1)) + drive.flatten(0, 1))
     output, (_, c) = run_kernel("LSTM", torch.cat([x, (~live).to(x.dtype)], -1), initial, [(w,)])
     return output, (_at_last_step(output, lengths, initial[0]), c)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._cells import Add
+from ._torch import has_onednn, packed_linear
 
 LARGE = 3 << 18
 """Bytes of a weight from which its layout is worth keeping: most of a core's second-level cache."""
@@ -25,10 +26,6 @@ def adder(w: Tensor, rows: int) -> Add:
     return lambda target, h: product(target, h, w)
 
 
-def has_onednn() -> bool:
-    return bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
-
-
 def _keeps_layout(w: Tensor) -> bool:
     return (
         w.device.type == "cpu"
@@ -36,16 +33,18 @@ def _keeps_layout(w: Tensor) -> bool:
         and w.size(-1) * w.size(-2) * w.element_size() >= LARGE
         and torch.backends.mkl.is_available()
         and has_onednn()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and packed_linear() is not None
     )
 
 
 def _kept(w: Tensor) -> Add:
-    weight = torch.ops.mkldnn._reorder_linear_weight(w.t().contiguous(), None)
-    linear = torch.ops.mkldnn._linear_pointwise.default
+    found = packed_linear()
+    assert found is not None
+    pack, linear = found
+    weight = pack(w.t().contiguous())
 
     def add_(target: Tensor, h: Tensor) -> None:
-        target.add_(linear(h, weight, None, "none", [], ""))
+        target.add_(linear(h, weight))
 
     return add_
 

@@ -1,4 +1,4 @@
-"""The plain recurrence as a backend: it runs under every transform, on any device, with nothing against any call."""
+"""The plain recurrence as a backend: it runs under every transform and on any device."""
 
 from __future__ import annotations
 
@@ -7,10 +7,6 @@ from torch import Tensor
 from ._call import Call, each_layer
 from ._cells import States
 from ._plain import scan
-
-
-def why_not(call: Call) -> list[str]:
-    return []
 
 
 def run(call: Call) -> tuple[Tensor, States]:

@@ -8,18 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._torch import is_batched
+
 Plain = Callable[..., Sequence[Tensor]]
 
 
 def wants_plain(grads: Sequence[Tensor | None]) -> bool:
     """In a backward: whether it will itself be differentiated, or runs for a batch of gradients at once."""
-    return torch.is_grad_enabled() or any(g is not None and _is_batched(g) for g in grads)
-
-
-def _is_batched(grad: Tensor) -> bool:
-    # `autograd.grad(is_grads_batched=True)` batches with an older vmap than torch.func's.
-    functorch = torch._C._functorch
-    return functorch.is_legacy_batchedtensor(grad) or functorch.is_batchedtensor(grad)
+    return torch.is_grad_enabled() or any(g is not None and is_batched(g) for g in grads)
 
 
 def gradient_of(

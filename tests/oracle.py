@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +27,20 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "rnn-relu": ("RNN", {"nonlinearity": "relu"}),
 }
 INPUT, HIDDEN = 4, 3
+
+
+def torch_before(version: str) -> bool:
+    """Whether this is a torch older than the given release."""
+
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in text.split("+")[0].split(".")[:2]]
+
+    return numbers(torch.__version__) < numbers(version)
+
+
+def needs_torch(version: str, what: str) -> Any:
+    """Skip a test where torch is too old; docs/versions.md lists what that is."""
+    return pytest.mark.skipif(torch_before(version), reason=f"{what} needs torch {version}")
 
 
 def masked(cell: str, *args: Any, **kwargs: Any) -> Any:

@@ -35,32 +35,55 @@ def test_on_the_cpu_bptt_trains(cell: str, form: str, ran: list[str]) -> None:
     assert ran[1:] == ["bptt"]
 
 
-@pytest.mark.parametrize(
-    ("name", "batch", "hidden", "given", "learns", "expected"),
-    [
-        ("gru", 4, 127, "lengths", False, "padded"),
-        ("gru", 4, 128, "lengths", False, "bptt"),
-        ("gru", 4, 128, "neither", False, "bptt"),
-        ("gru", 1, 8, "lengths", True, "bptt"),
-        ("gru", 1, 8, "mask", False, "bptt"),
-        ("rnn-tanh", 1, 8, "lengths", False, "padded"),
-        ("lstm", 64, 128, "neither", True, "padded"),
-        ("lstm", 64, 128, "neither", False, "padded"),
-        ("lstm", 31, 128, "lengths", True, "padded"),
-        ("lstm", 32, 128, "lengths", True, "bptt"),
-        ("lstm", 63, 128, "lengths", False, "padded"),
-        ("lstm", 64, 128, "lengths", False, "bptt"),
-        ("lstm-proj", 64, 128, "neither", True, "bptt"),
-    ],
-)
+# (cell, batch, hidden, lengths, whether gradients are wanted, what runs); 20 steps.
+FULL, HALF, ONE = "none", "half", "one long"
+CHOICES = [
+    ("gru", 4, 127, FULL, False, "padded"),
+    ("gru", 4, 128, FULL, False, "bptt"),
+    ("gru", 4, 127, FULL, True, "bptt"),
+    ("gru", 4, 127, HALF, False, "bptt"),
+    ("gru", 1, 8, "mask", False, "bptt"),
+    ("rnn-tanh", 1, 8, FULL, False, "padded"),
+    ("lstm", 64, 128, FULL, True, "padded"),
+    ("lstm", 64, 128, FULL, False, "padded"),
+    # a * width < 1000 + 0.8 * half of it
+    ("lstm", 13, 128, HALF, True, "padded"),
+    ("lstm", 14, 128, HALF, True, "bptt"),
+    # a * width < 1400 + 1.6 * half of it
+    ("lstm", 54, 128, HALF, False, "padded"),
+    ("lstm", 55, 128, HALF, False, "bptt"),
+    # The same work, most of it padding; and a small layer, whose rows cost as much as 16 wide.
+    ("lstm", 54, 128, ONE, False, "bptt"),
+    ("lstm", 512, 4, ONE, False, "bptt"),
+    ("lstm", 512, 4, ONE, True, "bptt"),
+    ("lstm", 16, 4, ONE, True, "padded"),
+    ("lstm-proj", 64, 128, FULL, True, "bptt"),
+]
+
+
+@pytest.mark.parametrize(("name", "batch", "hidden", "given", "learns", "expected"), CHOICES)
 def test_where_torchs_kernel_is_faster(
     name: str, batch: int, hidden: int, given: str, learns: bool, expected: str, ran: list[str]
 ) -> None:
+    if name == "lstm" and not torch.backends.mkldnn.is_available():
+        expected = "bptt"
     layer = masked(name, INPUT, hidden)
-    values = {"lengths": [1] * batch, "mask": torch.ones(2, batch, dtype=torch.bool), "neither": None}
+    lengths = {HALF: [10] * (batch - 1) + [10], ONE: [20] + [1] * (batch - 1)}.get(given)
+    values = {"lengths": lengths} if lengths else {}
+    if given == "mask":
+        values = {"mask": torch.ones(20, batch, dtype=torch.bool)}
     with torch.set_grad_enabled(learns):
-        layer(torch.randn(2, batch, INPUT), **({} if given == "neither" else {given: values[given]}))
+        layer(torch.randn(20, batch, INPUT), **values)
     assert ran == [expected]
+
+
+def test_a_few_small_steps(cell: str, ran: list[str]) -> None:
+    """Are over before a loop in Python has begun."""
+    layer = masked(cell, INPUT, 3)
+    with torch.no_grad():
+        layer(torch.randn(15, 2, INPUT), lengths=[3, 7])
+        layer(torch.randn(16, 2, INPUT), lengths=[3, 7])
+    assert ran == ["padded", "padded" if cell == "lstm" and torch.backends.mkldnn.is_available() else "bptt"]
 
 
 @pytest.mark.parametrize("form", CALLS)
@@ -70,22 +93,29 @@ def test_a_forced_backend_runs(cell: str, backend: str, form: str, ran: list[str
     assert ran == [backend]
 
 
-@pytest.mark.parametrize(
-    ("lengths_on", "expected"),
-    [
-        (None, ("packed", "padded", "scan")),
-        ("cpu", ("packed", "padded", "scan")),
-        ("cuda", ("padded", "packed", "scan")),
-    ],
-)
-def test_elsewhere_the_lengths_place_decides(lengths_on: str | None, expected: tuple[str, ...]) -> None:
-    def on(device: str | None) -> Any:
-        return None if device is None else SimpleNamespace(device=SimpleNamespace(type=device))
+@pytest.mark.parametrize(("lengths_on", "expected"), [(None, "packed"), ("cpu", "packed"), ("cuda", "padded")])
+def test_elsewhere_the_lengths_place_decides(lengths_on: str | None, expected: str) -> None:
+    class There(torch.Tensor):
+        """On another device, as far as the choice goes."""
 
-    call: Any = SimpleNamespace(data=on("cuda"), lengths=on(lengths_on), mask=None, form="padded")
-    assert _backends.preferred(call) == expected
-    call = SimpleNamespace(data=on("cuda"), lengths=None, mask=on(lengths_on), form="padded")
-    assert _backends.preferred(call) == expected
+        where: str
+
+        @property
+        def device(self) -> Any:  # type: ignore[override]
+            return SimpleNamespace(type=self.where)
+
+    def on(device: str | None) -> Any:
+        if device is None:
+            return None
+        tensor = torch.ones(3, dtype=torch.int64).as_subclass(There)
+        tensor.where = device
+        return tensor
+
+    for given in ("lengths", "mask"):
+        call: Any = SimpleNamespace(data=on("cuda"), lengths=None, mask=None, form="padded", packed=None, states=())
+        setattr(call, given, on(lengths_on))
+        call.values_can_be_read = lambda: True
+        assert _backends.preferred(call) == expected
 
 
 @pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "dual"])
@@ -113,13 +143,25 @@ def test_every_backend_answers_for_itself() -> None:
         assert backend.name == name
 
 
-def test_a_reason_moves_auto_on(ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    refusing = _backends.BACKENDS["bptt"]._replace(why_not=lambda _call: ["it is a test"])
-    monkeypatch.setitem(_backends.BACKENDS, "bptt", refusing)
-    masked("gru", batch_first=True)(X, lengths=[6, 4, 1])
-    assert ran == ["packed"]
-    with pytest.raises(ValueError, match=r"backend='bptt' can't run this call: it is a test\. Use backend='auto'"):
-        masked("gru", batch_first=True, backend="bptt")(X)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("given", [{}, {"lengths": [6, 4, 1]}], ids=str)
+def test_autocast_where_the_cpu_lacks_the_kernel(
+    dtype: torch.dtype, given: dict[str, Any], ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` runs whatever the CPU; a forced kernel that it lacks is refused."""
+    layer = masked("lstm", batch_first=True)
+    with torch.autocast("cpu", dtype):
+        output, (h, _) = layer(X, **given)
+    assert output.dtype == h.dtype == dtype
+    output.float().sum().backward()
+    monkeypatch.setattr(_backends, "lstm_kernel_runs", lambda _dtype: False)
+    with torch.autocast("cpu", dtype):
+        assert layer(X, **given)[0].dtype == dtype
+        assert ran[-1] == "bptt"
+        for layer.backend in ("padded", *(() if given else ("packed",))):
+            words = rf"can't run this call: PyTorch has no LSTM kernel for {dtype} under autocast on this CPU.*'auto'"
+            with pytest.raises(ValueError, match=words):
+                layer(X, **given)
 
 
 def test_full_lengths_are_no_lengths(cell: str) -> None:

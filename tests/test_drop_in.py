@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from oracle import CELLS, INPUT, as_tuple, every, masked, plain
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import masked_rnn
 from masked_rnn import MaskedGRU, MaskedLSTM, MaskedRNN
@@ -105,7 +107,7 @@ FROM = {"GRU": MaskedGRU.from_gru, "LSTM": MaskedLSTM.from_lstm, "RNN": MaskedRN
 def test_from_an_existing_layer_shares_its_parameters(cell: str) -> None:
     theirs = plain(cell, num_layers=2, bidirectional=True, batch_first=True, dropout=0.5).double().eval()
     theirs.weight_hh_l0.requires_grad_(False)
-    ours = FROM[CELLS[cell][0]](theirs, flatten_hidden=False, backend="packed")
+    ours = FROM[CELLS[cell][0]](theirs, backend="packed")
     assert all(p is q for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
     assert not ours.training
     assert same(ours(X.double()), theirs(X.double()))
@@ -113,6 +115,80 @@ def test_from_an_existing_layer_shares_its_parameters(cell: str) -> None:
         theirs.weight_ih_l0.zero_()
     assert same(ours(X.double()), theirs(X.double()))
     assert repr(ours).startswith(repr(theirs).replace(CELLS[cell][0], f"Masked{CELLS[cell][0]}")[:-1])
+
+
+def test_what_reads_h_n_goes_on_reading_the_last_layer(cell: str) -> None:
+    """`h_n[-1]` is the top layer's state in every model that has torch.nn's layer; flattened it is the last sequence's."""
+    theirs = plain(cell, num_layers=2, batch_first=True)
+    ours = FROM[CELLS[cell][0]](theirs)
+    assert ours.flatten_hidden is False
+    assert same(ours(X), theirs(X)) or all(
+        torch.allclose(a, b) for a, b in zip(as_tuple(ours(X)[1]), as_tuple(theirs(X)[1]), strict=True)
+    )
+    assert as_tuple(ours(X)[1])[0][-1].shape[0] == 3
+    assert FROM[CELLS[cell][0]](theirs, flatten_hidden=True).flatten_hidden is True
+
+
+def test_from_a_masked_layer_keeps_its_options(cell: str) -> None:
+    for flatten_hidden in (True, False):
+        layer = masked(cell, enforce_sorted=True, flatten_hidden=flatten_hidden, backend="scan")
+        other = FROM[CELLS[cell][0]](layer)
+        assert repr(other) == repr(layer)
+        assert FROM[CELLS[cell][0]](layer, backend="padded").backend == "padded"
+        assert other.flatten_hidden is flatten_hidden
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def parametrized(layer: nn.Module, how: str) -> None:
+    names = [name for name, _ in layer.named_parameters()]
+    if how == "weight_norm":
+        nn.utils.parametrizations.weight_norm(layer, "weight_hh_l0")
+    elif how == "all":
+        for name in names:
+            nn.utils.parametrize.register_parametrization(layer, name, Doubled())
+    elif how == "older weight_norm":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            nn.utils.weight_norm(layer, "weight_hh_l0")
+    else:
+        prune.random_unstructured(layer, "weight_ih_l0", 0.5)
+
+
+@pytest.mark.parametrize("how", ["weight_norm", "all", "older weight_norm", "pruned"])
+def test_from_a_layer_whose_weights_are_computed(cell: str, how: str) -> None:
+    theirs = plain(cell, num_layers=2, batch_first=True)
+    parametrized(theirs, how)
+    ours = FROM[CELLS[cell][0]](theirs)
+    assert {id(p) for p in ours.parameters()} == {id(p) for p in theirs.parameters()}
+    for backend in ("auto", "packed", "padded", "bptt", "scan"):
+        ours.backend = backend
+        for change in (0.0, 0.1):
+            with torch.no_grad():
+                for parameter in theirs.parameters():
+                    parameter.add_(change)
+            expected, found = theirs(X)[0], ours(X)[0]
+            torch.testing.assert_close(found, expected)
+            wanted = [p for p in theirs.parameters() if p.requires_grad]
+            for a, b in zip(
+                torch.autograd.grad(found.square().sum(), wanted),
+                torch.autograd.grad(expected.square().sum(), wanted),
+                strict=True,
+            ):
+                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_weights_of_another_dtype_by_functional_call(cell: str, backend: str) -> None:
+    layer = masked(cell, num_layers=2, backend=backend)
+    weights = {name: p.double() for name, p in layer.named_parameters()}
+    found, last = torch.func.functional_call(layer, weights, (X.double(),), {"lengths": [1, 0, 3, 2, 3, 3]})
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), layer(X, lengths=[1, 0, 3, 2, 3, 3])[0])
+    with pytest.raises(ValueError, match=r"must have the type torch\.float64, got type torch\.float32"):
+        torch.func.functional_call(layer, weights, (X,))
 
 
 def test_from_another_kind_of_layer() -> None:

@@ -31,7 +31,22 @@ LENGTHS: list[tuple[Any, type[Exception], str]] = [
     (torch.tensor([[1], [2], [3]]), ValueError, r"lengths must have one dimension.*\(3, 1\).*Expected shape \(3,\)"),
     (torch.tensor(3), ValueError, r"lengths must have one dimension.*Expected shape \(3,\)"),
     ([[1], [2], [3]], ValueError, r"lengths must have one dimension, but lengths\[0\] is \[1\]"),
-    (torch.tensor([1.0, 2.0, 3.0]), TypeError, r"dtype is torch\.float32.*lengths\.long\(\)"),
+    (torch.tensor([1.0, 2.0, 3.0]), TypeError, r"dtype is torch\.float32.*Use lengths\.long\(\)\.$"),
+    # No hint where following it gives a wrong result.
+    (torch.tensor([1.5, 2.0, 3.0]), TypeError, r"dtype is torch\.float32.*integer dtype\.$"),
+    (torch.tensor([1.0, torch.nan, 3.0]), TypeError, r"dtype is torch\.float32.*integer dtype\.$"),
+    (
+        torch.tensor([1.0, 0.4, 0.5]),
+        TypeError,
+        r"integer dtype\. If they are fractions of the 6 steps, use \(lengths \* 6\)\.round\(\)\.long\(\)\.$",
+    ),
+    (np.array([1.0, 0.4, 0.5]), TypeError, r"use \(lengths \* 6\)\.round\(\)\.long\(\)\.$"),
+    (torch.tensor([1.0, 1.0, 0.0]), TypeError, r"use \(lengths \* 6\).*; if they count steps, lengths\.long\(\)\.$"),
+    ([1.0, 0.4, 0.5], TypeError, r"lengths\[0\] = 1\.0.*use \(torch\.tensor\(lengths\) \* 6\)\.round\(\)\.long\(\)\.$"),
+    (np.array([1, 2.5, 3], dtype=object), TypeError, r"lengths\[1\] = 2\.5 is of type float"),
+    (np.array([True, False, True]), TypeError, r"dtype is torch\.bool.*give it as mask"),
+    ([1, 10**30, 3], ValueError, r"lengths\[1\] = 1000.* is out of range\. Expected 0 <= length <= 6"),
+    (np.array([1, 2**63, 3], dtype=np.uint64), ValueError, r"lengths\[1\] = 9223372036854775808 is out of range"),
     (torch.tensor([True, False, True]), TypeError, r"dtype is torch\.bool.*If it marks real steps, give it as mask"),
     (np.array([1.5, 2, 3]), TypeError, r"dtype is torch\.float64"),
     ([1, 2.0, 3], TypeError, r"lengths\[1\] = 2\.0 is of type float"),
@@ -84,6 +99,39 @@ MASKS: list[tuple[Any, type[Exception], str]] = [
 def test_mask(mask: Any, kind: type[Exception], words: str, backend: str) -> None:
     with pytest.raises(kind, match=words):
         masked("gru", batch_first=True, backend=backend)(X, mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("mask", "ending"),
+    [
+        (MASK.long(), r"torch\.int64\. Use mask\.bool\(\)\.$"),
+        (MASK.float(), r"torch\.float32\. Use mask\.bool\(\)\.$"),
+        (torch.where(MASK, 0.0, -torch.inf), r"torch\.float32\. Use mask\.bool\(\)\.$"),  # all 0: nothing is real
+        (torch.tensor([[0.0, -torch.inf] * 3] * 3), r"added to scores, 0 at real steps: use mask == 0\.$"),
+        (torch.rand(3, 6) + 1.5, r"dtype is torch\.float32\.$"),
+    ],
+)
+def test_a_mask_of_another_dtype(mask: Any, ending: str) -> None:
+    with pytest.raises(TypeError, match=ending):
+        masked("gru", batch_first=True)(X, mask=mask)
+
+
+LIKE_LENGTHS = [[3, 1, 2], (3, 1, 2), torch.tensor([3, 1, 2]), np.array([3, 1, 2]), 3, [torch.tensor(3), 1, 2], [3, 1]]
+
+
+@pytest.mark.parametrize("lengths", LIKE_LENGTHS, ids=str)
+def test_lengths_in_the_place_of_hx(lengths: Any, cell: str) -> None:
+    """`gru(x, lengths)`, as one would write it."""
+    words = r"the second argument, hx, is the initial state, but got whole numbers.*pass lengths=\.\.\."
+    layer = masked(cell, batch_first=True)
+    with pytest.raises(TypeError, match=words):
+        layer(X, lengths)
+    with pytest.raises(TypeError, match=words), torch.autocast("cpu"):
+        layer(X, lengths)
+    with pytest.raises(TypeError, match=r"got a bool tensor.*pass mask=\.\.\."):
+        layer(X, MASK)
+    with pytest.raises(TypeError, match=r"packed input carries its lengths: leave them out"):
+        layer(pack_sequence([torch.zeros(2, INPUT)]), lengths)
 
 
 def test_lengths_and_mask_together(backend: str) -> None:

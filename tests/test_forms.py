@@ -31,6 +31,15 @@ def x() -> Tensor:
         tuple(LENGTHS),
         np.array(LENGTHS),
         np.array(LENGTHS, dtype=np.uint8),
+        np.array(LENGTHS, dtype=np.uint64),
+        np.array(LENGTHS[::-1])[::-1],
+        np.array([n for length in LENGTHS for n in (length, 9)])[::2],
+        np.array(LENGTHS, dtype=">i4"),
+        np.array(LENGTHS, dtype="<u2"),
+        np.array(LENGTHS, dtype=object),
+        np.frombuffer(np.array(LENGTHS).tobytes(), dtype=np.int64),  # read-only
+        range(3, 7),
+        memoryview(np.array(LENGTHS)),
         list(np.array(LENGTHS)),
         [torch.tensor(n) for n in LENGTHS],
         *(torch.tensor(LENGTHS, dtype=d) for d in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)),
@@ -42,7 +51,7 @@ def test_lengths_of_every_type(lengths: Any) -> None:
     layer = masked("gru", batch_first=True)
     x = torch.randn(4, 6, INPUT)
     before = list(lengths)
-    expected = layer(x, lengths=torch.tensor(LENGTHS))
+    expected = layer(x, lengths=torch.tensor([int(n) for n in before]))
     assert torch.equal(layer(x, lengths=lengths)[0], expected[0])
     assert list(lengths) == before
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import BACKENDS, INPUT, as_hx, as_tuple, every, masked, random_states
+from oracle import BACKENDS, INPUT, as_hx, as_tuple, every, masked, plain, random_states
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -172,6 +172,80 @@ def test_checkpointing(cell: str, backend: str) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize("sizes", [(4, 6, 3), (64, 6, 64), (100, 6, 64)], ids=str)
+@pytest.mark.parametrize("given", ["lengths", "mask", "neither"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_reentrant_checkpointing_draws_the_same_dropout(
+    cell: str, backend: str, sizes: tuple[int, int, int], given: str, frozen: bool
+) -> None:
+    """The first pass runs without gradients, the second with: both must choose alike and draw alike."""
+    from torch.utils.checkpoint import checkpoint
+
+    batch, steps, hidden = sizes
+    if batch > 4 and backend != "auto":
+        return
+    layer = masked(cell, INPUT, hidden, num_layers=2, batch_first=True, dropout=0.5, backend=backend)
+    if frozen:
+        layer.requires_grad_(False)
+    x = torch.randn(batch, steps, INPUT, requires_grad=True)
+    lengths = torch.arange(batch) % (steps + 1)
+    more: dict[str, Any] = {"lengths": lengths} if given == "lengths" else {}
+    if given == "mask":
+        more = {"mask": torch.arange(steps) < lengths.unsqueeze(1)}
+    wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    torch.manual_seed(3)
+    output = layer(x, **more)[0]
+    expected = torch.autograd.grad(output.square().sum(), wanted)
+    torch.manual_seed(3)
+    again = checkpoint(lambda x: layer(x, **more)[0], x, use_reentrant=True)
+    torch.testing.assert_close(again, output, msg=f"{given}: another draw without gradients")
+    for t in wanted:
+        t.grad = None
+    again.square().sum().backward()
+    for found, own in zip((t.grad for t in wanted), expected, strict=True):
+        torch.testing.assert_close(found, own)
+
+
+@pytest.mark.parametrize("given", ["neither", "full", "lengths", "mask"])
+@pytest.mark.parametrize("options", every(bidirectional=[False, True], batch_first=[False, True]), ids=str)
+def test_results_and_gradients_lie_as_torchs(cell: str, given: str, options: dict[str, Any]) -> None:
+    """Contiguous wherever torch.nn's are, so that `view` works where it worked."""
+    lengths: dict[str, Any] = {"lengths": torch.tensor([2, 0, 5])}
+    lengths = {"full": {"lengths": [5, 5, 5]}, "lengths": lengths, "neither": {}}.get(given, {})
+    if given == "mask":
+        mask = torch.rand(3, 5) > 0.4
+        lengths = {"mask": mask if options["batch_first"] else mask.t()}
+
+    def run(layer: Any, **more: Any) -> dict[str, Tensor]:
+        x = torch.randn(3, 5, INPUT).requires_grad_()
+        leaves = [h.requires_grad_() for h in random_states(layer, 3, torch.float32)]
+        output, last = layer(x if layer.batch_first else x.transpose(0, 1).contiguous(), as_hx(leaves), **more)
+        results = [output, *as_tuple(last)]
+        inputs = {"x": x, **{f"hx[{s}]": h for s, h in enumerate(leaves)}, **dict(layer.named_parameters())}
+        gradients = torch.autograd.grad(results, list(inputs.values()), [torch.ones(r.shape) for r in results])
+        names = ["output", *(f"last[{s}]" for s in range(len(leaves)))]
+        return {**dict(zip(names, results, strict=True)), **dict(zip(inputs, gradients, strict=True))}
+
+    theirs = run(plain(cell, num_layers=2, **options))
+    for backend in ("auto", *BACKENDS):
+        for flatten_hidden in (False, True):
+            ours = masked(cell, num_layers=2, backend=backend, flatten_hidden=flatten_hidden, **options)
+            for name, found in run(ours, **lengths).items():
+                assert found.is_contiguous() or not theirs[name].is_contiguous(), (backend, name, found.stride())
+
+
+def test_saved_tensors_may_be_changed_where_torch_allows_it(cell: str, backend: str) -> None:
+    layer = masked(cell, num_layers=2, bidirectional=True, backend=backend)
+    x = torch.randn(5, 3, INPUT)
+    expected = torch.autograd.grad(layer(x, lengths=[5, 1, 3])[0].square().sum(), list(layer.parameters()))
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        output, _ = layer(x, lengths=[5, 1, 3])
+        found = torch.autograd.grad(output.square().sum(), list(layer.parameters()))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("kernel", ["packed", "padded"])
 @pytest.mark.parametrize("given", [{}, {"lengths": [3, 0, 4]}], ids=str)
 def test_a_kernel_that_differentiates_once(
@@ -192,7 +266,7 @@ def test_a_kernel_that_differentiates_once(
     from masked_rnn import _packed, _padded
 
     for module in (_kernels, _packed, _padded):
-        monkeypatch.setattr(module, "differentiates_once", lambda _x: True)
+        monkeypatch.setattr(module, "runs_cudnn", lambda _x: True)
     from masked_rnn import _twice
 
     applied = []

@@ -1,0 +1,246 @@
+"""Every name of PyTorch that is private, or that not every supported release has, each with a fallback.
+
+A fallback is as right as the name it stands for, if slower. `tests/test_torch.py` takes each name away in turn.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, reduce, wraps
+from typing import Any, ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def _find(path: str) -> Any:
+    """The object at a dotted path from torch; None where this release has none."""
+    found: Any = torch
+    for name in path.split("."):
+        found = getattr(found, name, None)
+        if found is None:
+            return None
+    return found
+
+
+def _loaded(module: str, name: str) -> Any:
+    """The same of a module that need not be loaded."""
+    return getattr(sys.modules.get(module), name, None)
+
+
+# The dispatcher
+
+_SKIPPED_KEYS = ("ADInplaceOrView", "AutocastCPU", "AutocastCUDA", "AutocastXPU", "AutocastMPS")
+
+
+def _skipped_keys() -> Any:
+    known = [key for name in _SKIPPED_KEYS if (key := _find(f"_C.DispatchKey.{name}")) is not None]
+    key_set = _find("_C.DispatchKeySet")
+    return reduce(operator.or_, map(key_set, known)) if key_set is not None and known else None
+
+
+def below_autograd(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Run a function of tensors below autograd, view tracking and autocast.
+
+    For functions whose gradients are computed by hand: skipping those layers of the dispatcher makes each small op
+    cheaper, and a backward that is called under autocast must not be cast.
+    """
+    below, exclude, keys = _find("_C._AutoDispatchBelowAutograd"), _find("_C._ExcludeDispatchKeyGuard"), _skipped_keys()
+
+    @wraps(function)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if below is None or exclude is None or keys is None:
+            device = next(t.device.type for t in args if isinstance(t, Tensor))
+            with torch.no_grad(), torch.autocast(device, enabled=False):
+                return cast(Result, _without_views(function(*args, **kwargs)))
+        with below(), exclude(keys):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def with_autograd(function: Callable[[], Result]) -> Result:
+    """Call a function with autograd on where it is off: in the kernel of an operator."""
+    names = ("_ForceDispatchKeyGuard", "_dispatch_tls_local_include_set", "DispatchKeySet", "DispatchKey.Undefined")
+    force, included, key_set, undefined = (_find(f"_C.{name}") for name in names)
+    if force is None or included is None or key_set is None or undefined is None:
+        with ThreadPoolExecutor(1) as fresh:  # what is switched off is so in this thread alone
+            return fresh.submit(function).result()
+    with force(included(), key_set(undefined)):
+        return function()
+
+
+def _without_views(result: Any) -> Any:
+    """Autograd forbids changes in place of a view that comes out of a function of several results."""
+    if isinstance(result, Tensor):
+        return result if result._base is None else result.clone()
+    if isinstance(result, (tuple, list)):
+        parts = [_without_views(part) for part in result]
+        return type(result)(*parts) if hasattr(result, "_fields") else type(result)(parts)
+    return result
+
+
+unsafe_view: Callable[[Tensor, list[int]], Tensor] = _find("ops.aten._unsafe_view") or (
+    lambda tensor, shape: tensor.reshape(shape).clone()
+)
+"""The same memory in another shape, but no view in autograd's eyes: its caller may change it in place."""
+
+
+# Modes in which a tensor stands for values that are not there
+
+
+def is_transformed() -> bool:
+    """Whether a torch.func transform (vmap, grad, jvp, ...) is running."""
+    return _transforms_active()
+
+
+def _peek_interpreters() -> Callable[[], bool]:
+    peek = _find("_C._functorch.peek_interpreter_stack")
+    return (lambda: peek() is not None) if peek is not None else (lambda: False)
+
+
+_transforms_active: Callable[[], bool] = _find("_C._are_functorch_transforms_active") or _peek_interpreters()
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no values: on the meta device, or of a `FakeTensorMode`."""
+    if tensor.device.type == "meta":
+        return True
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return False
+    if _FakeTensor is not None:
+        return isinstance(tensor, _FakeTensor)
+    try:
+        tensor.tolist()
+    except Exception:
+        return True
+    return False
+
+
+_FakeTensor: Any = _find("_subclasses.FakeTensor")
+
+
+def is_recorded() -> bool:
+    """Whether `make_fx` records ops: a value that is read would be the example's, for good."""
+    proxy_mode = _loaded("torch.fx.experimental.proxy_tensor", "get_proxy_mode")
+    if proxy_mode is not None:
+        return proxy_mode() is not None
+    # Any mode that sees each op may be one that records it.
+    modes = _find("_C._len_torch_dispatch_stack")
+    return modes is not None and modes() > 0
+
+
+_forward_ad = _find("autograd.forward_ad")
+
+
+def forward_gradients_run(*tensors: Tensor) -> bool:
+    """Whether forward-mode differentiation is running."""
+    level = getattr(_forward_ad, "_current_level", None)
+    if level is not None:
+        return bool(level >= 0)
+    return any(_forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def is_batched(grad: Tensor) -> bool:
+    """Whether a gradient stands for many: `autograd.grad(is_grads_batched=True)` has a vmap older than torch.func's."""
+    tests = [_find(f"_C._functorch.{name}") for name in ("is_legacy_batchedtensor", "is_batchedtensor")]
+    return any(test is None or test(grad) for test in tests)
+
+
+def is_exporting_onnx() -> bool:
+    """`torch.onnx.is_in_onnx_export()`, which Dynamo takes for False at all times, and which loads the exporter."""
+    exporting = _loaded("torch.onnx._internal.exporter._flags", "_is_onnx_exporting")
+    if exporting is None:
+        asked = _loaded("torch.onnx", "is_in_onnx_export")
+        exporting = asked is not None and asked()
+    return bool(exporting)
+
+
+# Kernels
+
+KERNELS: dict[str, Any] = {
+    mode: _find(f"_VF.{name}") or _find(name)
+    for mode, name in (("GRU", "gru"), ("LSTM", "lstm"), ("RNN_TANH", "rnn_tanh"), ("RNN_RELU", "rnn_relu"))
+}
+"""PyTorch's recurrent kernels, by `nn.RNNBase.mode`."""
+
+
+def has_onednn() -> bool:
+    return bool(torch.backends.mkldnn.is_available() and getattr(torch.backends.mkldnn, "enabled", True))
+
+
+def lstm_kernel_runs(dtype: torch.dtype) -> bool:
+    """Whether `nn.LSTM` can run on this CPU under autocast to `dtype`: oneDNN has no such kernel for every CPU."""
+    return _lstm_kernel_runs(dtype, has_onednn())
+
+
+@cache
+def _lstm_kernel_runs(dtype: torch.dtype, onednn: bool) -> bool:
+    with torch.no_grad(), torch.autocast("cpu", dtype), torch.device("cpu"):
+        x, h = torch.zeros(1, 1, 1), torch.zeros(1, 1, 1)
+        weights = [torch.zeros(4, 1), torch.zeros(4, 1)]
+        try:
+            KERNELS["LSTM"](x, (h, h), weights, False, 1, 0.0, False, False, False)
+        except RuntimeError:
+            return False
+    return True
+
+
+def packed_linear() -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]] | None:
+    """oneDNN's product with a weight (M, K) whose layout is made once: how to lay it out, and h (b, K) by it."""
+    reorder, linear = _find("ops.mkldnn._reorder_linear_weight"), _find("ops.mkldnn._linear_pointwise.default")
+    if reorder is None or linear is None:
+        return None
+    return lambda w: reorder(w, None), lambda h, w: linear(h, w, None, "none", [], "")
+
+
+def assert_async(holds: Tensor, message: str) -> None:
+    """Raise if a bool tensor is False, without waiting for its device; the report comes from there."""
+    check = _find("_assert_async")
+    if check is not None:
+        check(holds, message)
+    elif not bool(holds):
+        raise RuntimeError(message)
+
+
+def symbolic_node(kind: str, inputs: Any, attributes: dict[str, Any], dtypes: Any, shapes: Any) -> Any:
+    """An ONNX node in the graph that is being exported."""
+    return torch.onnx.ops.symbolic_multi_out(kind, inputs, attributes, dtypes=dtypes, shapes=shapes, version=None)
+
+
+# Modules
+
+
+def forward_pre_hooks(module: Any) -> list[tuple[Any, bool]]:
+    """What a module runs before each forward, and whether it takes keyword arguments too."""
+    hooks, with_kwargs = (getattr(module, f"_forward_pre_hooks{more}", None) for more in ("", "_with_kwargs"))
+    if hooks is None:
+        raise TypeError("a weight is computed by a hook of its layer, which this release of PyTorch does not show")
+    return [(hook, key in (with_kwargs or ())) for key, hook in hooks.items()]
+
+
+# Jagged nested tensors
+
+
+def ragged_dim(nested: Any) -> int:
+    found = getattr(nested, "_ragged_idx", None)
+    if found is not None:
+        return int(found)
+    return next(dim for dim, size in enumerate(nested.shape) if not isinstance(size, int))
+
+
+def jagged_like(nested: Any, values: Tensor) -> Tensor:
+    """A jagged tensor of other values over the offsets of this one."""
+    return torch.nested.nested_tensor_from_jagged(
+        values,
+        nested.offsets(),
+        nested.lengths(),
+        min_seqlen=getattr(nested, "_maybe_min_seqlen", None),
+        max_seqlen=getattr(nested, "_maybe_max_seqlen", None),
+    )

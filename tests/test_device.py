@@ -1,0 +1,290 @@
+"""On a device that is not the CPU: what is computed there, and what waits for it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracle import (
+    BACKENDS,
+    INPUT,
+    Run,
+    as_tuple,
+    assert_same,
+    call,
+    cotangents,
+    masked,
+    oracle,
+    plain,
+    prefix_mask,
+    random_states,
+)
+from simulated_device import DEVICE, FUSED, SimulatedTensor, watching
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+STEPS = 5
+LENGTHS = [3, 4, 0, 1]
+HOLES = torch.tensor([[0, 0, 1, 0, 1], [1, 0, 1, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+FORMS: dict[str, dict[str, Any]] = {
+    "list": {"lengths": LENGTHS},
+    "array": {"lengths": np.array(LENGTHS, dtype=np.int32)},
+    "host": {"lengths": torch.tensor(LENGTHS)},
+    "device": {"lengths": torch.tensor(LENGTHS).to(DEVICE)},
+    "device-int32": {"lengths": torch.tensor(LENGTHS, dtype=torch.int32).to(DEVICE)},
+    "host-mask": {"mask": HOLES},
+    "device-mask": {"mask": HOLES.to(DEVICE)},
+    "neither": {},
+}
+CALLS = [  # the form, num_layers, bidirectional, batch_first, hx
+    ("list", 1, False, True, "flat"),
+    ("array", 2, True, False, "none"),
+    ("host", 1, True, True, "whole"),
+    ("device", 2, True, False, "whole"),
+    ("device-int32", 1, False, True, "none"),
+    ("host-mask", 1, True, False, "flat"),
+    ("device-mask", 2, True, True, "whole"),
+    ("neither", 2, True, True, "flat"),
+]
+UP = ["upload"]
+WAITS = {  # with lengths on the host, a mask on the host, and either on the device
+    "auto": (2 * UP, UP, []),
+    # A mask goes there and back.
+    "packed": (2 * UP, [*UP, "_to_copy", *2 * UP], ["_to_copy", *2 * UP]),
+    "padded": (UP, UP, []),
+    "scan": (UP, UP, []),
+}
+
+
+@pytest.fixture(params=("auto", *BACKENDS))
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def to(device: Any, value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: to(device, v) for name, v in value.items()}
+    if isinstance(value, list | tuple) and any(isinstance(v, Tensor) for v in value):
+        return [v.to(device) for v in value]
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def home(run: Run) -> Run:
+    """The run on the CPU; all of it has to be on the device."""
+    tensors = [run.output, *run.states, *run.gradients.values()]
+    assert all(isinstance(t, SimulatedTensor) for t in tensors)
+    return Run(run.output.cpu(), tuple(to("cpu", run.states)), to("cpu", run.gradients))
+
+
+@pytest.mark.parametrize("case", CALLS, ids=lambda case: "-".join(map(str, case)))
+def test_each_form_of_a_call(cell: str, backend: str, case: Any) -> None:
+    form, layers, bidirectional, batch_first, hx = case
+    options = {"num_layers": layers, "bidirectional": bidirectional, "batch_first": batch_first}
+    layer = masked(cell, backend=backend, **options).double()
+    given = FORMS[form]
+    mask = HOLES if "mask" in given else prefix_mask(LENGTHS if given else [STEPS] * 4, STEPS)
+    x = torch.randn(4, STEPS, INPUT, dtype=torch.float64).masked_fill(~mask.unsqueeze(-1), torch.nan)
+    states, pulled = random_states(layer, 4), cotangents(layer, 4, STEPS)
+    if hx == "none":
+        states = tuple(map(torch.zeros_like, states))
+    expected = oracle(layer, x.nan_to_num(), mask, states, pulled)
+    own: Any = None if hx == "none" else states
+    if hx == "flat":
+        own = [h.transpose(0, 1).flatten(1) for h in states]
+        for s in range(len(own)):
+            expected.gradients[f"hx[{s}]"] = expected.gradients[f"hx[{s}]"].transpose(0, 1).flatten(1)
+    layer = layer.to(DEVICE)
+    found = home(call(layer, x.to(DEVICE), to(DEVICE, own), to(DEVICE, pulled), **given))
+    assert_same(found, expected)
+    for padded in (found.output, found.gradients["x"]):
+        assert not padded[~mask].any()
+
+
+EDGES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "unbatched": ((STEPS, INPUT), {}),
+    "unbatched, int": ((STEPS, INPUT), {"lengths": 3}),
+    "unbatched, tensor": ((STEPS, INPUT), {"lengths": torch.tensor(3)}),
+    "unbatched, mask": ((STEPS, INPUT), {"mask": HOLES[1]}),
+    "empty rows, list": ((2, STEPS, INPUT), {"lengths": [0, 0]}),
+    "empty rows, tensor": ((2, STEPS, INPUT), {"lengths": torch.tensor([0, 0])}),
+    "empty rows, mask": ((2, STEPS, INPUT), {"mask": torch.zeros(2, STEPS, dtype=torch.bool)}),
+    "no rows": ((0, STEPS, INPUT), {"lengths": torch.zeros(0, dtype=torch.int64)}),
+    "no rows, mask": ((0, STEPS, INPUT), {"mask": torch.zeros(0, STEPS, dtype=torch.bool)}),
+    "no steps": ((2, 0, INPUT), {"lengths": torch.tensor([0, 0])}),
+}
+
+
+def outcome(layer: Any, x: Any, leaf: Tensor, **given: Any) -> list[Tensor]:
+    """The output, the last states and the gradients, on the CPU; all of them have to be where the leaf is."""
+    output, last = layer(x, **given)
+    if isinstance(output, PackedSequence):
+        output, _ = pad_packed_sequence(output, layer.batch_first)
+    elif output.is_nested:
+        output = output.values()
+    results = [output, *as_tuple(last)]
+    loss = sum(((t + 1) ** 3).sum() for t in results)
+    wanted = [leaf, *layer.parameters()]
+    gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+    results += [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, gradients, strict=True)]
+    assert {t.device for t in results} == {leaf.device}
+    return to("cpu", results)
+
+
+def assert_agree(found: list[Tensor], expected: list[Tensor], note: str = "") -> None:
+    for k, (a, b) in enumerate(zip(found, expected, strict=True)):
+        torch.testing.assert_close(a, b, msg=lambda told, k=k: f"{note}, result {k}: {told}")
+
+
+@pytest.fixture
+def layer(cell: str, backend: str) -> Any:
+    return masked(cell, bidirectional=True, num_layers=2, batch_first=True, backend=backend).double()
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm-proj"])
+def test_edges(layer: Any) -> None:
+    there = copy.deepcopy(layer).to(DEVICE)
+    for name, (shape, given) in EDGES.items():
+        x = torch.randn(shape, dtype=torch.float64)
+        found, expected = (
+            outcome(own, leaf, leaf, **to(device, given))
+            for own, device in ((there, DEVICE), (layer, "cpu"))
+            for leaf in [x.to(device).requires_grad_()]
+        )
+        assert_agree(found, expected, name)
+
+
+def test_packed_and_nested_input(layer: Any) -> None:
+    there = copy.deepcopy(layer).to(DEVICE)
+    lengths, x = torch.tensor([3, 5, 1, 4]), torch.randn(4, STEPS, INPUT, dtype=torch.float64)
+
+    def run(own: Any, device: Any, form: str) -> list[Tensor]:
+        leaf = x.to(device).requires_grad_()
+        if form == "packed":
+            return outcome(own, pack_padded_sequence(leaf, lengths, batch_first=True, enforce_sorted=False), leaf)
+        offsets = torch.tensor([0, 5, 7, 12, 20]).to(device)
+        own_lengths = torch.tensor([0, 0, 0, 0] if form == "empty" else [3, 0, 5, 8]).to(device)
+        rows = leaf.flatten(0, 1)
+        nested = torch.nested.nested_tensor_from_jagged(rows, offsets, None if form == "nested" else own_lengths)
+        return outcome(own, nested, leaf)
+
+    for form in ("packed", "nested", "nested with room", "empty"):
+        assert_agree(run(there, DEVICE, form), run(layer, "cpu", form), form)
+
+
+def test_second_derivatives(layer: Any) -> None:
+    there = copy.deepcopy(layer).to(DEVICE)
+    x, lengths = torch.randn(2, 3, INPUT, dtype=torch.float64), torch.tensor([3, 1])
+
+    def run(own: Any, device: Any) -> list[Tensor]:
+        leaf = x.to(device).requires_grad_()
+        (dx,) = torch.autograd.grad(own(leaf, lengths=lengths.to(device))[0].square().sum(), leaf, create_graph=True)
+        return to("cpu", torch.autograd.grad(dx.square().sum(), [leaf, own.weight_ih_l0, own.weight_hh_l1_reverse]))
+
+    assert_agree(run(there, DEVICE), run(layer, "cpu"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_waits(cell: str, form: str) -> None:
+    """Nothing, forward and backward, but for `packed`, which has to read lengths that are on the device.
+
+    What the host knows is copied to the device: the lengths or the mask, or the two indices that `packed` makes of
+    them. That waits too, if only for the copy.
+    """
+    for backend in WAITS:
+        layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=backend).to(DEVICE)
+        x = torch.randn(4, STEPS, INPUT).to(DEVICE).requires_grad_()
+        with watching() as waits:
+            output, last = layer(x, **FORMS[form])
+            (output.sum() + sum(h.sum() for h in as_tuple(last))).backward()
+        place = 2 if form.startswith("device") else int(form == "host-mask")
+        assert waits == (WAITS[backend][place] if FORMS[form] else []), backend
+
+
+@pytest.mark.parametrize("backend", WAITS)
+def test_lengths_that_the_device_refuses(backend: str) -> None:
+    layer = masked("gru", batch_first=True, backend=backend, enforce_sorted=True).to(DEVICE)
+    x = torch.randn(2, STEPS, INPUT).to(DEVICE)
+    for lengths, fault in (([STEPS + 1, 1], "out of range"), ([1, -1], "out of range"), ([1, 2], "must decrease")):
+        with watching() as waits, pytest.raises(RuntimeError, match=fault):
+            layer(x, lengths=torch.tensor(lengths).to(DEVICE))
+        assert waits == ["upload"]  # the test's own
+        with watching() as waits, pytest.raises(ValueError, match=r"lengths"):
+            layer(x, lengths=lengths)
+        assert not waits
+
+
+def test_input_on_the_cpu(backend: str) -> None:
+    """Lengths and masks follow the input; the input and hx follow nothing."""
+    layer = masked("gru", batch_first=True, backend=backend)
+    x = torch.randn(4, STEPS, INPUT)
+    for form in ("device", "device-int32", "device-mask"):
+        found, expected = (
+            outcome(layer, leaf, leaf, **to(d, FORMS[form]))
+            for d in (DEVICE, "cpu")
+            for leaf in [x.clone().requires_grad_()]
+        )
+        assert_agree(found, expected, form)
+    state = torch.zeros(1, 4, 3)
+    with pytest.raises(RuntimeError, match="same device"):
+        layer(x, state.to(DEVICE), LENGTHS)
+    layer = layer.to(DEVICE)
+    with pytest.raises(RuntimeError, match="same device"):
+        layer(x.to(DEVICE), state, LENGTHS)
+    with pytest.raises(RuntimeError, match="same device"):
+        layer(x, lengths=LENGTHS)
+
+
+def test_the_device_is_strict() -> None:
+    x, i = torch.randn(3, 2), torch.tensor([0, 2])
+    there, mask, at = x.to(DEVICE), (x > 0).to(DEVICE), i.to(DEVICE)
+    for mixing in (
+        lambda: there + x,
+        lambda: x + there[0, 0],
+        lambda: there @ x.t(),
+        lambda: torch.cat([there, x]),
+        lambda: there.index_select(0, i),
+        lambda: x[at],
+        lambda: torch.where(x > 0, there, 0.0),
+        lambda: there.index_copy(0, at, x[:2]),
+    ):
+        with pytest.raises(RuntimeError, match="on the same device"):
+            mixing()
+    allowed = there * torch.tensor(2.0) + there[i][0] + torch.where(mask, there, torch.tensor(0.0))
+    assert allowed.device == DEVICE
+    for waiting in (
+        lambda: there.sum().item(),
+        lambda: bool(mask.all()),
+        lambda: mask.nonzero(),
+        lambda: there[mask],
+        lambda: there.masked_select(mask),
+        lambda: there.unique(),
+        lambda: torch.equal(there, there),
+        lambda: torch.repeat_interleave(at),
+        lambda: there.cpu(),
+        lambda: there.tolist(),
+        lambda: torch.empty(3, 2).copy_(there),
+    ):
+        with watching() as waits:
+            waiting()
+        assert len(waits) == 1
+    with watching() as waits:
+        there[i] = torch.arange(2, device=DEVICE).float() + torch.repeat_interleave(at, output_size=2)[:1]
+        torch.tensor([1]).to(DEVICE)
+    assert waits == ["upload"]
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_torchs_own_layers_run_fused(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    for name, kernel in FUSED.items():
+        monkeypatch.setitem(FUSED, name, lambda *a, name=name, kernel=kernel: (ran.append(name), kernel(*a))[1])
+    for bias in (False, True):
+        layer = plain(cell, bias=bias).double()
+        x = torch.randn(STEPS, 2, INPUT, dtype=torch.float64)
+        there = copy.deepcopy(layer).to(DEVICE)
+        leaves = [x.clone().requires_grad_(), x.to(DEVICE).requires_grad_()]
+        assert_agree(outcome(there, leaves[1], leaves[1]), outcome(layer, leaves[0], leaves[0]))
+    assert set(ran) == {name for name in FUSED if f"_{cell}_" in name}

@@ -1,0 +1,175 @@
+"""Where a tensor's values are not there, or an example's: torch.jit.trace, ONNX by it, torch.fx, make_fx, fake tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from oracle import INPUT, as_tuple, masked
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.trace"),
+]
+
+
+class Model(nn.Module):
+    def __init__(self, layer: Any, given: str) -> None:
+        super().__init__()
+        self.layer, self.given = layer, given
+
+    def forward(self, x: Tensor, real: Any = None) -> Any:
+        if self.given == "packed":
+            first = self.layer.batch_first
+            output, last = self.layer(pack_padded_sequence(x, real, batch_first=first, enforce_sorted=False))
+            return pad_packed_sequence(output, batch_first=first)[0], last
+        return self.layer(x, **({} if self.given == "neither" else {self.given: real}))
+
+
+def flat(results: Any) -> list[Tensor]:
+    output, last = results
+    return [output.data if isinstance(output, PackedSequence) else output, *as_tuple(last)]
+
+
+def same(found: Any, expected: Any) -> None:
+    for a, b in zip(flat(found), flat(expected), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def arguments(layer: Any, given: str, batch: int, steps: int, full: bool) -> tuple[Any, ...]:
+    x = torch.randn(batch, steps, INPUT)
+    if given == "mask":
+        real = torch.ones(batch, steps, dtype=torch.bool) if full else torch.rand(batch, steps) > 0.4
+        real = real if layer.batch_first else real.t()
+    else:
+        low = steps if full else 1 if given == "packed" else 0
+        real = torch.randint(low, steps + 1, (batch,))
+        real[0] = steps
+    x = x if layer.batch_first else x.transpose(0, 1)
+    return (x,) if given == "neither" else (x, real)
+
+
+@pytest.mark.parametrize("given", ["lengths", "mask", "packed", "neither"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_traced_layer_takes_other_lengths(cell: str, given: str, bidirectional: bool, batch_first: bool) -> None:
+    """Whatever the example's were: none shorter than T, which otherwise count as none, or some."""
+    layer = masked(cell, num_layers=2, bidirectional=bidirectional, batch_first=batch_first)
+    model = Model(layer, given)
+    for full in (True, False):
+        traced = torch.jit.trace(model, arguments(layer, given, 3, 5, full))
+        for batch, steps in ((4, 7), (1, 3)):
+            later = arguments(layer, given, batch, steps, False)
+            same(traced(*later), model(*later))
+
+
+@pytest.mark.parametrize("backend", ["packed", "bptt", "scan"])
+def test_a_backend_that_cannot_be_traced_says_so(cell: str, backend: str) -> None:
+    layer = masked(cell, backend=backend, batch_first=True)
+    what = "the number of steps" if backend == "scan" else "the lengths"
+    words = f"backend='{backend}' can't run this call: torch.jit.trace would keep {what} of this call.*backend='auto'"
+    with pytest.raises(ValueError, match=words):
+        torch.jit.trace(Model(layer, "lengths"), arguments(layer, "lengths", 3, 5, False))
+
+
+def test_a_nested_input_cannot_be_traced(backend: str) -> None:
+    layer = masked("gru", backend=backend)
+    nested = torch.nested.nested_tensor([torch.randn(n, INPUT) for n in (2, 3)], layout=torch.jagged)
+    with pytest.raises(ValueError, match=r"torch\.jit\.trace can't record a nested tensor's lengths. Give padded input"):
+        torch.jit.trace(lambda x: layer(nested)[0].values() + x, torch.zeros(()))
+
+
+@pytest.mark.parametrize("given", ["lengths", "mask"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_older_onnx_exporter(cell: str, given: str, tmp_path: Any) -> None:
+    if cell == "lstm-proj":
+        pytest.skip("torch's exporter has no LSTM with a projection")
+    layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True)
+    model = Model(layer, given).eval()
+    axes = {"x": {0: "n", 1: "t"}, "real": {0: "n"} if given == "lengths" else {0: "n", 1: "t"}}
+    torch.onnx.export(
+        model,
+        arguments(layer, given, 3, 5, True),
+        str(tmp_path / "model.onnx"),
+        dynamo=False,
+        input_names=["x", "real"],
+        dynamic_axes=axes,
+        opset_version=17,
+    )
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    for batch, steps in ((4, 7), (2, 3)):
+        x, real = arguments(layer, given, batch, steps, False)
+        found = session.run(None, {"x": x.numpy(), "real": real.numpy()})
+        for a, b in zip(found, flat(model(x, real)), strict=True):
+            torch.testing.assert_close(torch.from_numpy(a), b, atol=1e-5, rtol=1e-5)
+
+
+class Whole(nn.Module):
+    def __init__(self, cell: str) -> None:
+        super().__init__()
+        self.before, self.layer = nn.Linear(INPUT, INPUT), masked(cell, batch_first=True, bidirectional=True)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        output, _ = self.layer(self.before(x), lengths=lengths)
+        return output * 2
+
+
+def test_fx_takes_it_for_a_leaf(cell: str) -> None:
+    model = Whole(cell)
+    traced = torch.fx.symbolic_trace(model)
+    assert [str(n.target) for n in traced.graph.nodes if n.op == "call_module"] == ["before", "layer"]
+    for lengths in ([5, 2, 0], [1, 5, 5]):
+        x, real = torch.randn(3, 5, INPUT), torch.tensor(lengths)
+        assert torch.equal(traced(x, real), model(x, real))
+    with pytest.raises(torch.fx.proxy.TraceError, match="torch.fx can't trace into Masked.* Trace a module that holds it"):
+        torch.fx.symbolic_trace(model.layer)
+
+
+@pytest.mark.parametrize("given", ["lengths", "mask"])
+def test_make_fx_keeps_no_lengths(cell: str, given: str) -> None:
+    layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True)
+    x, real = arguments(layer, given, 3, 5, True)
+    for backend in ("auto", "padded", "scan"):
+        layer.backend = backend
+        recorded = make_fx(lambda x, real: Model(layer, given)(x, real))(x, real)
+        later = arguments(layer, given, 3, 5, False)
+        same(recorded(*later), Model(layer, given)(*later))
+    for backend in ("packed", "bptt"):
+        layer.backend = backend
+        with pytest.raises(ValueError, match=r"it reads lengths, which have no values here \(FakeTensorMode, make_fx"):
+            make_fx(lambda x, real: Model(layer, given)(x, real))(x, real)
+
+
+@pytest.mark.parametrize("given", ["lengths", "list", "mask", "packed", "neither", "unbatched"])
+def test_fake_tensors(cell: str, given: str, backend: str) -> None:
+    """Shapes without values, there and back; a backend that needs values says so."""
+    for name in ("auto", backend):
+        with FakeTensorMode():
+            layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=name)
+            x = torch.randn(3, 5, INPUT, requires_grad=True)
+            lengths, mask = torch.tensor([5, 2, 1]), torch.ones(3, 5, dtype=torch.bool)
+            more: dict[str, Any] = {"lengths": {"lengths": lengths}, "list": {"lengths": [5, 2, 1]}}.get(given, {})
+            input: Any = x[0] if given == "unbatched" else x
+            if given == "mask":
+                more = {"mask": mask}
+            if given == "packed":
+                rows = torch.randn(8, INPUT, requires_grad=True)
+                order = torch.tensor([0, 1, 2])
+                input = PackedSequence(rows, torch.tensor([3, 2, 1, 1, 1]), order, order)
+            try:
+                output, _ = layer(input, **more)
+            except ValueError as refused:
+                assert name != "auto" or given == "packed"  # whose kernel reads values in torch.nn too
+                assert "which have no values here" in str(refused)
+                continue
+            results = output.data if given == "packed" else output
+            assert results.shape[-1] == 2 * (layer.proj_size or 3)
+            results.sum().backward()
+            assert all(p.grad is not None and p.grad.shape == p.shape for p in layer.parameters())
