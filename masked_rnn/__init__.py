@@ -3,4 +3,4 @@
 from ._modules import MaskedGRU, MaskedLSTM, MaskedRNN
 
 __all__ = ["MaskedGRU", "MaskedLSTM", "MaskedRNN"]
-__version__ = "1.0.0"
+__version__ = "1.1.0"

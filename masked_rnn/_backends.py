@@ -13,7 +13,7 @@ from ._call import Call
 from ._cells import States
 from ._kernels import suits_kernel
 from ._lengths import is_on_host
-from ._torch import forward_gradients_run, is_exporting_onnx, is_transformed, lstm_kernel_runs
+from ._torch import forward_gradients_run, is_exporting_onnx, is_traced, is_transformed, lstm_kernel_runs
 
 
 class Backend(NamedTuple):
@@ -44,7 +44,7 @@ def run(call: Call) -> tuple[Tensor, States]:
 
 def choose(call: Call) -> Backend:
     wanted = call.layer.backend
-    if torch.compiler.is_compiling() or (is_exporting_onnx() and not torch.jit.is_tracing()):
+    if torch.compiler.is_compiling() or (is_exporting_onnx() and not is_traced()):
         return _choose_captured(call, wanted)
     name = preferred(call) if wanted == "auto" else wanted
     reason = why_not(name, call)
@@ -56,7 +56,7 @@ def choose(call: Call) -> Backend:
 
 def _has_no_step(name: str, call: Call) -> bool:
     """Whether a call is known to be empty. No kernel takes such a call; `bptt` returns at once."""
-    if torch.jit.is_tracing() or why_only_scan(call):
+    if is_traced() or why_only_scan(call):
         return False
     reads_plan = call.form == "nested" or (name == "packed" and not _packed.takes_input_as_it_is(call))
     return call.is_empty() or (reads_plan and not call.plan().rows)
@@ -66,7 +66,7 @@ def preferred(call: Call) -> str:
     """What `auto` takes: by measurement on the CPU; see docs/backends.md."""
     if why_only_scan(call):
         return "scan"
-    if torch.jit.is_tracing() or not call.values_can_be_read():
+    if is_traced() or not call.values_can_be_read():
         return "packed" if call.packed is not None else "padded"
     if call.data.device.type == "cpu":
         return "padded" if _suits_kernel(call) and not why_not("padded", call) else "bptt"
@@ -92,7 +92,7 @@ def why_not(name: str, call: Call) -> str | None:
         transform = why_only_scan(call)
         if transform:
             return transform
-    if torch.jit.is_tracing():
+    if is_traced():
         if name == "bptt" or (name == "packed" and not _packed.takes_input_as_it_is(call)):
             return "torch.jit.trace would keep the lengths of this call for good"
         if name == "scan":

@@ -28,7 +28,7 @@ from ._lengths import (
     spread,
     values_can_be_read,
 )
-from ._torch import jagged_like, ragged_dim
+from ._torch import is_traced, jagged_like, ragged_dim
 
 
 class Call:
@@ -258,9 +258,7 @@ def _open_packed(layer: Any, weights: list[tuple[Weights, ...]], input: PackedSe
         raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
     _check_input(layer, weights, data)
     batch: Any = batch_sizes[0] if order is None else order.size(0)
-    call = Call(
-        layer, weights, data, "packed", batch if torch.jit.is_tracing() else int(batch), batch_sizes.size(0), False
-    )
+    call = Call(layer, weights, data, "packed", batch if is_traced() else int(batch), batch_sizes.size(0), False)
     call.packed = input
     return call
 
@@ -271,7 +269,7 @@ def _open_nested(layer: Any, weights: list[tuple[Weights, ...]], input: Tensor) 
             "a nested input must have the jagged layout, got a strided one. "
             "Use torch.nested.nested_tensor(..., layout=torch.jagged)."
         )
-    if torch.jit.is_tracing():
+    if is_traced():
         raise ValueError("torch.jit.trace can't record a nested tensor's lengths. Give padded input and lengths.")
     if input.dim() != 3 or ragged_dim(input) != 1:
         raise ValueError(f"a nested input must be of shape (N, j, I) with time ragged, got {tuple(input.shape)}")
@@ -345,9 +343,7 @@ def _refuse_lengths_as_hx(call: Call, hx: Any) -> None:
         what, name = ("a bool tensor", "mask") if is_mask else ("whole numbers", "lengths")
         carries = call.form in ("packed", "nested")
         cure = f"{call.form} input carries its lengths: leave them out" if carries else f"pass {name}=..."
-        raise TypeError(
-            f"the second argument, hx, is the initial state, but got {what}. If they are {name}, {cure}."
-        )
+        raise TypeError(f"the second argument, hx, is the initial state, but got {what}. If they are {name}, {cure}.")
 
 
 def _state_widths(layer: Any) -> tuple[int, ...]:

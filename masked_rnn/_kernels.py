@@ -13,6 +13,7 @@ from ._plain import scan_layers
 from ._torch import KERNELS, has_onednn
 from ._twice import Twice
 
+
 def runs_cudnn(x: Tensor) -> bool:
     """Whether the kernel that will run is cuDNN's (or MIOpen's), whose backward can't be differentiated."""
     return x.is_cuda and torch.backends.cudnn.enabled

@@ -15,16 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._torch import assert_async, is_fake, is_recorded, is_transformed
+from ._torch import assert_async, is_fake, is_recorded, is_traced, is_transformed
 
 EXPECTED = "Expected whole numbers: a list, a tuple, an array or a tensor of any integer dtype."
 
 
 def values_can_be_read(tensor: Tensor) -> bool:
     """False while a call is compiled, traced, recorded or transformed: a tensor has no values then, or an example's."""
-    return not (
-        torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed() or is_recorded() or is_fake(tensor)
-    )
+    return not (torch.compiler.is_compiling() or is_traced() or is_transformed() or is_recorded() or is_fake(tensor))
 
 
 def is_on_host(tensor: Tensor) -> bool:
@@ -154,7 +152,9 @@ def _from_list(given: Sequence[Any], steps: int) -> Tensor:
 
 def _whole(lengths: Tensor, steps: int) -> Tensor:
     if not _is_integral(lengths.dtype):
-        raise TypeError(f"lengths must be integers, but its dtype is {lengths.dtype}. {EXPECTED}{_cure(lengths, steps)}")
+        raise TypeError(
+            f"lengths must be integers, but its dtype is {lengths.dtype}. {EXPECTED}{_cure(lengths, steps)}"
+        )
     whole: Tensor = lengths.to(torch.int64)
     return whole
 
@@ -175,9 +175,7 @@ def _cure(lengths: Tensor, steps: int) -> str:
 def _refuse_element(given: Sequence[Any], n: int, steps: int) -> NoReturn:
     cure = ""
     if all(isinstance(length, (int, float)) and 0 <= length <= 1 for length in given):
-        cure = (
-            f" If they are fractions of the {steps} steps, use (torch.tensor(lengths) * {steps}).round().long()."
-        )
+        cure = f" If they are fractions of the {steps} steps, use (torch.tensor(lengths) * {steps}).round().long()."
     raise TypeError(f"lengths[{n}] = {given[n]!r} is of type {type(given[n]).__name__}. {EXPECTED}{cure}")
 
 

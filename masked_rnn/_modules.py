@@ -155,7 +155,8 @@ class MaskedGRU(MaskedRNNBase, nn.GRU):
         enforce_sorted: ``True`` promises that lengths decrease. Nothing is sorted then, and lengths that break the
             promise raise. Default: ``False``.
         flatten_hidden: ``True`` returns the last state as :math:`(N, L \cdot D \cdot H)`; ``False`` as
-            :class:`torch.nn.GRU` does, :math:`(L \cdot D, N, H)`. Default: ``True``.
+            :class:`torch.nn.GRU` does, :math:`(L \cdot D, N, H)`. Default: ``True``. Code that reads ``h_n[-1]`` wants
+            ``False``: it is the last layer's state there, and the last *sequence's* here.
         backend: ``"packed"``, ``"padded"``, ``"bptt"`` or ``"scan"`` forces one (docs/backends.md); ``"auto"`` takes
             the fastest that can run the call. Default: ``"auto"``.
 
@@ -220,8 +221,11 @@ class MaskedGRU(MaskedRNNBase, nn.GRU):
     def from_gru(cls, gru: nn.GRU, **options: Any) -> Self:
         """A layer that shares the parameters of `gru`, its configuration and its mode (training or not).
 
+        It returns what `gru` returned: ``flatten_hidden`` is ``False`` unless given here, so that a model that reads
+        ``h_n[-1]`` goes on reading the last layer. A masked layer's own options are kept.
+
         Args:
-            gru: the layer to share with.
+            gru: the layer to share with; its weights may be parametrized, weight-normed or pruned.
             **options: ``enforce_sorted``, ``flatten_hidden``, ``backend``.
 
         Raises:
@@ -230,7 +234,7 @@ class MaskedGRU(MaskedRNNBase, nn.GRU):
         Example::
 
             >>> gru = torch.nn.GRU(4, 3)
-            >>> MaskedGRU.from_gru(gru, flatten_hidden=False).weight_hh_l0 is gru.weight_hh_l0
+            >>> MaskedGRU.from_gru(gru).weight_hh_l0 is gru.weight_hh_l0
             True
         """
         return cls._sharing(gru, options)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ._call import Call, each_layer, same
 from ._cells import CELLS, States, Weights
-from ._lengths import Plan, check_range, plan_full, plan_rows
 from ._kernels import has_lstm_kernel, suits_kernel
+from ._lengths import Plan, check_range, plan_full, plan_rows
 from ._loops import Kept, Layer, backward, forward, kept_shapes
 from ._padded import run_layer
 from ._torch import unsafe_view, with_autograd

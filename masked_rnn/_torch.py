@@ -95,6 +95,14 @@ unsafe_view: Callable[[Tensor, list[int]], Tensor] = _find("ops.aten._unsafe_vie
 # Modes in which a tensor stands for values that are not there
 
 
+_is_tracing: Callable[[], bool] = _find("jit.is_tracing") or (lambda: False)
+
+
+def is_traced() -> bool:
+    """Whether `torch.jit.trace` is recording ops: a value that is read would be the example's, for good."""
+    return _is_tracing()
+
+
 def is_transformed() -> bool:
     """Whether a torch.func transform (vmap, grad, jvp, ...) is running."""
     return _transforms_active()

@@ -118,7 +118,7 @@ def test_from_an_existing_layer_shares_its_parameters(cell: str) -> None:
 
 
 def test_what_reads_h_n_goes_on_reading_the_last_layer(cell: str) -> None:
-    """`h_n[-1]` is the top layer's state in every model that has torch.nn's layer; flattened it is the last sequence's."""
+    """`h_n[-1]` is the top layer's state where torch.nn's layer stood; flattened it is the last sequence's."""
     theirs = plain(cell, num_layers=2, batch_first=True)
     ours = FROM[CELLS[cell][0]](theirs)
     assert ours.flatten_hidden is False
@@ -184,7 +184,7 @@ def test_from_a_layer_whose_weights_are_computed(cell: str, how: str) -> None:
 def test_weights_of_another_dtype_by_functional_call(cell: str, backend: str) -> None:
     layer = masked(cell, num_layers=2, backend=backend)
     weights = {name: p.double() for name, p in layer.named_parameters()}
-    found, last = torch.func.functional_call(layer, weights, (X.double(),), {"lengths": [1, 0, 3, 2, 3, 3]})
+    found, _ = torch.func.functional_call(layer, weights, (X.double(),), {"lengths": [1, 0, 3, 2, 3, 3]})
     assert found.dtype == torch.float64
     torch.testing.assert_close(found.float(), layer(X, lengths=[1, 0, 3, 2, 3, 3])[0])
     with pytest.raises(ValueError, match=r"must have the type torch\.float64, got type torch\.float32"):

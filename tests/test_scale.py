@@ -55,7 +55,7 @@ def relative(found: Run, truth: Run) -> dict[str, Tensor]:
     return errors
 
 
-def problem(cell: str, dtype: torch.dtype, scale: float, what: str, **options: Any) -> tuple[Any, Any, Tensor, Any, Any]:
+def problem(cell: str, dtype: torch.dtype, scale: float, what: str, **options: Any) -> Any:
     ours = masked(cell, INPUT, HIDDEN, batch_first=True, bias=False, **options)
     with torch.no_grad():
         for parameter in ours.parameters():

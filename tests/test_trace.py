@@ -1,4 +1,4 @@
-"""Where a tensor's values are not there, or an example's: torch.jit.trace, ONNX by it, torch.fx, make_fx, fake tensors."""
+"""Where values are not there, or an example's: torch.jit.trace, ONNX by it, torch.fx, make_fx, fake tensors."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ def test_a_backend_that_cannot_be_traced_says_so(cell: str, backend: str) -> Non
 def test_a_nested_input_cannot_be_traced(backend: str) -> None:
     layer = masked("gru", backend=backend)
     nested = torch.nested.nested_tensor([torch.randn(n, INPUT) for n in (2, 3)], layout=torch.jagged)
-    with pytest.raises(ValueError, match=r"torch\.jit\.trace can't record a nested tensor's lengths. Give padded input"):
+    with pytest.raises(
+        ValueError, match=r"torch\.jit\.trace can't record a nested tensor's lengths. Give padded input"
+    ):
         torch.jit.trace(lambda x: layer(nested)[0].values() + x, torch.zeros(()))
 
 
@@ -128,7 +130,9 @@ def test_fx_takes_it_for_a_leaf(cell: str) -> None:
     for lengths in ([5, 2, 0], [1, 5, 5]):
         x, real = torch.randn(3, 5, INPUT), torch.tensor(lengths)
         assert torch.equal(traced(x, real), model(x, real))
-    with pytest.raises(torch.fx.proxy.TraceError, match="torch.fx can't trace into Masked.* Trace a module that holds it"):
+    with pytest.raises(
+        torch.fx.proxy.TraceError, match="torch.fx can't trace into Masked.* Trace a module that holds it"
+    ):
         torch.fx.symbolic_trace(model.layer)
 
 
@@ -163,13 +167,13 @@ def test_fake_tensors(cell: str, given: str, backend: str) -> None:
                 rows = torch.randn(8, INPUT, requires_grad=True)
                 order = torch.tensor([0, 1, 2])
                 input = PackedSequence(rows, torch.tensor([3, 2, 1, 1, 1]), order, order)
-            try:
-                output, _ = layer(input, **more)
-            except ValueError as refused:
-                assert name != "auto" or given == "packed"  # whose kernel reads values in torch.nn too
-                assert "which have no values here" in str(refused)
+            # Packed rows: torch.nn's own kernel reads their number at each step.
+            refuses = given == "packed" or (name in ("packed", "bptt") and given in ("lengths", "list", "mask"))
+            if refuses:
+                with pytest.raises(ValueError, match="it reads lengths, which have no values here"):
+                    layer(input, **more)
                 continue
-            results = output.data if given == "packed" else output
-            assert results.shape[-1] == 2 * (layer.proj_size or 3)
-            results.sum().backward()
+            output, _ = layer(input, **more)
+            assert output.shape[-1] == 2 * (layer.proj_size or 3)
+            output.sum().backward()
             assert all(p.grad is not None and p.grad.shape == p.shape for p in layer.parameters())
