@@ -1,6 +1,6 @@
 """Recurrent layers for sequences of different lengths: `torch.nn`'s, with one more argument, `lengths`."""
 
-from ._modules import MaskedGRU, MaskedLSTM, MaskedRNN
+from ._layers import MaskedGRU, MaskedLSTM, MaskedRNN
 
 __all__ = ["MaskedGRU", "MaskedLSTM", "MaskedRNN"]
 __version__ = "1.1.0"

@@ -1,30 +1,19 @@
-"""One step of each cell and its local derivative, in the equations' letters.
+"""The weights of a layer, and one step of each cell in the equations' letters.
 
-Every cell is written twice: `step` in plain ops, which autograd can follow any number of times, and `run_`, `local`
-and `run_back_`, the same step and its derivative in place, on rows of a buffer. A buffer's row has `width` blocks of H
-columns: the input product fills the last `gates` of them, the recurrent product adds to the first `gates`. `local`
-turns a buffer of activations into the derivatives of the gates by the state, so that a step back starts with one
-product of the two.
-
-tanh is ATen's own. 2 sigmoid(2a) - 1 is several times faster, and loses the digits of small values: the difference of
-two numbers near 1 has their absolute error.
-
-I input, H hidden, P the state that is fed back (H, or proj_size), b rows of a step.
+I input, H hidden, P the state that is fed back (H, or proj_size), D directions, L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 States = tuple[Tensor, ...]
-Steps = Sequence[Sequence[Tensor]]
-"""Of several tensors, the rows of each step, in the order in which the steps run."""
-Add = Callable[[Tensor, Tensor], Any]
+"""h; or h and c."""
 
 
 class Weights(NamedTuple):
@@ -37,237 +26,98 @@ class Weights(NamedTuple):
     w_hr: Tensor | None = None
 
 
+LayerWeights = tuple[Weights, ...]
+"""Each direction's."""
 NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 """The attributes that hold them, before `_l0`, `_l0_reverse` and so on."""
 
 
-class Cell:
-    """A cell over the weights of one direction, or of two that run as a batch of two."""
-
-    gates: ClassVar[int]
-    width: ClassVar[int]
-    states: ClassVar[int] = 1
-    keeps_buffer: ClassVar[bool] = True
-    """Whether the derivative needs the buffer, or only the states."""
-
-    def __init__(self, weights: tuple[Weights, ...]) -> None:
-        w_hh = weights[0].w_hh
-        self.weights = weights
-        self.hidden = w_hh.size(0) // self.gates
-        self.paired = len(weights) == 2
-        self.one = w_hh.new_ones(())
-        self.mm: Callable[..., Any] = torch.bmm if self.paired else torch.mm
-        self.w_hr = None if weights[0].w_hr is None else self.joined(*(w.w_hr for w in weights if w.w_hr is not None))
-
-    def joined(self, *tensors: Tensor) -> Tensor:
-        return torch.stack(tensors) if self.paired else tensors[0]
-
-    def ordered(self, weight: Tensor) -> Tensor:
-        """A recurrent weight or bias with its gates in the buffer's order."""
-        return weight
-
-    def sigmoid_slope(self, s: Tensor, out: Tensor) -> Tensor:
-        """s (1 - s): the derivative of s = σ(a) by a."""
-        return torch.sub(self.one, s, out=out).mul_(s)
-
-    def tanh_slope(self, t: Tensor, out: Tensor) -> Tensor:
-        """1 - t²: the derivative of t = tanh(a) by a."""
-        return torch.addcmul(self.one, t, t, value=-1, out=out)
-
-    @staticmethod
-    def step(x: Tensor, state: States, w: Weights) -> States:
-        """The next state, from `x = W_ih x_t + b_ih` and this one."""
-        raise NotImplementedError
-
-    def parts(self, buffer: Tensor) -> States:
-        """What `run_` works on."""
-        raise NotImplementedError
-
-    def run_(self, parts: Steps, before: Steps, after: Steps, add_: Add) -> None:
-        """From the input products in the buffer and the states before: the activations, and the states after.
-
-        `add_` adds the recurrent product of its second argument to its first.
-        """
-        raise NotImplementedError
-
-    def local(self, buffer: Tensor, before: States, after: States, out: Tensor) -> States:
-        """First `out`, the derivative of each gate's recurrent product by the state; then what else is needed."""
-        raise NotImplementedError
-
-    def back_parts(self, local: States, buffer: Tensor, grads: Sequence[Tensor]) -> States:
-        """What `run_back_` works on, besides the states' gradients."""
-        raise NotImplementedError
-
-    def run_back_(self, parts: Steps, grads: Steps, before: Steps, add_: Add) -> None:
-        """From the states' gradients: the gates', in place, and the earlier states', added to `before`.
-
-        `add_` adds what comes back through the recurrent product to its first argument.
-        """
-        raise NotImplementedError
-
-    def input_gradient_(self, local: States, grads: Sequence[Tensor]) -> None:
-        """Turn `local[0]`, the gradient of the recurrent product, into that of the input's, gate for gate."""
+def read_weights(layer: Any) -> list[LayerWeights]:
+    """Read as attributes, so that parametrized and functional weights count."""
+    suffixes = ("", "_reverse") if layer.bidirectional else ("",)
+    has = (True, True, layer.bias, layer.bias, layer.proj_size > 0)
+    names = [name if here else None for name, here in zip(NAMES, has, strict=True)]
+    return [
+        tuple(
+            Weights(*(None if name is None else getattr(layer, f"{name}_l{k}{suffix}") for name in names))  # type: ignore[arg-type]
+            for suffix in suffixes
+        )
+        for k in range(layer.num_layers)
+    ]
 
 
-class GRU(Cell):
-    """r, z = σ(W_i x + b_i + W_h h + b_h);  g = W_hn h + b_hn;  n = tanh(W_in x + b_in + r g);  h' = (1 - z) n + z h.
+def flatten_weights(layers: Iterable[LayerWeights]) -> list[Tensor]:
+    """In `torch.nn`'s order."""
+    return [t for layer in layers for w in layer for t in w if t is not None]
 
-    Buffer: g, r, z, n.
+
+def group_weights(tensors: Sequence[Tensor], layers: int, directions: int) -> list[LayerWeights]:
+    """The inverse of `flatten_weights`. Two to five tensors a direction: the biases are two, W_hr is the last."""
+    each = len(tensors) // (layers * directions)
+    grouped = []
+    for start in range(0, len(tensors), each):
+        w_ih, w_hh, *rest = tensors[start : start + each]
+        w_hr = rest.pop() if len(rest) % 2 else None
+        b_ih, b_hh = rest or (None, None)
+        grouped.append(Weights(w_ih, w_hh, b_ih, b_hh, w_hr))
+    return [tuple(grouped[k : k + directions]) for k in range(0, len(grouped), directions)]
+
+
+def stack_layers(
+    x: Tensor,
+    initial: States,
+    layers: Sequence[LayerWeights],
+    run: Callable[[Tensor, States, LayerWeights], tuple[Tensor, States]],
+    dropout: float = 0.0,
+) -> tuple[Tensor, States]:
+    """Run the layers, one upon the other's output, with dropout between them; states (L·D, N, P)."""
+    lasts: list[States] = []
+    for k, weights in enumerate(layers):
+        if k and dropout:
+            x = F.dropout(x, dropout)
+        D = len(weights)
+        x, last = run(x, tuple(h[k * D : (k + 1) * D] for h in initial), weights)
+        lasts.append(last)
+    return x, lasts[0] if len(lasts) == 1 else tuple(torch.cat(states) for states in zip(*lasts, strict=True))
+
+
+def gru_step(x: Tensor, state: States, w: Weights) -> States:
+    """r, z = σ(W_i x + b_i + W_h h + b_h);  n = tanh(W_in x + b_in + r (W_hn h + b_hn));  h' = (1 - z) n + z h.
+
+    Each step takes x = W_ih x_t + b_ih.
     """
-
-    gates, width = 3, 4
-
-    def ordered(self, weight: Tensor) -> Tensor:
-        return weight.roll(self.hidden, 0)
-
-    @staticmethod
-    def step(x: Tensor, state: States, w: Weights) -> States:
-        (h,) = state
-        x_r, x_z, x_n = x.chunk(3, -1)
-        h_r, h_z, g = F.linear(h, w.w_hh, w.b_hh).chunk(3, -1)
-        r = torch.sigmoid(x_r + h_r)
-        z = torch.sigmoid(x_z + h_z)
-        n = torch.tanh(x_n + r * g)
-        return (n + z * (h - n),)
-
-    def parts(self, buffer: Tensor) -> States:
-        H = self.hidden
-        return buffer[..., : 3 * H], buffer[..., H : 3 * H], *buffer.split(H, -1)
-
-    def run_(self, parts: Steps, before: Steps, after: Steps, add_: Add) -> None:
-        for grz, rz, g, r, z, n, h, h_out in zip(*parts, *before, *after, strict=True):
-            add_(grz, h)
-            rz.sigmoid_()
-            n.addcmul_(r, g).tanh_()
-            torch.lerp(n, h, z, out=h_out)
-
-    def local(self, buffer: Tensor, before: States, after: States, out: Tensor) -> States:
-        g, r, z, n = buffer.split(self.hidden, -1)
-        dr, dz, dg = out.split(self.hidden, -1)
-        dn = self.tanh_slope(n, torch.empty_like(n)).mul_(1 - z)
-        torch.mul(dn, r, out=dg)
-        self.sigmoid_slope(r, dr).mul_(g).mul_(dn)
-        self.sigmoid_slope(z, dz).mul_(before[0] - n)
-        return out, dn
-
-    def back_parts(self, local: States, buffer: Tensor, grads: Sequence[Tensor]) -> States:
-        H = self.hidden
-        return local[0], local[0].unflatten(-1, (3, H)), grads[0].unsqueeze(-2), buffer[..., 2 * H : 3 * H]
-
-    def run_back_(self, parts: Steps, grads: Steps, before: Steps, add_: Add) -> None:
-        for rzg, each, dh_for_each, z, dh, dh_before in zip(*parts, *grads, *before, strict=True):
-            each.mul_(dh_for_each)
-            add_(dh_before, rzg)
-            dh_before.addcmul_(dh, z)
-
-    def input_gradient_(self, local: States, grads: Sequence[Tensor]) -> None:
-        rzg, dn = local
-        torch.mul(dn, grads[0], out=rzg[..., 2 * self.hidden :])
+    (h,) = state
+    x_r, x_z, x_n = x.chunk(3, -1)
+    h_r, h_z, h_n = F.linear(h, w.w_hh, w.b_hh).chunk(3, -1)
+    r = torch.sigmoid(x_r + h_r)
+    z = torch.sigmoid(x_z + h_z)
+    n = torch.tanh(x_n + r * h_n)
+    return (n + z * (h - n),)
 
 
-class LSTM(Cell):
-    """i, f, g, o = σ, σ, tanh, σ (W_i x + b_i + W_h h + b_h);  c' = f c + i g;  m = o tanh(c');  h' = m, or W_hr m.
-
-    Buffer: i, f, g, o.
-    """
-
-    gates, width, states = 4, 4, 2
-
-    @staticmethod
-    def step(x: Tensor, state: States, w: Weights) -> States:
-        h, c = state
-        i, f, g, o = (x + F.linear(h, w.w_hh, w.b_hh)).chunk(4, -1)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        m = torch.sigmoid(o) * torch.tanh(c)
-        return (m if w.w_hr is None else F.linear(m, w.w_hr)), c
-
-    def parts(self, buffer: Tensor) -> States:
-        return buffer, buffer[..., : 2 * self.hidden], *buffer.split(self.hidden, -1)
-
-    def run_(self, parts: Steps, before: Steps, after: Steps, add_: Add) -> None:
-        for ifgo, i_and_f, i, f, g, o, h, c, h_out, c_out in zip(*parts, *before, *after, strict=True):
-            add_(ifgo, h)
-            i_and_f.sigmoid_()
-            g.tanh_()
-            o.sigmoid_()
-            torch.mul(f, c, out=c_out).addcmul_(i, g)
-            m = h_out if self.w_hr is None else torch.empty_like(c_out)
-            torch.tanh(c_out, out=m).mul_(o)
-            if self.w_hr is not None:
-                self.mm(m, self.w_hr.mT, out=h_out)
-
-    def local(self, buffer: Tensor, before: States, after: States, out: Tensor) -> States:
-        i, f, g, o = buffer.split(self.hidden, -1)
-        di, df, dg, do = out.split(self.hidden, -1)
-        t = torch.tanh(after[1])
-        self.sigmoid_slope(i, di).mul_(g)
-        self.sigmoid_slope(f, df).mul_(before[1])
-        self.tanh_slope(g, dg).mul_(i)
-        self.sigmoid_slope(o, do).mul_(t)
-        k = self.tanh_slope(t, torch.empty_like(t)).mul_(o)
-        return (out, k) if self.w_hr is None else (out, k, t.mul_(o))
-
-    def back_parts(self, local: States, buffer: Tensor, grads: Sequence[Tensor]) -> States:
-        H = self.hidden
-        d, k = local[:2]
-        ifg, o = d[..., : 3 * H].unflatten(-1, (3, H)), d[..., 3 * H :]
-        return d, ifg, grads[1].unsqueeze(-2), o, k, buffer[..., H : 2 * H]
-
-    def run_back_(self, parts: Steps, grads: Steps, before: Steps, add_: Add) -> None:
-        for ifgo, ifg, dc_for_each, o, k, f, dh, dc, dh_before, dc_before in zip(*parts, *grads, *before, strict=True):
-            dm = dh if self.w_hr is None else self.mm(dh, self.w_hr)
-            dc.addcmul_(dm, k)
-            ifg.mul_(dc_for_each)
-            o.mul_(dm)
-            add_(dh_before, ifgo)
-            dc_before.addcmul_(dc, f)
+def lstm_step(x: Tensor, state: States, w: Weights) -> States:
+    """i, f, g, o = σ, σ, tanh, σ (W_i x + b_i + W_h h + b_h);  c' = f c + i g;  m = o tanh(c');  h' = m, or W_hr m."""
+    h, c = state
+    i, f, g, o = (x + F.linear(h, w.w_hh, w.b_hh)).chunk(4, -1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    m = torch.sigmoid(o) * torch.tanh(c)
+    return (m if w.w_hr is None else F.linear(m, w.w_hr)), c
 
 
-class RNNTanh(Cell):
-    """h' = tanh(W_i x + b_i + W_h h + b_h). Buffer: the argument."""
-
-    gates, width, keeps_buffer = 1, 1, False
-
-    @staticmethod
-    def step(x: Tensor, state: States, w: Weights) -> States:
-        return (torch.tanh(x + F.linear(state[0], w.w_hh, w.b_hh)),)
-
-    def parts(self, buffer: Tensor) -> States:
-        return (buffer,)
-
-    def run_(self, parts: Steps, before: Steps, after: Steps, add_: Add) -> None:
-        for a, h, h_out in zip(*parts, *before, *after, strict=True):
-            add_(a, h)
-            self.activate(a, h_out)
-
-    def activate(self, a: Tensor, out: Tensor) -> None:
-        torch.tanh(a, out=out)
-
-    def local(self, buffer: Tensor, before: States, after: States, out: Tensor) -> States:
-        return (self.tanh_slope(after[0], out),)
-
-    def back_parts(self, local: States, buffer: Tensor, grads: Sequence[Tensor]) -> States:
-        return local
-
-    def run_back_(self, parts: Steps, grads: Steps, before: Steps, add_: Add) -> None:
-        for d, dh, dh_before in zip(*parts, *grads, *before, strict=True):
-            d.mul_(dh)
-            add_(dh_before, d)
+def rnn_tanh_step(x: Tensor, state: States, w: Weights) -> States:
+    """h' = tanh(W_i x + b_i + W_h h + b_h)."""
+    return (torch.tanh(x + F.linear(state[0], w.w_hh, w.b_hh)),)
 
 
-class RNNReLU(RNNTanh):
-    """h' = max(0, W_i x + b_i + W_h h + b_h). Buffer: the argument."""
-
-    @staticmethod
-    def step(x: Tensor, state: States, w: Weights) -> States:
-        return (torch.relu(x + F.linear(state[0], w.w_hh, w.b_hh)),)
-
-    def activate(self, a: Tensor, out: Tensor) -> None:
-        torch.clamp(a, min=0, out=out)
-
-    def local(self, buffer: Tensor, before: States, after: States, out: Tensor) -> States:
-        return (torch.sign(after[0], out=out),)  # of what is never negative
+def rnn_relu_step(x: Tensor, state: States, w: Weights) -> States:
+    """h' = max(0, W_i x + b_i + W_h h + b_h)."""
+    return (torch.relu(x + F.linear(state[0], w.w_hh, w.b_hh)),)
 
 
-CELLS: dict[str, type[Cell]] = {"GRU": GRU, "LSTM": LSTM, "RNN_TANH": RNNTanh, "RNN_RELU": RNNReLU}
+STEPS: dict[str, Callable[[Tensor, States, Weights], States]] = {
+    "GRU": gru_step,
+    "LSTM": lstm_step,
+    "RNN_TANH": rnn_tanh_step,
+    "RNN_RELU": rnn_relu_step,
+}
 """By `nn.RNNBase.mode`."""

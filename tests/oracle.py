@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import masked_rnn
-from masked_rnn import _backends
+from masked_rnn import _choice
 
 BACKENDS = ("packed", "padded", "bptt", "scan")
 CELLS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -175,12 +175,12 @@ def every(**options: Sequence[Any]) -> list[dict[str, Any]]:
 def which_ran(monkeypatch: Any) -> list[str]:
     """The names of the backends that run from here on, as they do."""
     names: list[str] = []
-    choose = _backends.choose
+    choose = _choice.choose
 
     def noting(call: Any) -> Any:
         backend = choose(call)
         names.append(backend.name)
         return backend
 
-    monkeypatch.setattr(_backends, "choose", noting)
+    monkeypatch.setattr(_choice, "choose", noting)
     return names

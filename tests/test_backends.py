@@ -10,7 +10,7 @@ import torch
 from oracle import BACKENDS, INPUT, masked
 from torch.nn.utils.rnn import pack_sequence
 
-from masked_rnn import _backends
+from masked_rnn import _choice
 
 X = torch.randn(3, 6, INPUT)
 ROWS = [X[0], X[1, :4], X[2, :1]]
@@ -115,7 +115,7 @@ def test_elsewhere_the_lengths_place_decides(lengths_on: str | None, expected: s
         call: Any = SimpleNamespace(data=on("cuda"), lengths=None, mask=None, form="padded", packed=None, states=())
         setattr(call, given, on(lengths_on))
         call.values_can_be_read = lambda: True
-        assert _backends.preferred(call) == expected
+        assert _choice.preferred(call) == expected
 
 
 @pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "dual"])
@@ -138,8 +138,8 @@ def test_under_a_transform_scan_runs(cell: str, transform: str, ran: list[str]) 
 
 
 def test_every_backend_answers_for_itself() -> None:
-    assert tuple(_backends.BACKENDS) == BACKENDS
-    for name, backend in _backends.BACKENDS.items():
+    assert tuple(_choice.BACKENDS) == BACKENDS
+    for name, backend in _choice.BACKENDS.items():
         assert backend.name == name
 
 
@@ -154,7 +154,7 @@ def test_autocast_where_the_cpu_lacks_the_kernel(
         output, (h, _) = layer(X, **given)
     assert output.dtype == h.dtype == dtype
     output.float().sum().backward()
-    monkeypatch.setattr(_backends, "lstm_kernel_runs", lambda _dtype: False)
+    monkeypatch.setattr(_choice, "lstm_kernel_runs", lambda _dtype: False)
     with torch.autocast("cpu", dtype):
         assert layer(X, **given)[0].dtype == dtype
         assert ran[-1] == "bptt"

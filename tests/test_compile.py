@@ -12,7 +12,8 @@ from oracle import INPUT, as_tuple, cotangents, masked, random_states, torch_bef
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from masked_rnn import MaskedGRU, _kernels, _padded
+from masked_rnn import MaskedGRU
+from masked_rnn._backends import kernels, padded
 
 SIZES = [(3, 6), (4, 5), (2, 9), (5, 7), (3, 12)]
 
@@ -181,8 +182,8 @@ def test_the_operator_runs_the_kernel_that_eager_runs(
     """oneDNN's LSTM, once more for the gradient."""
     layer = masked("lstm", bidirectional=bidirectional, batch_first=True)
     ran: list[str] = []
-    run_kernel = _padded.run_kernel
-    monkeypatch.setattr(_padded, "run_kernel", lambda *a, **k: ran.append("kernel") or run_kernel(*a, **k))
+    run_kernel = padded.run_kernel
+    monkeypatch.setattr(padded, "run_kernel", lambda *a, **k: ran.append("kernel") or run_kernel(*a, **k))
     given = None if lengths is None else torch.tensor(lengths)
     x, weights = torch.randn(3, 6, INPUT), list(layer.parameters())
     states = random_states(layer, 3, torch.float32)
@@ -259,7 +260,7 @@ def test_a_length_out_of_range_is_refused_when_it_runs(cell: str, length: int) -
 def test_the_operator_keeps_torchs_rules(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Schema, fake kernel, gradient registration and tracing, by PyTorch's own checker."""
     # Not by oneDNN's LSTM: the checker compares the whole reserve, which that kernel does not write.
-    monkeypatch.setattr(_kernels, "has_onednn", lambda: False)
+    monkeypatch.setattr(kernels, "has_onednn", lambda: False)
     layer = masked(cell, bidirectional=True)
     x = torch.randn(5, 3, INPUT, requires_grad=True)
     weights = list(layer.parameters())

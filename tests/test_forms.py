@@ -216,7 +216,7 @@ def test_enforce_sorted(cell: str, backend: str, x: Tensor, given: str, monkeypa
 
 def test_packing_agrees_with_torch() -> None:
     """Rows run in the order in which `pack_sequence` lays them."""
-    from masked_rnn._lengths import plan_rows
+    from masked_rnn._plan import plan_rows
 
     x = torch.randn(4, 6, INPUT)
     packed = pack_sequence([x[n, :length] for n, length in enumerate(LENGTHS)], enforce_sorted=False)

@@ -10,7 +10,8 @@ from oracle import BACKENDS, INPUT, as_hx, as_tuple, every, masked, plain, rando
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from masked_rnn import MaskedGRU, _kernels
+from masked_rnn import MaskedGRU
+from masked_rnn._backends import double_backward, kernels
 
 
 def functional(layer: Any, batch: int, steps: int, **given: Any) -> tuple[Any, list[Tensor]]:
@@ -263,14 +264,10 @@ def test_a_kernel_that_differentiates_once(
         return [*first, *torch.autograd.grad(dx.square().sum(), [x, *layer.parameters()], allow_unused=True)]
 
     expected = first_and_second()
-    from masked_rnn import _packed, _padded
-
-    for module in (_kernels, _packed, _padded):
-        monkeypatch.setattr(module, "runs_cudnn", lambda _x: True)
-    from masked_rnn import _twice
-
+    monkeypatch.setattr(kernels, "runs_cudnn", lambda _x: True)
     applied = []
-    monkeypatch.setattr(_kernels.Twice, "apply", lambda *a, f=_twice.Twice.apply: applied.append(1) or f(*a))
+    apply = double_backward.DoubleBackward.apply
+    monkeypatch.setattr(kernels.DoubleBackward, "apply", lambda *a: applied.append(1) or apply(*a))
     for a, b in zip(first_and_second(), expected, strict=True):
         torch.testing.assert_close(a, b) if a is not None else None
     assert applied

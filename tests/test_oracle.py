@@ -81,10 +81,10 @@ def test_padding_is_never_read(cell: str, backend: str, garbage: float, bidirect
 
 
 def test_a_long_sequence_runs_in_chunks(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from masked_rnn import _loops
+    from masked_rnn._backends.bptt import loops
 
     for size in (1, 200, 1000):
-        monkeypatch.setattr(_loops, "CHUNK_BYTES", size)
+        monkeypatch.setattr(loops, "CHUNK_BYTES", size)
         for bidirectional in (False, True):
             layer = masked(cell, backend="bptt", num_layers=2, bidirectional=bidirectional).double()
             lengths = [7, 12, 3, 0, 10]

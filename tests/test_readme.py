@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import masked_rnn
-from masked_rnn import _modules
+from masked_rnn import _layers
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,7 +28,7 @@ def test_code_in_the_docs(code: str) -> None:
 
 
 def test_docstrings() -> None:
-    failed, attempted = doctest.testmod(_modules, globs={"torch": __import__("torch"), **vars(masked_rnn)})
+    failed, attempted = doctest.testmod(_layers, globs={"torch": __import__("torch"), **vars(masked_rnn)})
     assert attempted > 10
     assert failed == 0
 

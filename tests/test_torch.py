@@ -87,13 +87,13 @@ def close(found, expected):
 
 
 def check():
-    from masked_rnn import _modules, _torch
+    from masked_rnn import _layers, _torch
 
     x = torch.randn(3, 6, 4, requires_grad=True)
     lengths = torch.tensor([4, 6, 1])
     rows = [x[0, :4], x[1], x[2, :1]]
     for name in ("GRU", "LSTM", "RNN"):
-        layer = getattr(_modules, "Masked" + name)(4, 3, 2, batch_first=True, bidirectional=True)
+        layer = getattr(_layers, "Masked" + name)(4, 3, 2, batch_first=True, bidirectional=True)
         theirs = getattr(torch.nn, name)(4, 3, 2, batch_first=True, bidirectional=True)
         theirs.load_state_dict(layer.state_dict())
         expected = torch.nn.utils.rnn.pad_packed_sequence(
@@ -113,12 +113,12 @@ def check():
                 layer.float()
     nested = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
     close([layer(nested)[0].values()], [torch.cat([expected[0, :4], expected[1], expected[2, :1]])])
-    large = _modules.MaskedGRU(4, 256)  # whose weight is large enough to be laid out once
+    large = _layers.MaskedGRU(4, 256)  # whose weight is large enough to be laid out once
     found = large(x)[0]
     large.backend = "scan"
     close([found], [large(x)[0]])
 
-    layer = _modules.MaskedGRU(4, 3, batch_first=True)
+    layer = _layers.MaskedGRU(4, 3, batch_first=True)
     expected = layer(x, lengths=lengths)[0]
     close([torch.func.vmap(lambda x, n: layer(x, lengths=n)[0])(x, lengths)], [expected])
     output = layer(x, lengths=lengths)[0]
@@ -129,7 +129,7 @@ def check():
         dual = torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x))
         assert torch.autograd.forward_ad.unpack_dual(layer(dual, lengths=lengths)[0]).tangent is not None
     with FakeTensorMode():
-        _modules.MaskedGRU(4, 3)(torch.randn(5, 3, 4), lengths=torch.tensor([1, 2, 3]))[0].sum().backward()
+        _layers.MaskedGRU(4, 3)(torch.randn(5, 3, 4), lengths=torch.tensor([1, 2, 3]))[0].sum().backward()
     recorded = make_fx(lambda x, n: layer(x, lengths=n)[0])(x.detach(), torch.tensor([6, 6, 6]))
     close([recorded(x.detach(), lengths)], [expected])
     weights, initial = list(layer.parameters()), [torch.zeros(1, 3, 3)]

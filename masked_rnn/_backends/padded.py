@@ -12,47 +12,47 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._call import Call, each_layer
-from ._cells import States, Weights
-from ._kernels import run_kernel, runs_cudnn
-from ._lengths import live_steps, reverse_index
+from .._call import Call
+from .._cells import LayerWeights, States, Weights, stack_layers
+from .._plan import real_mask, reverse_index
+from .kernels import run_kernel
 
 
 def run(call: Call) -> tuple[Tensor, States]:
-    layer = call.layer
-    x, lengths, back = call.padded()
-    if lengths is None and not (call.draws_dropout() and runs_cudnn(x)):
-        output, last = run_kernel(
-            layer.mode, x, call.states, call.weights, dropout=layer.dropout, training=layer.training
-        )
+    mode, dropout = call.layer.mode, call.dropout
+    x, lengths, restore = call.padded()
+    if lengths is None:
+        output, last = run_kernel(mode, x, call.states, call.weights, dropout=dropout)
     else:
-        output, last = each_layer(call, x, lambda x, state, w: run_layer(layer.mode, x, lengths, state, w))
-    return back(output), last
+        output, last = stack_layers(
+            x, call.states, call.weights, lambda x, states, w: run_padded(mode, x, lengths, states, w), dropout
+        )
+    return restore(output), last
 
 
-def run_layer(
-    mode: str, x: Tensor, lengths: Tensor | None, initial: States, weights: tuple[Weights, ...]
+def run_padded(
+    mode: str, x: Tensor, lengths: Tensor | None, initial: States, weights: LayerWeights
 ) -> tuple[Tensor, States]:
     """x (T, N, I), lengths (N,), initial states (D, N, P) -> output (T, N, D·P), last states (D, N, P)."""
     if lengths is None:
         return run_kernel(mode, x, initial, [weights])
     steps = x.size(0)
-    live = live_steps(lengths, steps)
+    real = real_mask(lengths, steps)
     zero = torch.zeros((), dtype=x.dtype, device=x.device)
-    x = torch.where(live, x, zero)
+    x = torch.where(real, x, zero)
     reverse = reverse_index(lengths, steps) if len(weights) == 2 else None
     outputs, lasts = [], []
     for d, w in enumerate(weights):
         own = x if d == 0 or reverse is None else x.gather(0, reverse.expand_as(x))
         state = tuple(h[d : d + 1] for h in initial)
         if mode == "LSTM":
-            output, last = _with_cell_states(own, live, lengths, state, w)
+            output, last = _with_cell_states(own, real, lengths, state, w)
         else:
             output, _ = run_kernel(mode, own, state, [(w,)])
             last = (_at_last_step(output, lengths, state[0]),)
         if d == 1 and reverse is not None:
             output = output.gather(0, reverse.expand_as(output))
-        outputs.append(torch.where(live, output, torch.zeros((), dtype=output.dtype, device=output.device)))
+        outputs.append(torch.where(real, output, torch.zeros((), dtype=output.dtype, device=output.device)))
         lasts.append(last)
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
     return output, tuple(torch.cat(states) for states in zip(*lasts, strict=True))
@@ -64,7 +64,7 @@ def _at_last_step(output: Tensor, lengths: Tensor, initial: Tensor) -> Tensor:
     return torch.where((lengths > 0).view(1, -1, 1), output.gather(0, index), initial.to(output.dtype))
 
 
-def _with_cell_states(x: Tensor, live: Tensor, lengths: Tensor, initial: States, w: Weights) -> tuple[Tensor, States]:
+def _with_cell_states(x: Tensor, real: Tensor, lengths: Tensor, initial: States, w: Weights) -> tuple[Tensor, States]:
     """The LSTM returns c only after the last step, so c must stand still over padding until then.
 
     One more input, 1 at padding, drives the gates there to i = 0 and f = 1 exactly: c' = f c + i g = c.
@@ -74,7 +74,7 @@ def _with_cell_states(x: Tensor, live: Tensor, lengths: Tensor, initial: States,
     drive[0, :, -1], drive[1, :, -1] = -_SATURATING, _SATURATING
     # Padded, not concatenated: the gradient of a part of a concatenation is not contiguous.
     w = w._replace(w_ih=F.pad(w.w_ih, (0, 1)) + drive.flatten(0, 1))
-    output, (_, c) = run_kernel("LSTM", torch.cat([x, (~live).to(x.dtype)], -1), initial, [(w,)])
+    output, (_, c) = run_kernel("LSTM", torch.cat([x, (~real).to(x.dtype)], -1), initial, [(w,)])
     return output, (_at_last_step(output, lengths, initial[0]), c)
 
 

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _bptt, _onnx, _operator, _packed, _padded, _scan
+from ._backends import bptt, packed, padded, scan
+from ._backends.kernels import suits_kernel
 from ._call import Call
+from ._capture import onnx, operator
 from ._cells import States
-from ._kernels import suits_kernel
 from ._lengths import is_on_host
 from ._torch import forward_gradients_run, is_exporting_onnx, is_traced, is_transformed, lstm_kernel_runs
 
@@ -24,10 +25,10 @@ class Backend(NamedTuple):
 
 BACKENDS = {
     name: Backend(name, module.run)
-    for name, module in (("packed", _packed), ("padded", _padded), ("bptt", _bptt), ("scan", _scan))
+    for name, module in (("packed", packed), ("padded", padded), ("bptt", bptt), ("scan", scan))
 }
-OPERATOR = Backend("operator", _operator.run)
-ONNX = Backend("onnx", _onnx.run)
+OPERATOR = Backend("operator", operator.run)
+ONNX = Backend("onnx", onnx.run)
 
 
 def run(call: Call) -> tuple[Tensor, States]:
@@ -36,10 +37,23 @@ def run(call: Call) -> tuple[Tensor, States]:
     if backend.name in ("packed", "padded") or not torch.is_autocast_enabled(device):
         return backend.run(call)
     # The rest is our own arithmetic: it runs in the weights' precision, and only its results have autocast's.
-    dtype, *dtypes = call.enter_weights_dtype(torch.get_autocast_dtype(device))
+    dtype, *dtypes = _dtypes_under_autocast(call, torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        output, states = backend.run(call)
+        output, states = backend.run(call.in_weights_dtype())
     return output.to(dtype), tuple(h.to(d) for h, d in zip(states, dtypes, strict=True))
+
+
+def _dtypes_under_autocast(call: Call, autocast: torch.dtype) -> list[torch.dtype]:
+    """Those of the output and the last states that `torch.nn` returns: a GRU's h and a projected LSTM's c keep the
+    precision they came in."""
+    weights = call.weights[0][0].w_ih.dtype
+    low = weights if weights == torch.float64 else autocast
+    wide = [torch.promote_types(low, h.dtype) for h in call.states]
+    if call.layer.mode == "GRU":
+        return [wide[0], wide[0]]
+    if call.layer.proj_size:
+        return [low, low, wide[1]]
+    return [low] * (1 + len(wide))
 
 
 def choose(call: Call) -> Backend:
@@ -58,8 +72,8 @@ def _has_no_step(name: str, call: Call) -> bool:
     """Whether a call is known to be empty. No kernel takes such a call; `bptt` returns at once."""
     if is_traced() or why_only_scan(call):
         return False
-    reads_plan = call.form == "nested" or (name == "packed" and not _packed.takes_input_as_it_is(call))
-    return call.is_empty() or (reads_plan and not call.plan().rows)
+    reads_plan = call.form == "nested" or (name == "packed" and not packed.takes_input_as_it_is(call))
+    return call.is_empty() or (reads_plan and not call.plan.rows)
 
 
 def preferred(call: Call) -> str:
@@ -79,7 +93,7 @@ def _suits_kernel(call: Call) -> bool:
         return False
     layer = call.layer
     # Where dropout is drawn, the choice must not hang on gradients: a checkpoint runs once without and once with.
-    learns = call.draws_dropout() or call.wants_gradient()
+    learns = bool(call.dropout) or call.wants_gradient()
     fed_back = layer.proj_size or layer.hidden_size
     return suits_kernel(
         layer.mode, call.data, call.batch, call.steps, layer.hidden_size, fed_back, call.lengths, learns
@@ -93,7 +107,7 @@ def why_not(name: str, call: Call) -> str | None:
         if transform:
             return transform
     if is_traced():
-        if name == "bptt" or (name == "packed" and not _packed.takes_input_as_it_is(call)):
+        if name == "bptt" or (name == "packed" and not packed.takes_input_as_it_is(call)):
             return "torch.jit.trace would keep the lengths of this call for good"
         if name == "scan":
             return "torch.jit.trace would keep the number of steps of this call for good"
@@ -103,7 +117,7 @@ def why_not(name: str, call: Call) -> str | None:
         reads = name in ("packed", "bptt") and (call.lengths is not None or call.mask is not None)
         if reads or call.data.dim() == 2:
             return "it reads lengths, which have no values here (FakeTensorMode, make_fx or the meta device)"
-    if name == "padded" or (name == "packed" and call.packed is None and _packed.takes_input_as_it_is(call)):
+    if name == "padded" or (name == "packed" and call.packed is None and packed.takes_input_as_it_is(call)):
         return _why_no_lstm_kernel(call)
     return None
 
@@ -135,7 +149,7 @@ def _choose_captured(call: Call, wanted: str) -> Backend:
         )
     if not is_exporting_onnx():
         return OPERATOR
-    reason = _onnx.why_not(call)
+    reason = onnx.why_not(call)
     if reason:
         raise ValueError(f"this layer can't be captured: {reason}.")
     return ONNX

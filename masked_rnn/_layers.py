@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-from ._backends import BACKENDS, run
 from ._call import close_call, open_call
+from ._choice import BACKENDS, run
 from ._torch import forward_pre_hooks
 
 if TYPE_CHECKING:

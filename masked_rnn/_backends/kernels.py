@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._cells import States, Weights
-from ._plain import scan_layers
-from ._torch import KERNELS, has_onednn
-from ._twice import Twice
+from .._cells import LayerWeights, States, flatten_weights, group_weights, stack_layers
+from .._torch import KERNELS, has_onednn
+from .double_backward import DoubleBackward
+from .recurrence import scan_layers
 
 
 def runs_cudnn(x: Tensor) -> bool:
@@ -46,22 +46,28 @@ def run_kernel(
     mode: str,
     x: Tensor,
     initial: States,
-    weights: Sequence[tuple[Weights, ...]],
+    layers: Sequence[LayerWeights],
     *,
     batch_sizes: Tensor | None = None,
     dropout: float = 0.0,
-    training: bool = False,
     batch_first: bool = False,
 ) -> tuple[Tensor, States]:
     """The stack of layers over a padded batch, or over packed rows where `batch_sizes` are given."""
-    directions = len(weights[0])
-    has_biases = weights[0][0].b_ih is not None
-    flat = [t for layer in weights for w in layer for t in w if t is not None]
+    if dropout and runs_cudnn(x):
+        # cuDNN's own draw can't be made again for a second pass. Between single layers it can; and it stands there
+        # whether gradients are wanted or not, since a checkpoint runs once without and once with.
+        x = x.transpose(0, 1) if batch_first else x
+        x, states = stack_layers(
+            x, initial, layers, lambda x, states, w: run_kernel(mode, x, states, [w], batch_sizes=batch_sizes), dropout
+        )
+        return x.transpose(0, 1) if batch_first else x, states
+    directions = len(layers[0])
+    has_biases = layers[0][0].b_ih is not None
 
-    def fast(x: Tensor, *tensors: Tensor) -> Sequence[Tensor]:
+    def kernel(x: Tensor, *tensors: Tensor) -> Sequence[Tensor]:
         states, parameters = tensors[: len(initial)], list(tensors[len(initial) :])
         hx: Any = states if mode == "LSTM" else states[0]
-        options = (has_biases, len(weights), dropout, training, directions == 2)
+        options = (has_biases, len(layers), dropout, dropout > 0, directions == 2)
         result: Sequence[Tensor] = (
             KERNELS[mode](x, hx, parameters, *options, batch_first)
             if batch_sizes is None
@@ -69,19 +75,14 @@ def run_kernel(
         )
         return result
 
-    # Dropout can't be drawn again for a second pass; callers that may need one put it between single layers, whether
-    # gradients are wanted or not: a checkpoint runs once without and once with, and must draw the same.
-    if runs_cudnn(x) and torch.is_grad_enabled() and not (dropout and training):
-        has = [[t is not None for t in w] for layer in weights for w in layer]
+    def recurrence(x: Tensor, *tensors: Tensor) -> Sequence[Tensor]:
+        grouped = group_weights(tensors[len(initial) :], len(layers), directions)
+        output, last = scan_layers(mode, x, tuple(tensors[: len(initial)]), grouped, batch_sizes, batch_first)
+        return output, *last
 
-        def plain(x: Tensor, *tensors: Tensor) -> Sequence[Tensor]:
-            rest = iter(tensors[len(initial) :])
-            regrouped = [Weights(*(next(rest) if here else None for here in row)) for row in has]  # type: ignore[arg-type]
-            layers = [tuple(regrouped[k : k + directions]) for k in range(0, len(regrouped), directions)]
-            output, last = scan_layers(mode, x, tuple(tensors[: len(initial)]), layers, batch_sizes, batch_first)
-            return output, *last
-
-        output, *last = Twice.apply(fast, plain, x, *initial, *flat)  # type: ignore[no-untyped-call]
+    inputs = (x, *initial, *flatten_weights(layers))
+    if runs_cudnn(x) and torch.is_grad_enabled():
+        output, *last = DoubleBackward.apply(kernel, recurrence, *inputs)  # type: ignore[no-untyped-call]
     else:
-        output, *last = fast(x, *initial, *flat)
+        output, *last = kernel(*inputs)
     return output, tuple(last)

@@ -14,46 +14,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._call import Call, each_layer, same
-from ._cells import CELLS, States, Weights
-from ._kernels import has_lstm_kernel, suits_kernel
-from ._lengths import Plan, check_range, plan_full, plan_rows
-from ._loops import Kept, Layer, backward, forward, kept_shapes
-from ._padded import run_layer
-from ._torch import unsafe_view, with_autograd
+from .._backends.bptt.cells import CELLS
+from .._backends.bptt.loops import LayerSpec, Saved, backward, forward, saved_shapes
+from .._backends.kernels import has_lstm_kernel, suits_kernel
+from .._backends.padded import run_padded
+from .._call import Call
+from .._cells import LayerWeights, States, flatten_weights, group_weights, stack_layers
+from .._lengths import check_range
+from .._plan import Plan, plan_full, plan_padded
+from .._torch import unsafe_view, with_autograd
 
 
 def run(call: Call) -> tuple[Tensor, States]:
-    whole = call.data.dim() == 3 and call.mask is None
-    batch_first = whole and call.batch_first
-    x, lengths, back = (call.data, call.lengths, same) if whole else call.padded()
-    mode = call.layer.mode
-    D = call.directions
-    S = len(call.states)
+    if call.data.dim() == 3 and call.mask is None:
+        x, lengths, batch_first, restore = call.data, call.lengths, call.batch_first, None
+    else:
+        x, lengths, restore = call.padded()
+        batch_first = False
+    mode, D, S = call.layer.mode, call.directions, len(call.states)
 
-    def run_one(x: Tensor, initial: States, weights: tuple[Weights, ...]) -> tuple[Tensor, States]:
-        tensors = [t for w in weights for t in w if t is not None]
-        keep = torch.is_grad_enabled()
-        results = torch.ops.masked_rnn.layer(x, lengths, list(initial), tensors, mode, D, batch_first, keep)
+    def run_one(x: Tensor, initial: States, weights: LayerWeights) -> tuple[Tensor, States]:
+        tensors = flatten_weights([weights])
+        save = torch.is_grad_enabled()
+        results = torch.ops.masked_rnn.layer(x, lengths, list(initial), tensors, mode, D, batch_first, save)
         return results[0], tuple(results[1 : 1 + S])
 
-    output, last = each_layer(call, x, run_one)
-    return back(output), last
+    output, last = stack_layers(x, call.states, call.weights, run_one, call.dropout)
+    return output if restore is None else restore(output), last
 
 
-def _weights(tensors: Sequence[Tensor], directions: int) -> tuple[Weights, ...]:
-    """Two to five tensors a direction: W_ih, W_hh, the biases if there are any, W_hr if there is one."""
-    each = len(tensors) // directions
-    grouped = []
-    for d in range(directions):
-        w_ih, w_hh, *rest = tensors[d * each : (d + 1) * each]
-        w_hr = rest.pop() if len(rest) % 2 else None
-        b_ih, b_hh = rest or (None, None)
-        grouped.append(Weights(w_ih, w_hh, b_ih, b_hh, w_hr))
-    return tuple(grouped)
-
-
-def _layer(
+def _forward(
     x: Tensor,
     lengths: Tensor | None,
     initial: Sequence[Tensor],
@@ -61,29 +51,29 @@ def _layer(
     mode: str,
     directions: int,
     batch_first: bool,
-    keep: bool,
+    save: bool,
 ) -> list[Tensor]:
     """The output, the last states, and what the gradient needs, as bytes."""
-    grouped, states = _weights(weights, directions), tuple(initial)
-    reserve = x.new_empty(_reserve_size(x, lengths, initial, weights, mode, directions, keep), dtype=torch.uint8)
-    if _runs_kernel(x, lengths, initial, mode, batch_first, keep):
+    grouped, states = group_weights(weights, 1, directions)[0], tuple(initial)
+    saved_bytes = x.new_empty(_saved_size(x, lengths, initial, weights, mode, directions, save), dtype=torch.uint8)
+    if _runs_kernel(x, lengths, initial, mode, batch_first, save):
         with torch.no_grad():
             output, last = _kernel(mode, x, lengths, states, grouped, batch_first)
-        return [output.contiguous(), *(h.clone() for h in last), reserve]
+        return [output.contiguous(), *(h.clone() for h in last), saved_bytes]
     plan = _plan(x, lengths, batch_first)
-    layer = Layer(mode, directions, plan, gather=True, scatter=True)
-    kept = _kept(layer, x, initial, grouped, reserve) if keep else None
-    output, last, _ = forward(layer, x.reshape(-1, x.size(-1)), states, grouped, keep, kept)
+    spec = LayerSpec(mode, directions, plan, gather=True, scatter=True)
+    saved = _saved(spec, x, initial, grouped, saved_bytes) if save else None
+    output, last, _ = forward(spec, x.reshape(-1, x.size(-1)), states, grouped, save, saved)
     # Not a view for autograd: the caller may change it in place.
-    return [unsafe_view(output, [*x.shape[:2], output.size(-1)]), *last, reserve]
+    return [unsafe_view(output, [*x.shape[:2], output.size(-1)]), *last, saved_bytes]
 
 
-def _layer_gradient(
+def _backward(
     x: Tensor,
     lengths: Tensor | None,
     initial: Sequence[Tensor],
     weights: Sequence[Tensor],
-    reserve: Tensor,
+    saved_bytes: Tensor,
     grads: Sequence[Tensor],
     mode: str,
     directions: int,
@@ -92,22 +82,22 @@ def _layer_gradient(
     want_weights: bool,
 ) -> list[Tensor]:
     """The gradients of the initial states, then of x and of the weights where they are wanted."""
-    grouped, states = _weights(weights, directions), tuple(initial)
+    grouped, states = group_weights(weights, 1, directions)[0], tuple(initial)
     if _runs_kernel(x, lengths, initial, mode, batch_first, learns=True):
         return _recomputed(x, lengths, initial, weights, grads, mode, directions, batch_first, want_x, want_weights)
-    layer = Layer(mode, directions, _plan(x, lengths, batch_first), gather=True, scatter=True)
+    spec = LayerSpec(mode, directions, _plan(x, lengths, batch_first), gather=True, scatter=True)
     flat = x.reshape(-1, x.size(-1))
-    kept = _kept(layer, x, initial, grouped, reserve)
+    saved = _saved(spec, x, initial, grouped, saved_bytes)
     d_output = grads[0].reshape(flat.size(0), -1)
     dx, d_initial, d_weights = backward(
-        layer, flat, states, grouped, kept, d_output, list(grads[1:]), want_x, want_weights
+        spec, flat, states, grouped, saved, d_output, list(grads[1:]), want_x, want_weights
     )
     result = list(d_initial)
     if dx is not None:
         result.append(dx.view(x.shape))
     if d_weights is not None:
         # Copies: the operator's results must not share memory.
-        result += [g.clone() for w in d_weights for g in w if g is not None]
+        result += [g.clone() for g in flatten_weights([d_weights])]
     return result
 
 
@@ -126,9 +116,9 @@ def _runs_kernel(
 
 
 def _kernel(
-    mode: str, x: Tensor, lengths: Tensor | None, initial: States, weights: tuple[Weights, ...], batch_first: bool
+    mode: str, x: Tensor, lengths: Tensor | None, initial: States, weights: LayerWeights, batch_first: bool
 ) -> tuple[Tensor, States]:
-    output, last = run_layer(mode, x.transpose(0, 1) if batch_first else x, lengths, initial, weights)
+    output, last = run_padded(mode, x.transpose(0, 1) if batch_first else x, lengths, initial, weights)
     return output.transpose(0, 1) if batch_first else output, last
 
 
@@ -142,43 +132,38 @@ def _plan(x: Tensor, lengths: Tensor | None, batch_first: bool) -> Plan:
 @lru_cache(maxsize=2)
 def _plan_of(lengths: tuple[int, ...], steps: int, batch_first: bool) -> Plan:
     """A layer's gradient, and the layers above and below, ask for the same plan."""
-    batch = len(lengths)
     cpu = torch.device("cpu")
-    starts, stride = torch.arange(batch, device=cpu), batch
-    if batch_first:
-        starts, stride = starts * steps, 1
-    return plan_rows(torch.tensor(lengths, dtype=torch.int64, device=cpu), starts, stride, steps * batch, cpu)
+    return plan_padded(torch.tensor(lengths, dtype=torch.int64, device=cpu), steps, batch_first, cpu)
 
 
-def _reserve_size(
+def _saved_size(
     x: Tensor,
     lengths: Tensor | None,
     initial: Sequence[Tensor],
     weights: Sequence[Tensor],
     mode: str,
     directions: int,
-    keep: bool,
+    save: bool,
 ) -> Any:
     """Enough bytes for a batch without padding; memory that is not touched costs nothing."""
     runs_kernel = lengths is None and has_lstm_kernel(mode, x, initial[-1].size(-1), initial[0].size(-1))
-    if not keep or x.device.type != "cpu" or runs_kernel:
+    if not save or x.device.type != "cpu" or runs_kernel:
         return 0
     cell = CELLS[mode]
     batch = initial[0].shape[1]
     states = sum(h.size(-1) for h in initial)
-    blocks = weights[1].size(0) // cell.gates * cell.width if cell.keeps_buffer else 0
+    blocks = weights[1].size(0) // cell.gates * cell.width if cell.saves_buffer else 0
     return directions * (x.shape[0] * x.shape[1] * (states + blocks) + batch * states) * x.element_size()
 
 
-def _kept(layer: Layer, x: Tensor, initial: Sequence[Tensor], weights: tuple[Weights, ...], reserve: Tensor) -> Kept:
-    """What `forward` keeps, laid out in the reserve."""
-    cell = layer.cell(weights)
-    shapes = kept_shapes(layer, cell, initial, layer.chunks(cell, x.element_size()))
+def _saved(spec: LayerSpec, x: Tensor, initial: Sequence[Tensor], weights: LayerWeights, room: Tensor) -> Saved:
+    """What `forward` saves, laid out in the bytes of `room`."""
+    cell = spec.cell(weights)
+    shapes = saved_shapes(spec, cell, initial, spec.chunks(cell, x.element_size()))
     sizes = [math.prod(shape) for group in shapes for shape in group]
-    room = reserve.view(x.dtype)
-    parts = iter(room.narrow(0, 0, sum(sizes)).split(sizes))
+    parts = iter(room.view(x.dtype).narrow(0, 0, sum(sizes)).split(sizes))
     history, buffers = ([next(parts).view(shape) for shape in group] for group in shapes)
-    return Kept(tuple(history), buffers)
+    return Saved(tuple(history), buffers)
 
 
 def _recomputed(
@@ -198,7 +183,7 @@ def _recomputed(
     def run() -> list[Tensor]:
         inputs = [t.detach().requires_grad_() for t in (*initial, x, *weights)]
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-            grouped = _weights(inputs[S + 1 :], directions)
+            (grouped,) = group_weights(inputs[S + 1 :], 1, directions)
             output, last = _kernel(mode, inputs[S], lengths, tuple(inputs[:S]), grouped, batch_first)
         wanted = inputs[:S] + (inputs[S : S + 1] if want_x else []) + (inputs[S + 1 :] if want_weights else [])
         found = torch.autograd.grad((output, *last), wanted, list(grads), allow_unused=True, materialize_grads=True)
@@ -207,7 +192,7 @@ def _recomputed(
     return with_autograd(run)
 
 
-def _fake_layer(
+def _fake_forward(
     x: Tensor,
     lengths: Tensor | None,
     initial: Sequence[Tensor],
@@ -215,19 +200,19 @@ def _fake_layer(
     mode: str,
     directions: int,
     batch_first: bool,
-    keep: bool,
+    save: bool,
 ) -> list[Tensor]:
     output = x.new_empty(x.shape[0], x.shape[1], directions * initial[0].shape[-1])
-    reserve = x.new_empty(_reserve_size(x, lengths, initial, weights, mode, directions, keep), dtype=torch.uint8)
-    return [output, *(torch.empty_like(h, memory_format=torch.contiguous_format) for h in initial), reserve]
+    saved_bytes = x.new_empty(_saved_size(x, lengths, initial, weights, mode, directions, save), dtype=torch.uint8)
+    return [output, *(torch.empty_like(h, memory_format=torch.contiguous_format) for h in initial), saved_bytes]
 
 
-def _fake_gradient(
+def _fake_backward(
     x: Tensor,
     lengths: Tensor | None,
     initial: Sequence[Tensor],
     weights: Sequence[Tensor],
-    reserve: Tensor,
+    saved_bytes: Tensor,
     grads: Sequence[Tensor],
     mode: str,
     directions: int,
@@ -246,7 +231,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 
 
 def _gradient(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    x, lengths, reserve, *rest = ctx.saved_tensors
+    x, lengths, saved_bytes, *rest = ctx.saved_tensors
     S = ctx.n_states
     want_x, want_weights = ctx.needs_input_grad[0], any(t.requires_grad for t in rest[S:])
     results = list(
@@ -255,7 +240,7 @@ def _gradient(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
             lengths,
             rest[:S],
             rest[S:],
-            reserve,
+            saved_bytes,
             grads[: 1 + S],
             ctx.mode,
             ctx.directions,
@@ -269,20 +254,20 @@ def _gradient(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     return dx, None, d_initial, results if want_weights else [None] * ctx.n_weights, None, None, None, None
 
 
-layer = torch.library.custom_op(
+forward_operator = torch.library.custom_op(
     "masked_rnn::layer",
-    _layer,
+    _forward,
     mutates_args=(),
     schema="(Tensor x, Tensor? lengths, Tensor[] initial, Tensor[] weights, str mode, int directions, "
     "bool batch_first, bool keep) -> Tensor[]",
 )
-layer.register_fake(_fake_layer)
-layer.register_autograd(_gradient, setup_context=_setup_context)
-layer_gradient = torch.library.custom_op(
+forward_operator.register_fake(_fake_forward)
+forward_operator.register_autograd(_gradient, setup_context=_setup_context)
+backward_operator = torch.library.custom_op(
     "masked_rnn::layer_gradient",
-    _layer_gradient,
+    _backward,
     mutates_args=(),
     schema="(Tensor x, Tensor? lengths, Tensor[] initial, Tensor[] weights, Tensor reserve, Tensor[] grads, "
     "str mode, int directions, bool batch_first, bool want_x, bool want_weights) -> Tensor[]",
 )
-layer_gradient.register_fake(_fake_gradient)
+backward_operator.register_fake(_fake_backward)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._call import Call, each_layer
-from ._cells import States, Weights
-from ._torch import symbolic_node
+from .._call import Call
+from .._cells import LayerWeights, States, stack_layers
+from .._torch import symbolic_node
 
 GATE_ORDER = {"GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2), "RNN_TANH": (0,), "RNN_RELU": (0,)}
 """ONNX's gates (zrh; iofc) by their places in PyTorch's order (r, z, n; i, f, g, o)."""
@@ -24,14 +24,15 @@ def why_not(call: Call) -> str | None:
 
 
 def run(call: Call) -> tuple[Tensor, States]:
-    x, lengths, back = call.padded()
-    mode = call.layer.mode
-    output, last = each_layer(call, x, lambda x, initial, w: _node(mode, x, lengths, initial, w))
-    return back(output), last
+    x, lengths, restore = call.padded()
+    output, last = stack_layers(
+        x, call.states, call.weights, lambda x, states, w: _node(call.layer.mode, x, lengths, states, w), call.dropout
+    )
+    return restore(output), last
 
 
 def _node(
-    mode: str, x: Tensor, lengths: Tensor | None, initial: States, weights: tuple[Weights, ...]
+    mode: str, x: Tensor, lengths: Tensor | None, initial: States, weights: LayerWeights
 ) -> tuple[Tensor, States]:
     """x (T, N, I), lengths (N,), initial states (D, N, H) -> output (T, N, D·H), last states (D, N, H)."""
     steps, batch, _ = x.shape

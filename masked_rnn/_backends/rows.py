@@ -1,6 +1,6 @@
 """Rows picked out of a tensor and put back, each the other's gradient.
 
-`index_select`'s own gradient adds row by row, for rows that may repeat; a plan's never do.
+index_select's own gradient must add, because an index may repeat. A plan's index never does, so a copy is enough.
 """
 
 from __future__ import annotations

@@ -1,0 +1,82 @@
+"""The CPU engine: forward and backward through time by hand, one autograd.Function a layer (docs/bptt.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._call import Call
+from ..._cells import LayerWeights, States, flatten_weights, group_weights, stack_layers
+from ..double_backward import gradient_of, needs_another_backward
+from ..recurrence import scan_rows
+from ..rows import pick_rows, place_rows
+from .loops import LayerSpec, Saved, backward, forward
+
+
+def run(call: Call) -> tuple[Tensor, States]:
+    plan, L = call.plan, call.layer.num_layers
+    number = count()
+
+    def run_one(x: Tensor, initial: States, weights: LayerWeights) -> tuple[Tensor, States]:
+        k = next(number)
+        spec = LayerSpec(call.layer.mode, call.directions, plan, gather=k == 0, scatter=k == L - 1)
+        tensors = (*initial, *flatten_weights([weights]))
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors)):
+            output, *last = ThroughTime.apply(spec, len(initial), x, *tensors)  # type: ignore[no-untyped-call]
+            return output, tuple(last)
+        output, states, _ = forward(spec, x, initial, weights, save=False)
+        return output, states
+
+    output, last = stack_layers(call.rows(), call.states, call.weights, run_one, call.dropout)
+    return call.from_rows(output), last
+
+
+class ThroughTime(torch.autograd.Function):
+    """One layer. Its gradient is itself differentiated through the recurrence in plain ops."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: LayerSpec, n_states: int, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        initial, (weights,) = tensors[:n_states], group_weights(tensors[n_states:], 1, spec.directions)
+        output, last, saved = forward(spec, x, initial, weights, save=True)
+        ctx.spec, ctx.n_states, ctx.n_inputs = spec, n_states, len(tensors)
+        ctx.save_for_backward(x, *tensors, *saved.history, *saved.buffers)
+        ctx.set_materialize_grads(False)
+        return output, *last
+
+    @staticmethod
+    def backward(ctx: Any, d_output: Tensor | None, *d_last: Tensor | None) -> tuple[Any, ...]:
+        spec, n_states = ctx.spec, ctx.n_states
+        x, *rest = ctx.saved_tensors
+        tensors, saved = rest[: ctx.n_inputs], rest[ctx.n_inputs :]
+        grads = (d_output, *d_last)
+        if needs_another_backward(grads):
+            plain = partial(_recurrence, spec, n_states)
+            return None, None, *gradient_of(plain, (x, *tensors), ctx.needs_input_grad[2:], grads)
+        initial, (weights,) = tuple(tensors[:n_states]), group_weights(tensors[n_states:], 1, spec.directions)
+        dx, d_initial, d_weights = backward(
+            spec,
+            x,
+            initial,
+            weights,
+            Saved(tuple(saved[:n_states]), saved[n_states:]),
+            d_output,
+            d_last,
+            ctx.needs_input_grad[2],
+            any(ctx.needs_input_grad[3 + n_states :]),
+        )
+        flat = [None] * (ctx.n_inputs - n_states) if d_weights is None else flatten_weights([d_weights])
+        return None, None, dx, *d_initial, *flat
+
+
+def _recurrence(spec: LayerSpec, n_states: int, x: Tensor, *tensors: Tensor) -> Sequence[Tensor]:
+    """`forward` in plain ops."""
+    plan = spec.plan
+    initial, (weights,) = tensors[:n_states], group_weights(tensors[n_states:], 1, spec.directions)
+    x = pick_rows(x, plan.index if spec.gather else None)
+    output, last = scan_rows(spec.mode, plan, x, initial, weights)
+    return place_rows(output, plan.index if spec.scatter else None, plan.size), *last

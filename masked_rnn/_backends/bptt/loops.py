@@ -1,0 +1,265 @@
+"""Forward and backward through time, without autograd: one layer, one direction or both as a batch of two.
+
+Rows run packed (see `Plan`); the second direction runs over rows reversed within their own length. Both loops walk
+the sequence in chunks of steps that stay in the cache: a chunk's input product just before its steps, its share of the
+weights' gradient just after. docs/bptt.md derives it.
+
+P input rows with padding, R rows that run, B sequences that have one, N all, I input, H hidden, D directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._cells import LayerWeights, States
+from ..._plan import Chunk, Plan, restore_states, sort_states
+from ..._torch import below_autograd
+from .cells import CELLS, Cell
+from .products import InputProduct, WeightGradients, recurrent_product
+
+CHUNK_BYTES = 2 << 20
+"""Of a chunk's buffer, for each direction: about what stays in a core's caches."""
+
+
+class LayerSpec(NamedTuple):
+    """What one layer's run is, apart from its tensors."""
+
+    mode: str
+    directions: int
+    plan: Plan
+    gather: bool
+    """The input lies as the caller's does, padding and all; False: as rows that run."""
+    scatter: bool
+    """The output is wanted as the caller's input lies; False: as rows that run."""
+
+    def cell(self, weights: LayerWeights) -> Cell:
+        return CELLS[self.mode](weights)
+
+    def rows_at(self, there: bool) -> list[Tensor | None]:
+        """Where each direction's rows lie, in the caller's input or among the rows that run; None: in order."""
+        index = self.plan.index if there else None
+        if self.directions == 1:
+            return [index]
+        return [index, self.plan.reversed_rows if index is None else index[self.plan.reversed_rows]]
+
+    @property
+    def output_is_history(self) -> bool:
+        """Whether the output that the caller gets is the states at every row, as they stand."""
+        return self.scatter and self.directions == 1 and self.plan.index is None
+
+    @property
+    def pair(self) -> tuple[int, ...]:
+        return (2,) if self.directions == 2 else ()
+
+    def chunks(self, cell: Cell, itemsize: int) -> list[Chunk]:
+        return self.plan.chunks(max(1, CHUNK_BYTES // (cell.width * cell.hidden * itemsize)))
+
+
+class Saved(NamedTuple):
+    """What backward needs: each state at every row, behind its initial value, and each chunk's buffer."""
+
+    history: States
+    buffers: list[Tensor]
+
+
+def saved_shapes(
+    spec: LayerSpec, cell: Cell, initial: Sequence[Tensor], chunks: list[Chunk]
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Of what a `Saved` holds."""
+    rows = spec.plan.sequences + spec.plan.rows
+    width = cell.width * cell.hidden
+    return (
+        [(*spec.pair, rows, h.size(-1)) for h in initial],
+        [(*spec.pair, chunk.rows, width) for chunk in chunks] if cell.saves_buffer else [],
+    )
+
+
+@below_autograd
+def forward(
+    spec: LayerSpec, x: Tensor, initial: States, weights: LayerWeights, save: bool, into: Saved | None = None
+) -> tuple[Tensor, States, Saved]:
+    """x (P, I) or (R, I), initial states (D, N, H) -> output (P, D·H) or (R, D·H), last states (D, N, H).
+
+    What is saved for backward goes into `into`, or into new memory.
+    """
+    plan, cell, axis = spec.plan, spec.cell(weights), len(spec.pair)
+    chunks = spec.chunks(cell, x.element_size())
+    if into is None:
+        history_shapes, buffer_shapes = saved_shapes(spec, cell, initial, chunks)
+        into = Saved(
+            tuple(x.new_empty(shape) for shape in history_shapes),
+            [x.new_empty(shape) for shape in buffer_shapes] if save else [],
+        )
+    history, buffers = into
+    if not buffers:
+        most = max((chunk.rows for chunk in chunks), default=0)
+        shared = x.new_empty(*spec.pair, most, cell.width * cell.hidden)
+    for states, first in zip(history, initial, strict=True):
+        states.narrow(-2, 0, plan.sequences).copy_(_pick(spec, first))
+
+    add_ = recurrent_product(cell.join(*(cell.order_gates(d.w_hh) for d in weights)).mT, plan.sequences)
+    products = [InputProduct(cell, d) for d in weights]
+    rows_in = spec.rows_at(spec.gather)
+    states_at = [torch.split_with_sizes(h, [plan.sequences, *plan.batch_sizes], axis) for h in history]
+    for k, chunk in enumerate(chunks):
+        buffer = buffers[k] if buffers else shared.narrow(-2, 0, chunk.rows)
+        for d, product in enumerate(products):
+            product(_rows(x, rows_in[d], chunk), buffer[d] if spec.pair else buffer)
+        parts = [torch.split_with_sizes(part, chunk.sizes, axis) for part in cell.parts(buffer)]
+        stop = chunk.first + len(chunk.sizes)
+        before = [_first_rows(views[chunk.first : stop], chunk) for views in states_at]
+        cell.run_(parts, before, [views[chunk.first + 1 : stop + 1] for views in states_at], add_)
+
+    output = _place_output(spec, history[0].narrow(-2, plan.sequences, plan.rows))
+    if save and spec.output_is_history:
+        output = output.clone()  # what the caller does to it in place must not reach what is saved
+    return output, tuple(_place_last(spec, h, first) for h, first in zip(history, initial, strict=True)), into
+
+
+@below_autograd
+def backward(
+    spec: LayerSpec,
+    x: Tensor,
+    initial: States,
+    weights: LayerWeights,
+    saved: Saved,
+    d_output: Tensor | None,
+    d_last: Sequence[Tensor | None],
+    want_x: bool,
+    want_weights: bool,
+) -> tuple[Tensor | None, States, LayerWeights | None]:
+    """The gradients of x, of the initial states and of the weights."""
+    plan, cell, axis, (history, buffers) = spec.plan, spec.cell(weights), len(spec.pair), saved
+    chunks = spec.chunks(cell, x.element_size())
+    add_ = recurrent_product(cell.join(*(d.w_hh for d in weights)), plan.sequences)
+    rows_in, rows_out = spec.rows_at(spec.gather), spec.rows_at(spec.scatter)
+    dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if want_x else None
+    dw = WeightGradients(cell, weights) if want_weights else None
+    ends = [None if d is None else _pick(spec, d) for d in d_last]
+    carried: list[Tensor] = []
+    most = max((chunk.rows for chunk in chunks), default=0)
+    scratch = x.new_empty(*spec.pair, most, cell.gates * cell.hidden)
+    gradients = [x.new_empty(*spec.pair, plan.sequences + most, h.size(-1)) for h in history]
+
+    for k, chunk in reversed(list(enumerate(chunks))):
+        before = tuple(_before(plan, h, chunk) for h in history)
+        after = tuple(h.narrow(-2, plan.sequences + chunk.start, chunk.rows) for h in history)
+        buffer = buffers[k] if buffers else after[0]
+        derivatives = cell.local_derivatives(buffer, before, after, scratch.narrow(-2, 0, chunk.rows))
+
+        # The states' gradients, behind those of the step before the chunk.
+        grads = [states.narrow(-2, 0, chunk.before + chunk.rows) for states in gradients]
+        own = [grad.narrow(-2, chunk.before, chunk.rows) for grad in grads]
+        for states in grads if d_output is None else grads[1:]:
+            states.zero_()
+        if d_output is not None:
+            grads[0].narrow(-2, 0, chunk.before).zero_()
+            _read_output(spec, d_output, rows_out, chunk, own[0])
+        for grad, end in zip(own, ends, strict=True):
+            _add_ends(plan, end, chunk, grad)
+        for grad, carry in zip(own, carried, strict=False):
+            grad.narrow(-2, chunk.rows - carry.size(-2), carry.size(-2)).add_(carry)
+
+        parts = [
+            torch.split_with_sizes(part, chunk.sizes, axis)[::-1] for part in cell.back_parts(derivatives, buffer, own)
+        ]
+        views = [torch.split_with_sizes(grad, [chunk.before, *chunk.sizes], axis) for grad in grads]
+        earlier = [_first_rows(steps[:-1], chunk)[::-1] for steps in views]
+        cell.run_back_(parts, [steps[:0:-1] for steps in views], earlier, add_)
+        carried = [grad.narrow(-2, 0, chunk.before).clone() for grad in grads]
+
+        if dw is not None:
+            dw.add_recurrent(derivatives, before[0], own[0])
+        cell.input_gradient_(derivatives, own)
+        for direction, d in enumerate(derivatives[0] if spec.pair else derivatives[:1]):
+            if dx is not None:
+                _add_input_gradient(dx, rows_in[direction], chunk, d, weights[direction].w_ih)
+            if dw is not None:
+                dw.add_input(direction, d, _rows(x, rows_in[direction], chunk))
+
+    d_initial = [
+        _place_initial(spec, carried[s] if carried else None, d_last[s], first) for s, first in enumerate(initial)
+    ]
+    return dx, tuple(d_initial), None if dw is None else dw.result()
+
+
+def _first_rows(views: Sequence[Tensor], chunk: Chunk) -> Sequence[Tensor]:
+    """Of the states of the step before each of the chunk's steps, those of the sequences that go on."""
+    if chunk.before == chunk.sizes[-1]:
+        return views
+    had = [chunk.before, *chunk.sizes]
+    return [v if b == b_had else v.narrow(-2, 0, b) for v, b, b_had in zip(views, chunk.sizes, had, strict=False)]
+
+
+def _rows(x: Tensor, index: Tensor | None, chunk: Chunk) -> Tensor:
+    if index is None:
+        return x.narrow(0, chunk.start, chunk.rows)
+    return x.index_select(0, index.narrow(0, chunk.start, chunk.rows))
+
+
+def _pick(spec: LayerSpec, states: Tensor) -> Tensor:
+    """(D, N, H) -> (D, B, H), sorted; (B, H) for one direction."""
+    states = sort_states(states, spec.plan)
+    return states if spec.pair else states[0]
+
+
+def _before(plan: Plan, history: Tensor, chunk: Chunk) -> Tensor:
+    """For each row of the chunk, the state it started from."""
+    if chunk.before == chunk.sizes[-1]:
+        return history.narrow(-2, plan.sequences + chunk.start - chunk.before, chunk.rows)
+    return history.index_select(-2, plan.previous.narrow(0, chunk.start, chunk.rows))
+
+
+def _place_output(spec: LayerSpec, rows: Tensor) -> Tensor:
+    plan, index = spec.plan, spec.rows_at(spec.scatter)
+    size = plan.size if spec.scatter else plan.rows
+    new = rows.new_zeros if size > plan.rows else rows.new_empty
+    if not spec.pair:
+        return rows if index[0] is None else new(size, rows.size(-1)).index_copy_(0, index[0], rows)
+    output = new(size, 2, rows.size(-1))
+    for own, at, part in zip(output.unbind(1), index, rows, strict=True):
+        if at is None:
+            own.copy_(part)
+        else:
+            own.index_copy_(0, at, part)
+    return output.flatten(1)
+
+
+def _read_output(spec: LayerSpec, d_output: Tensor, index: list[Tensor | None], chunk: Chunk, into: Tensor) -> None:
+    """The output's gradient at the chunk's rows."""
+    halves = d_output.unflatten(1, (2, -1)).unbind(1) if spec.pair else (d_output,)
+    for own, at, half in zip(into if spec.pair else (into,), index, halves, strict=True):
+        own.copy_(_rows(half, at, chunk))
+
+
+def _add_ends(plan: Plan, ends: Tensor | None, chunk: Chunk, grad: Tensor) -> None:
+    """The last states' gradients, at the rows of the chunk where a sequence ends."""
+    count = chunk.sizes[0] - chunk.after
+    if ends is not None and count:
+        at = plan.last.narrow(0, chunk.after, count) - chunk.start
+        grad.index_copy_(-2, at, grad.index_select(-2, at).add_(ends.narrow(-2, chunk.after, count)))
+
+
+def _add_input_gradient(dx: Tensor, index: Tensor | None, chunk: Chunk, d: Tensor, w_ih: Tensor) -> None:
+    if index is None:
+        dx.narrow(0, chunk.start, chunk.rows).addmm_(d, w_ih)
+    else:
+        at = index.narrow(0, chunk.start, chunk.rows)
+        dx.index_copy_(0, at, dx.index_select(0, at).addmm_(d, w_ih))
+
+
+def _place_last(spec: LayerSpec, history: Tensor, initial: Tensor) -> Tensor:
+    last = history.index_select(-2, spec.plan.sequences + spec.plan.last)
+    return restore_states(last if spec.pair else last.unsqueeze(0), initial, spec.plan)
+
+
+def _place_initial(spec: LayerSpec, carried: Tensor | None, d_last: Tensor | None, initial: Tensor) -> Tensor:
+    """The initial state's gradient: what came back through the steps; of a row without steps, its last state's."""
+    grad = torch.zeros_like(initial) if d_last is None else d_last.clone()
+    if carried is None:
+        return grad
+    return restore_states(carried if spec.pair else carried.unsqueeze(0), grad, spec.plan)

@@ -1,0 +1,131 @@
+"""The matrix products of a layer: of its steps, of its input, and of its weights' gradients.
+
+A step's product is one of many small matrices with the same weight. MKL repacks the weight on every call with more than
+one row. For large weights and few rows that costs more than the product; oneDNN packs it once, and is faster although
+it can't add in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._cells import LayerWeights, States, Weights
+from ..._torch import has_onednn, packed_linear
+from .cells import AddProduct, Cell
+
+LARGE = 3 << 18
+"""Bytes of a weight from which its layout is worth keeping: most of a core's second-level cache."""
+
+
+def recurrent_product(w: Tensor, rows: int) -> AddProduct:
+    """A function that adds h @ w to its first argument; w (K, M) and h (b, K) with b up to `rows`, or pairs of both."""
+    if rows > 1 and _packs(w):
+        return _packed(w) if w.dim() == 2 else _pair(_packed(w[0]), _packed(w[1]))
+    product: Any = Tensor.addmm_ if w.dim() == 2 else Tensor.baddbmm_
+    return lambda target, h: product(target, h, w)
+
+
+def _packs(w: Tensor) -> bool:
+    return (
+        w.device.type == "cpu"
+        and w.dtype == torch.float32
+        and w.size(-1) * w.size(-2) * w.element_size() >= LARGE
+        and torch.backends.mkl.is_available()
+        and has_onednn()
+        and packed_linear() is not None
+    )
+
+
+def _packed(w: Tensor) -> AddProduct:
+    found = packed_linear()
+    assert found is not None
+    pack, linear = found
+    weight = pack(w.t().contiguous())
+
+    def add_(target: Tensor, h: Tensor) -> None:
+        target.add_(linear(h, weight))
+
+    return add_
+
+
+def _pair(first: AddProduct, second: AddProduct) -> AddProduct:
+    def add_(target: Tensor, h: Tensor) -> None:
+        first(target[0], h[0])
+        second(target[1], h[1])
+
+    return add_
+
+
+class InputProduct:
+    """W_ih x + b_ih, with every recurrent bias that adds to it; the rest of the recurrent bias stands before it."""
+
+    def __init__(self, cell: Cell, weights: Weights) -> None:
+        self.w = weights.w_ih.t()
+        self.gates = gates = cell.gates * cell.hidden
+        self.free = (cell.width - cell.gates) * cell.hidden
+        self.bias: Tensor | None = None
+        self.free_bias: Tensor | None = None
+        if weights.b_ih is not None and weights.b_hh is not None:
+            b_hh = cell.order_gates(weights.b_hh)
+            self.bias = weights.b_ih.clone()
+            self.bias[: gates - self.free].add_(b_hh[self.free :])
+            self.free_bias = b_hh[: self.free]
+
+    def __call__(self, x: Tensor, buffer: Tensor) -> None:
+        product = buffer.narrow(-1, self.free, self.gates)
+        if self.bias is None:
+            torch.mm(x, self.w, out=product)
+        else:
+            torch.addmm(self.bias, x, self.w, out=product)
+        if self.free:
+            free = buffer.narrow(-1, 0, self.free)
+            free.zero_() if self.free_bias is None else free.copy_(self.free_bias)
+
+
+class WeightGradients:
+    """Sums over the chunks, by the weights' names; those of the recurrent product for both directions together."""
+
+    def __init__(self, cell: Cell, weights: LayerWeights) -> None:
+        self.cell, self.weights = cell, weights
+        self.recurrent: dict[str, Tensor] = {}
+        self.input: list[dict[str, Tensor]] = [{} for _ in weights]
+
+    def add_recurrent(self, derivatives: States, h: Tensor, dh: Tensor) -> None:
+        self._add_product(self.recurrent, "w_hh", derivatives[0].mT, h)
+        if self.weights[0].b_hh is not None:
+            self._add_sum(self.recurrent, "b_hh", derivatives[0])
+        if self.cell.w_hr is not None:
+            self._add_product(self.recurrent, "w_hr", dh.mT, derivatives[-1])  # the LSTM's m
+
+    def add_input(self, direction: int, d: Tensor, x: Tensor) -> None:
+        self._add_product(self.input[direction], "w_ih", d.t(), x)
+        if self.weights[direction].b_ih is not None:
+            self._add_sum(self.input[direction], "b_ih", d)
+
+    def _add_product(self, sums: dict[str, Tensor], name: str, a: Tensor, b: Tensor) -> None:
+        if name not in sums:
+            sums[name] = a @ b
+        elif a.dim() == 2:
+            sums[name].addmm_(a, b)
+        else:
+            sums[name].baddbmm_(a, b)
+
+    def _add_sum(self, sums: dict[str, Tensor], name: str, d: Tensor) -> None:
+        if name not in sums:
+            sums[name] = d.sum(-2)
+        else:
+            sums[name].add_(d.sum(-2))
+
+    def result(self) -> LayerWeights:
+        grads = []
+        for direction, weights in enumerate(self.weights):
+            sums = self.input[direction] | {
+                name: total[direction] if self.cell.paired else total for name, total in self.recurrent.items()
+            }
+            if not sums:  # no row ran
+                sums = {name: torch.zeros_like(w) for name, w in weights._asdict().items() if w is not None}
+            grads.append(Weights(**sums))
+        return tuple(grads)

@@ -1,0 +1,80 @@
+"""The recurrence in plain ops, differentiable any number of times: what every backend needs for more than one.
+
+T time, N batch, I input, P the state that is fed back, D directions, R rows of a packed batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._cells import STEPS, LayerWeights, States, stack_layers
+from .._plan import Plan, restore_states, sort_states
+
+
+def scan(mode: str, x: Tensor, real: Tensor | None, initial: States, weights: LayerWeights) -> tuple[Tensor, States]:
+    """x (T, N, I), real (T, N, 1), initial states (D, N, P) -> output (T, N, D·P), last states (D, N, P).
+
+    Padding may stand anywhere: the state is held across it.
+    """
+    step, steps = STEPS[mode], x.size(0)
+    zero = torch.zeros((), dtype=x.dtype, device=x.device)
+    if real is not None:
+        # Clean the input, not only the output: a gradient of zero times a padding of NaN is NaN.
+        x = torch.where(real, x, zero)
+    outputs, lasts = [], []
+    for d, w in enumerate(weights):
+        projected = F.linear(x, w.w_ih, w.b_ih)
+        state = tuple(h[d] for h in initial)
+        hidden: list[Tensor] = []
+        for t in range(steps) if d == 0 else reversed(range(steps)):
+            new = step(projected[t], state, w)
+            if real is None:
+                state = new
+                hidden.append(new[0])
+            else:
+                state = tuple(torch.where(real[t], n, s) for n, s in zip(new, state, strict=True))
+                hidden.append(torch.where(real[t], new[0], zero))
+        if d == 1:
+            hidden.reverse()
+        outputs.append(torch.stack(hidden) if hidden else x.new_zeros(0, *initial[0].shape[1:]))
+        lasts.append(state)
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+    return output, tuple(torch.stack(states) for states in zip(*lasts, strict=True))
+
+
+def scan_rows(mode: str, plan: Plan, x: Tensor, initial: States, weights: LayerWeights) -> tuple[Tensor, States]:
+    """As `scan`, but x (R, I) in the plan's order -> output (R, D·P)."""
+    steps, at = len(plan.batch_sizes), plan.padded_index()
+    padded = x.new_zeros(steps * plan.sequences, x.size(-1)).index_copy(0, at, x)
+    real = torch.zeros(steps * plan.sequences, 1, dtype=torch.bool, device=x.device).index_fill(0, at, True)
+    output, last = scan(
+        mode,
+        padded.view(steps, plan.sequences, x.size(-1)),
+        real.view(steps, plan.sequences, 1),
+        tuple(sort_states(h, plan) for h in initial),
+        weights,
+    )
+    output = output.flatten(0, 1).index_select(0, at)
+    return output, tuple(restore_states(new, h, plan) for h, new in zip(initial, last, strict=True))
+
+
+def scan_layers(
+    mode: str,
+    x: Tensor,
+    initial: States,
+    layers: Sequence[LayerWeights],
+    batch_sizes: Tensor | None,
+    batch_first: bool,
+) -> tuple[Tensor, States]:
+    """What `nn.GRU` computes without dropout, over a padded batch or packed rows."""
+    if batch_sizes is not None:
+        sizes = batch_sizes.tolist()
+        plan = Plan(sizes, sizes[0], x.size(0), x.device)
+        return stack_layers(x, initial, layers, lambda x, states, w: scan_rows(mode, plan, x, states, w))
+    x = x.transpose(0, 1) if batch_first else x
+    x, last = stack_layers(x, initial, layers, lambda x, states, w: scan(mode, x, None, states, w))
+    return x.transpose(0, 1) if batch_first else x, last

@@ -1,0 +1,17 @@
+"""The recurrence in plain ops as a backend: it runs under every transform and on any device."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._call import Call
+from .._cells import States, stack_layers
+from .recurrence import scan
+
+
+def run(call: Call) -> tuple[Tensor, States]:
+    x, real, restore = call.masked()
+    output, last = stack_layers(
+        x, call.states, call.weights, lambda x, states, w: scan(call.layer.mode, x, real, states, w), call.dropout
+    )
+    return restore(output), last

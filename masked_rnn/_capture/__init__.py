@@ -1,0 +1,1 @@
+"""What torch.compile, torch.export and ONNX see of a layer."""

@@ -1,0 +1,217 @@
+"""Which rows run at which step, and how steps, rows and states are moved there and back.
+
+T time, N batch, D directions, H hidden.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Plan:
+    """Which rows run at which step: step 0 of every row that has one, longest first, then step 1, ...
+
+    Gathering the input's rows by `index` packs, sorts and drops padding in one move; scattering by it undoes all three.
+    """
+
+    def __init__(
+        self,
+        batch_sizes: list[int],
+        batch: int,
+        size: int,
+        device: torch.device,
+        index: Tensor | None = None,
+        order: Tensor | None = None,
+    ) -> None:
+        self.batch_sizes = batch_sizes
+        self.batch = batch
+        self.size = size
+        """How many rows the input has, padding included."""
+        self.device = device
+        self.index = index
+        """Where each row that runs lies in the input; None: they are all there is, in order."""
+        self.order = order
+        """The sequence at each sorted place; None: as they come."""
+        self.sequences = batch_sizes[0] if batch_sizes else 0
+        """How many sequences have a step."""
+        self.starts = [0, *accumulate(batch_sizes)]
+        """The first row of each step."""
+        self.rows = self.starts[-1]
+
+    @cached_property
+    def _step_and_place(self) -> tuple[Tensor, Tensor, Tensor]:
+        sizes = torch.tensor(self.batch_sizes, dtype=torch.int64, device=self.device)
+        starts = torch.tensor(self.starts, dtype=torch.int64, device=self.device)
+        step = torch.repeat_interleave(sizes, output_size=self.rows)
+        return step, torch.arange(self.rows, device=self.device) - starts[step], starts
+
+    @cached_property
+    def reversed_rows(self) -> Tensor:
+        """For each row, the row that runs in its place when every sequence is reversed within its own length."""
+        step, place, starts = self._step_and_place
+        return starts[self._last_step[place] - step] + place
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """The last step of each sequence, in sorted order."""
+        ends = [t for t, (now, then) in enumerate(pairwise([*self.batch_sizes, 0])) for _ in range(now - then)]
+        return ends[::-1]
+
+    @cached_property
+    def _last_step(self) -> Tensor:
+        return torch.tensor(self._ends, dtype=torch.int64, device=self.device)
+
+    @cached_property
+    def last(self) -> Tensor:
+        """The row of each sequence's last step, in sorted order."""
+        rows = [self.starts[t] + place for place, t in enumerate(self._ends)]
+        return torch.tensor(rows, dtype=torch.int64, device=self.device)
+
+    @cached_property
+    def previous(self) -> Tensor:
+        """The row of the step before, counting from `sequences` rows that stand for the initial state."""
+        before = [self.sequences, *self.batch_sizes[:-1]]
+        gaps = torch.tensor(before, dtype=torch.int64, device=self.device)
+        step, _, _ = self._step_and_place
+        return torch.arange(self.sequences, self.sequences + self.rows, device=self.device) - gaps[step]
+
+    @cached_property
+    def sorted_lengths(self) -> Tensor:
+        """The lengths of the sequences that have a step, longest first."""
+        return self._last_step + 1
+
+    def padded_index(self, order: Tensor | None = None) -> Tensor:
+        """Where each row lies in a padded `(T, sequences)` batch, sorted; or in `(T, N)`, in the given order."""
+        step, place, _ = self._step_and_place
+        return step * self.sequences + place if order is None else step * self.batch + order[place]
+
+    def chunks(self, rows: int) -> list[Chunk]:
+        """The steps in runs of about so many rows each, at least one step long."""
+        chunks, first = [], 0
+        while first < len(self.batch_sizes):
+            start, stop = self.starts[first], first + 1
+            while stop < len(self.batch_sizes) and self.starts[stop + 1] - start <= rows:
+                stop += 1
+            before = self.batch_sizes[first - 1] if first else self.sequences
+            after = self.batch_sizes[stop] if stop < len(self.batch_sizes) else 0
+            chunks.append(Chunk(first, start, self.starts[stop] - start, self.batch_sizes[first:stop], before, after))
+            first = stop
+        return chunks
+
+
+class Chunk(NamedTuple):
+    """Some steps in a row: the first, their rows, and how many sequences run at each, just before and just after."""
+
+    first: int
+    start: int
+    rows: int
+    sizes: list[int]
+    before: int
+    after: int
+
+
+def plan_full(batch: int, steps: int, batch_first: bool, device: torch.device) -> Plan:
+    """The plan of a batch without padding."""
+    index = None
+    if batch_first and batch > 1:
+        index = torch.arange(batch * steps, device=device).view(batch, steps).t().reshape(-1)
+    return Plan([batch] * steps if batch else [], batch, batch * steps, device, index)
+
+
+def plan_padded(
+    lengths: Tensor,
+    steps: int,
+    batch_first: bool,
+    device: torch.device,
+    *,
+    is_sorted: bool = False,
+    steps_of: Tensor | None = None,
+) -> Plan:
+    """The plan of a padded batch, `(N, T)` or `(T, N)`."""
+    batch = lengths.size(0)
+    starts, stride = torch.arange(batch, device="cpu"), batch
+    if batch_first:
+        starts, stride = starts * steps, 1
+    return plan_rows(lengths, starts, stride, batch * steps, device, is_sorted=is_sorted, steps_of=steps_of)
+
+
+def plan_rows(
+    lengths: Tensor,
+    starts: Tensor,
+    stride: int,
+    size: int,
+    device: torch.device,
+    *,
+    is_sorted: bool = False,
+    steps_of: Tensor | None = None,
+) -> Plan:
+    """The plan of a batch whose row `(n, t)` lies at `starts[n] + stride * t`.
+
+    `steps_of` `(T, N)` names the time of each sequence's k-th real step, where that is not k.
+    """
+    batch = lengths.size(0)
+    order = None
+    if not is_sorted:
+        lengths, order = lengths.sort(descending=True, stable=True)
+    steps = int(lengths[0]) if batch else 0
+    real = torch.arange(steps, device="cpu").unsqueeze(1) < lengths
+    batch_sizes = real.sum(1).tolist()
+    step, place = real.nonzero(as_tuple=True)
+    sequence = place if order is None else order[place]
+    time = step if steps_of is None else steps_of[step, sequence]
+    index = (starts[sequence] + stride * time).to(device)
+    if order is not None:
+        order = order[: batch_sizes[0] if batch_sizes else 0].to(device)
+    return Plan(batch_sizes, batch, size, device, index, order)
+
+
+def real_steps(mask: Tensor) -> Tensor:
+    """`(T, N)`: the times of each sequence's real steps, in order, then those of its padding."""
+    return (~mask).to(torch.uint8).argsort(dim=0, stable=True)
+
+
+def move_to_front(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """`(T, N, I)` with each sequence's real steps moved to its front, and where each step went (padding: T)."""
+    steps = x.size(0)
+    place = torch.where(mask, mask.to(torch.int64).cumsum(0) - 1, steps)  # ONNX sums no bools
+    index = place.unsqueeze(-1).expand_as(x)
+    moved = x.new_zeros(steps + 1, *x.shape[1:]).scatter(0, index, x)
+    return moved[:steps], place
+
+
+def move_back(x: Tensor, place: Tensor) -> Tensor:
+    """The inverse of `move_to_front`; zero at padding."""
+    padded = torch.cat([x, torch.zeros_like(x[:1])])
+    return padded.gather(0, place.unsqueeze(-1).expand(*place.shape, x.size(-1)))
+
+
+def real_mask(lengths: Tensor, steps: int) -> Tensor:
+    """`(T, N, 1)`, True at real steps."""
+    return (torch.arange(steps, device=lengths.device).unsqueeze(1) < lengths).unsqueeze(-1)
+
+
+def reverse_index(lengths: Tensor, steps: int) -> Tensor:
+    """`(T, N, 1)`: for each step, the step that takes its place when every row is reversed within its own length.
+
+    Lengths 3 and 1 of 3 steps: `[[2, 0], [1, 1], [0, 2]]`: padding stays where it is.
+    """
+    time = torch.arange(steps, device=lengths.device).unsqueeze(1)
+    return torch.where(time < lengths, lengths - 1 - time, time).unsqueeze(-1)
+
+
+def sort_states(states: Tensor, plan: Plan) -> Tensor:
+    """(D, N, H) -> those of the sequences that have a step, in the plan's order."""
+    return states.narrow(1, 0, plan.sequences) if plan.order is None else states.index_select(1, plan.order)
+
+
+def restore_states(last: Tensor, initial: Tensor, plan: Plan) -> Tensor:
+    """The inverse of `sort_states`; a sequence without steps keeps its initial state, (D, N, H)."""
+    if plan.order is not None:
+        return initial.index_copy(1, plan.order, last)
+    rest = plan.batch - plan.sequences
+    return torch.cat([last, initial.narrow(1, plan.sequences, rest)], 1) if rest else last

@@ -1,0 +1,70 @@
+"""The initial state: checked, and brought to (L·D, N, H) from either form; zeros where none is given.
+
+N batch, H hidden, P the state that is fed back (H, or proj_size), D directions, L layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._cells import States
+from ._lengths import look_like_lengths
+
+
+def open_states(layer: Any, hx: Any, form: str, batch: int, data: Tensor) -> States:
+    widths = _state_widths(layer)
+    stacked = layer.num_layers * (2 if layer.bidirectional else 1)
+    if hx is None:
+        return tuple(torch.zeros(stacked, batch, w, dtype=data.dtype, device=data.device) for w in widths)
+    _refuse_lengths_as_hx(form, hx)
+    if len(widths) == 1:
+        hx = (hx,)
+    elif not isinstance(hx, (tuple, list)) or len(hx) != 2:
+        raise RuntimeError(f"{type(layer).__name__}: hx must be the pair (h_0, c_0), got {type(hx).__name__}")
+    names = ("hx",) if len(widths) == 1 else ("hx[0]", "hx[1]")
+    return tuple(
+        _open_state(h, stacked, w, name, form, batch, data) for h, w, name in zip(hx, widths, names, strict=True)
+    )
+
+
+def _refuse_lengths_as_hx(form: str, hx: Any) -> None:
+    if isinstance(hx, Tensor) and hx.is_floating_point():
+        return
+    is_mask = isinstance(hx, Tensor) and hx.dtype == torch.bool
+    if is_mask or look_like_lengths(hx):
+        what, name = ("a bool tensor", "mask") if is_mask else ("whole numbers", "lengths")
+        carries = form in ("packed", "nested")
+        cure = f"{form} input carries its lengths: leave them out" if carries else f"pass {name}=..."
+        raise TypeError(f"the second argument, hx, is the initial state, but got {what}. If they are {name}, {cure}.")
+
+
+def _state_widths(layer: Any) -> tuple[int, ...]:
+    fed_back = layer.proj_size or layer.hidden_size
+    return (fed_back, layer.hidden_size) if layer.mode == "LSTM" else (fed_back,)
+
+
+def _open_state(h: Any, stacked: int, width: int, name: str, form: str, batch: int, data: Tensor) -> Tensor:
+    if not isinstance(h, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(h).__name__}")
+    unbatched = form == "unbatched"
+    whole = (stacked, width) if unbatched else (stacked, batch, width)
+    flat = (stacked * width,) if unbatched else (batch, stacked * width)
+    if h.dtype != data.dtype and not torch.is_autocast_enabled(data.device.type):
+        raise RuntimeError(
+            f"{name} has dtype {h.dtype}, but the input has {data.dtype}. Convert it: {name}.to({data.dtype})"
+        )
+    if h.dim() == len(whole):
+        if tuple(h.shape) != whole:
+            raise RuntimeError(f"Expected {name} of size {whole}, or flattened {flat}, got {list(h.shape)}")
+        return h.unsqueeze(1) if unbatched else h
+    if h.dim() == len(flat):
+        if tuple(h.shape) != flat:
+            raise RuntimeError(f"Expected flattened {name} of size {flat}, or {whole}, got {list(h.shape)}")
+        return h.reshape(batch, stacked, width).transpose(0, 1)
+    kind = "unbatched 2-D" if unbatched else "batched 3-D"
+    raise RuntimeError(
+        f"For {kind} input, {name} should be {len(whole)}-D {whole} or {len(flat)}-D {flat}, but got {h.dim()}-D tensor"
+    )
