@@ -6,9 +6,9 @@ T time, N batch, I input, H hidden, P the state that is fed back (H, or proj_siz
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,13 +55,13 @@ class Call:
     batch: int
     steps: int
     batch_first: bool
-    lengths: Tensor | None = None
-    mask: Tensor | None = None
+    lengths: Tensor | None
+    mask: Tensor | None
     """(T, N)"""
-    packed: PackedSequence | None = None
-    nested: Any = None
-    is_sorted: bool = False
-    states: States = ()
+    packed: PackedSequence | None
+    nested: Any
+    is_sorted: bool
+    states: States
     """Each (L·D, N, P or H), in the batch's order."""
 
     @property
@@ -99,7 +99,9 @@ class Call:
 
     def in_weights_dtype(self) -> Call:
         dtype = self.weights[0][0].w_ih.dtype
-        return replace(self, data=self.data.to(dtype), states=tuple(h.to(dtype) for h in self.states))
+        values = {name: getattr(self, name) for name in FIELDS}
+        values["data"], values["states"] = self.data.to(dtype), tuple(h.to(dtype) for h in self.states)
+        return Call(**values)
 
     @cached_property
     def plan(self) -> Plan:
@@ -109,8 +111,9 @@ class Call:
             sizes = self.packed.batch_sizes.tolist()
             return Plan(sizes, self.batch, self.data.size(0), device, order=self.packed.sorted_indices)
         if self.nested is not None:
-            starts, lengths = self.nested.offsets()[:-1].cpu(), _lengths_of(self.nested).cpu()
-            return plan_rows(lengths, starts, 1, self.data.size(0), device, is_sorted=self.is_sorted)
+            assert self.lengths is not None
+            starts = self.nested.offsets()[:-1].cpu()
+            return plan_rows(self.lengths.cpu(), starts, 1, self.data.size(0), device, is_sorted=self.is_sorted)
         if self.mask is not None:
             mask = self.mask.cpu()
             lengths, steps_of = mask.sum(0), real_steps(mask)
@@ -167,25 +170,91 @@ class Call:
         return x.view(steps, plan.batch, -1), lengths.index_copy(0, order, plan.sorted_lengths), restore
 
 
+class Opened(NamedTuple):
+    """What the form of an input says."""
+
+    form: str
+    data: Tensor
+    batch: int
+    steps: int
+    batch_first: bool
+    lengths: Tensor | None = None
+
+
+FIELDS = tuple(field.name for field in fields(Call))
+
+
 def open_call(layer: Any, input: Any, hx: Any, lengths: Any, mask: Any) -> Call:
+    packed = input if isinstance(input, PackedSequence) else None
+    nested = input if isinstance(input, Tensor) and input.is_nested else None
+    if packed is not None:
+        opened = _open_packed(packed)
+    elif nested is not None:
+        opened = _open_nested(nested)
+    else:
+        opened = _open_padded(layer, input)
     weights = read_weights(layer)
-    if isinstance(input, PackedSequence):
-        call = _open_packed(layer, weights, input)
-    elif isinstance(input, Tensor) and input.is_nested:
-        call = _open_nested(layer, weights, input)
+    _check_input(layer, weights, opened.data)
+    if packed is None and nested is None:
+        lengths, mask = _open_lengths(opened, lengths, mask)
     else:
-        call = _open_padded(layer, weights, input)
-    if call.form in ("packed", "nested"):
-        _refuse_twice(call.form, lengths, mask)
-    else:
-        call = _with_lengths(call, lengths, mask)
-    if layer.enforce_sorted and call.form != "packed":
-        counts = call.mask.sum(0) if call.mask is not None else call.lengths
+        _refuse_twice(opened.form, lengths, mask)
+        lengths = opened.lengths
+    if layer.enforce_sorted and packed is None:
+        counts = lengths if mask is None else mask.sum(0)
         if counts is not None:
             check_sorted(counts)
-    return replace(
-        call, is_sorted=layer.enforce_sorted, states=open_states(layer, hx, call.form, call.batch, call.data)
+    return Call(
+        layer=layer,
+        weights=weights,
+        data=opened.data,
+        form=opened.form,
+        batch=opened.batch,
+        steps=opened.steps,
+        batch_first=opened.batch_first,
+        lengths=lengths,
+        mask=mask,
+        packed=packed,
+        nested=nested,
+        is_sorted=layer.enforce_sorted,
+        states=open_states(layer, hx, opened.form, opened.batch, opened.data),
     )
+
+
+def _open_padded(layer: Any, input: Any) -> Opened:
+    if not isinstance(input, Tensor):
+        raise TypeError(
+            f"{type(layer).__name__}: expected input to be a tensor or a PackedSequence, got {type(input).__name__}"
+        )
+    if input.dim() not in (2, 3):
+        raise ValueError(f"{type(layer).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
+    form = "padded" if input.dim() == 3 else "unbatched"
+    data = input if form == "padded" else input.unsqueeze(0 if layer.batch_first else 1)
+    batch, steps = data.shape[:2] if layer.batch_first else (data.shape[1], data.shape[0])
+    return Opened(form, data, batch, steps, layer.batch_first)
+
+
+def _open_packed(input: PackedSequence) -> Opened:
+    data, batch_sizes, order, _ = input
+    if data.dim() != 2:
+        raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
+    batch: Any = batch_sizes[0] if order is None else order.size(0)
+    return Opened("packed", data, batch if is_traced() else int(batch), batch_sizes.size(0), False)
+
+
+def _open_nested(input: Any) -> Opened:
+    if input.layout != torch.jagged:
+        raise ValueError(
+            "a nested input must have the jagged layout, got a strided one. "
+            "Use torch.nested.nested_tensor(..., layout=torch.jagged)."
+        )
+    if is_traced():
+        raise ValueError("torch.jit.trace can't record a nested tensor's lengths. Give padded input and lengths.")
+    if input.dim() != 3 or ragged_dim(input) != 1:
+        raise ValueError(f"a nested input must be of shape (N, j, I) with time ragged, got {tuple(input.shape)}")
+    lengths = input.lengths()
+    lengths = input.offsets().diff() if lengths is None else lengths
+    return Opened("nested", input.values(), lengths.size(0), 0, True, lengths)
 
 
 def _check_input(layer: Any, weights: list[LayerWeights], data: Tensor) -> None:
@@ -199,51 +268,6 @@ def _check_input(layer: Any, weights: list[LayerWeights], data: Tensor) -> None:
         )
 
 
-def _open_padded(layer: Any, weights: list[LayerWeights], input: Any) -> Call:
-    if not isinstance(input, Tensor):
-        raise TypeError(
-            f"{type(layer).__name__}: expected input to be a tensor or a PackedSequence, got {type(input).__name__}"
-        )
-    if input.dim() not in (2, 3):
-        raise ValueError(f"{type(layer).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
-    form = "padded" if input.dim() == 3 else "unbatched"
-    data = input if form == "padded" else input.unsqueeze(0 if layer.batch_first else 1)
-    _check_input(layer, weights, data)
-    batch, steps = data.shape[:2] if layer.batch_first else (data.shape[1], data.shape[0])
-    return Call(layer, weights, data, form, batch, steps, layer.batch_first)
-
-
-def _open_packed(layer: Any, weights: list[LayerWeights], input: PackedSequence) -> Call:
-    data, batch_sizes, order, _ = input
-    if data.dim() != 2:
-        raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
-    _check_input(layer, weights, data)
-    batch: Any = batch_sizes[0] if order is None else order.size(0)
-    batch = batch if is_traced() else int(batch)
-    return Call(layer, weights, data, "packed", batch, batch_sizes.size(0), False, packed=input)
-
-
-def _open_nested(layer: Any, weights: list[LayerWeights], input: Tensor) -> Call:
-    if input.layout != torch.jagged:
-        raise ValueError(
-            "a nested input must have the jagged layout, got a strided one. "
-            "Use torch.nested.nested_tensor(..., layout=torch.jagged)."
-        )
-    if is_traced():
-        raise ValueError("torch.jit.trace can't record a nested tensor's lengths. Give padded input and lengths.")
-    if input.dim() != 3 or ragged_dim(input) != 1:
-        raise ValueError(f"a nested input must be of shape (N, j, I) with time ragged, got {tuple(input.shape)}")
-    values = input.values()
-    _check_input(layer, weights, values)
-    lengths = _lengths_of(input)
-    return Call(layer, weights, values, "nested", lengths.size(0), 0, True, lengths=lengths, nested=input)
-
-
-def _lengths_of(nested: Any) -> Tensor:
-    lengths: Tensor | None = nested.lengths()
-    return nested.offsets().diff() if lengths is None else lengths
-
-
 def _refuse_twice(form: str, lengths: Any, mask: Any) -> None:
     kind = "a PackedSequence" if form == "packed" else "a nested tensor"
     for name, given in (("lengths", lengths), ("mask", mask)):
@@ -253,32 +277,29 @@ def _refuse_twice(form: str, lengths: Any, mask: Any) -> None:
             )
 
 
-def _with_lengths(call: Call, lengths: Any, mask: Any) -> Call:
-    layout = f"batch_first={call.layer.batch_first}"
-    device = call.data.device
+def _open_lengths(opened: Opened, lengths: Any, mask: Any) -> tuple[Tensor | None, Tensor | None]:
+    """The lengths, None where no row is padded as far as can be seen; or the mask, (T, N)."""
+    form, data, batch, steps, batch_first, _ = opened
+    layout = f"batch_first={batch_first}"
     if lengths is not None and mask is not None:
         raise ValueError("lengths and mask say the same thing: give one of them, not both.")
     if lengths is not None:
-        if call.form == "unbatched" and isinstance(lengths, int) and not isinstance(lengths, bool):
+        if form == "unbatched" and isinstance(lengths, int) and not isinstance(lengths, bool):
             lengths = [lengths]
-        lengths = check_lengths(lengths, call.batch, call.steps, device, layout)
-        # Where no row is padded, as far as can be seen, the call is one without lengths.
-        whole = is_on_host(lengths) and values_can_be_read(lengths) and bool((lengths == call.steps).all())
-        return call if whole else replace(call, lengths=lengths)
+        lengths = check_lengths(lengths, batch, steps, data.device, layout)
+        whole = is_on_host(lengths) and values_can_be_read(lengths) and bool((lengths == steps).all())
+        return None if whole else lengths, None
     if mask is not None:
-        unbatched = call.form == "unbatched"
-        mask = check_mask(mask, (call.steps,) if unbatched else tuple(call.data.shape[:2]), device, layout)
-        if unbatched:
-            mask = mask.unsqueeze(1)
-        elif call.batch_first:
-            mask = mask.t()
-        return replace(call, mask=mask)
-    if call.steps == 0:
+        if form == "unbatched":
+            return None, check_mask(mask, (steps,), data.device, layout).unsqueeze(1)
+        mask = check_mask(mask, tuple(data.shape[:2]), data.device, layout)
+        return None, mask.t() if batch_first else mask
+    if steps == 0:
         raise RuntimeError(
             "Expected sequence length to be larger than 0 in RNN: the input has no time steps. "
             "Give lengths (all 0) to run a batch of empty sequences."
         )
-    return call
+    return None, None
 
 
 def close_call(call: Call, output: Tensor, states: States) -> tuple[Any, Any]:

@@ -131,7 +131,7 @@ def test_fx_takes_it_for_a_leaf(cell: str) -> None:
         x, real = torch.randn(3, 5, INPUT), torch.tensor(lengths)
         assert torch.equal(traced(x, real), model(x, real))
     with pytest.raises(
-        torch.fx.proxy.TraceError, match="torch.fx can't trace into Masked.* Trace a module that holds it"
+        torch.fx.proxy.TraceError, match=r"torch\.fx can't trace into Masked.* Trace a module that holds it"
     ):
         torch.fx.symbolic_trace(model.layer)
 
