@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from masked_rnn._backends.bptt import loops
+from masked_rnn._torch import lstm_kernel_runs
 
 STEPS, BATCH, HIDDEN = 60, 5, 24
 
@@ -116,16 +117,23 @@ def test_autocast(cell: str, backend: str, case: dict[str, Any]) -> None:
     x = torch.randn(5, 3, INPUT).to(case["x"])
     hx = None if case["hx"] is None else as_hx([h.to(case["hx"]) for h in random_states(ours, 3)])
     truth, _ = ours.float()(x.float(), _float(hx), **case["given"])
+    packs = backend == "packed" and bool(case["given"])
+    # oneDNN's LSTM: which dtypes it has under autocast hangs on the CPU.
+    lacking = cell == "lstm" and not packs and not lstm_kernel_runs(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        if backend == "packed" and case["given"]:
+        if lacking and backend in ("packed", "padded"):
+            with pytest.raises(ValueError, match=r"PyTorch has no LSTM kernel for torch\.bfloat16 under autocast"):
+                ours(x, hx, **case["given"])
+            return
+        if packs:
             packed = pack_padded_sequence(x, torch.tensor(case["given"]["lengths"]), enforce_sorted=True)
             expected, their_last = theirs(packed, hx)
             expected = expected.data
-        else:
+        elif not lacking:
             expected, their_last = theirs(x, hx)
         found, last = ours(x, hx, **case["given"])
-    assert found.dtype == expected.dtype
-    assert [h.dtype for h in as_tuple(last)] == [h.dtype for h in as_tuple(their_last)]
+    dtypes = [torch.bfloat16] * 3 if lacking else [t.dtype for t in (expected, *as_tuple(their_last))]
+    assert [t.dtype for t in (found, *as_tuple(last))] == dtypes
     torch.testing.assert_close(found.float(), truth, atol=0.03, rtol=0)
     found.float().square().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in ours.parameters())
