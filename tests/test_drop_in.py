@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, get_args, get_overloads, get_type_hints
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.nn.utils import prune
 
 import masked_rnn
 from masked_rnn import MaskedGRU, MaskedLSTM, MaskedRNN
+from masked_rnn._backends import BACKENDS
 
 X = torch.randn(3, 6, INPUT, generator=torch.Generator().manual_seed(1))
 LENGTHS = [2, 6, 0]
@@ -345,3 +347,26 @@ def test_dropout_has_the_mean_of_none(backend: str) -> None:
 
 def test_the_door() -> None:
     assert sorted(masked_rnn.__all__) == ["MaskedGRU", "MaskedLSTM", "MaskedRNN"]
+
+
+@pytest.mark.parametrize("kind", [MaskedGRU, MaskedLSTM, MaskedRNN])
+def test_the_signature_is_what_torch_documents_and_three_options(kind: Any) -> None:
+    _, *documented = inspect.signature(get_overloads(kind._plain.__init__)[0]).parameters.values()
+    expected = [(p.name, p.default, p.kind) for p in documented]
+    for name, default in (("enforce_sorted", False), ("flatten_hidden", True), ("backend", "auto")):
+        expected.append((name, default, inspect.Parameter.KEYWORD_ONLY))
+    assert [(p.name, p.default, p.kind) for p in inspect.signature(kind).parameters.values()] == expected
+    types = get_type_hints(kind.__init__)
+    for p in documented:
+        assert p.annotation in (types[p.name], inspect.Parameter.empty), p.name
+    assert get_args(types["backend"]) == ("auto", *BACKENDS)
+
+
+def test_documented_positions_hold_to_the_end() -> None:
+    """torch.nn takes what stands in `device`'s place in a GRU or an RNN for a `proj_size`."""
+    for layer in (
+        MaskedGRU(4, 3, 2, True, False, 0.0, True, "meta", torch.float64),
+        MaskedLSTM(4, 3, 2, True, False, 0.0, True, 2, "meta", torch.float64),
+        MaskedRNN(4, 3, 2, "relu", True, False, 0.0, True, "meta", torch.float64),
+    ):
+        assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.float64)}
