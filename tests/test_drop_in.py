@@ -18,7 +18,7 @@ from torch.nn.utils import prune
 
 import masked_rnn
 from masked_rnn import MaskedGRU, MaskedLSTM, MaskedRNN
-from masked_rnn._backends import BACKENDS
+from masked_rnn._choice import BACKENDS
 
 X = torch.randn(3, 6, INPUT, generator=torch.Generator().manual_seed(1))
 LENGTHS = [2, 6, 0]
@@ -351,7 +351,7 @@ def test_the_door() -> None:
 
 @pytest.mark.parametrize("kind", [MaskedGRU, MaskedLSTM, MaskedRNN])
 def test_the_signature_is_what_torch_documents_and_three_options(kind: Any) -> None:
-    _, *documented = inspect.signature(get_overloads(kind._plain.__init__)[0]).parameters.values()
+    _, *documented = inspect.signature(get_overloads(kind._torch_layer.__init__)[0]).parameters.values()
     expected = [(p.name, p.default, p.kind) for p in documented]
     for name, default in (("enforce_sorted", False), ("flatten_hidden", True), ("backend", "auto")):
         expected.append((name, default, inspect.Parameter.KEYWORD_ONLY))

@@ -8,10 +8,11 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from oracle import INPUT, as_hx, as_tuple, masked, random_states
+from oracle import INPUT, as_hx, as_tuple, masked, needs_torch, random_states
 from torch import Tensor, nn
 from torch.export import Dim
 
+pytestmark = needs_torch("2.9", "torch.onnx.export(dynamo=True)")
 NODES = {"gru": "GRU", "lstm": "LSTM", "rnn-tanh": "RNN", "rnn-relu": "RNN"}
 
 

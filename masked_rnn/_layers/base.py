@@ -1,0 +1,173 @@
+"""What the layers share: their options, the forward, and making one over an existing layer's parameters."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypedDict, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .._call import close_call, open_call
+from .._choice import BACKENDS, run
+from .._torch import forward_pre_hooks
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Protocol
+
+    import numpy as np
+
+    Lengths = int | Sequence[int] | Tensor | np.ndarray[Any, Any] | None
+    Forward = TypeVar("Forward", covariant=True)
+
+    class HasForward(Protocol[Forward]):
+        @property
+        def forward(self) -> Forward: ...
+
+
+Device = torch.device | str | int | None
+BackendName = Literal["auto", "packed", "padded", "bptt", "scan"]
+Init = TypeVar("Init", bound=Callable[..., None])
+
+
+class Options(TypedDict, total=False):
+    """What is ours in a constructor's arguments."""
+
+    enforce_sorted: bool
+    flatten_hidden: bool
+    backend: BackendName
+
+
+DEFAULTS: Options = {"enforce_sorted": False, "flatten_hidden": True, "backend": "auto"}
+
+
+def _run(layer: Any, input: Any, hx: Any, lengths: Any, mask: Any) -> Any:
+    call = open_call(layer, input, hx, lengths, mask)
+    return close_call(call, *run(call))
+
+
+_run_eagerly: Any = None
+
+
+def _eager_run() -> Any:
+    """`_run`, which Dynamo leaves alone. Made when Dynamo is first there: loading it takes seconds."""
+    global _run_eagerly
+    if _run_eagerly is None:
+        _run_eagerly = torch.compiler.disable(_run)
+    return _run_eagerly
+
+
+def _as_leaf(layer: Any, input: Any, hx: Any, lengths: Any, mask: Any) -> Any:
+    """One node in the graph of `torch.fx`, which takes only modules of torch.nn for leaves by itself."""
+    path = input.tracer.path_of_module(layer)
+    if not path:
+        raise torch.fx.proxy.TraceError(
+            f"torch.fx can't trace into {type(layer).__name__}, as it can't into torch.nn's layers. "
+            "Trace a module that holds it: it becomes one node there."
+        )
+    return input.tracer.create_proxy("call_module", path, (input, hx, lengths), {"mask": mask})
+
+
+def refusing_as_torch_does(init: Init) -> Init:
+    """An argument that `init` does not have goes to torch.nn's constructor, which refuses it in its own words."""
+    known = inspect.signature(init).parameters
+
+    @functools.wraps(init)
+    def refusing(self: Any, *args: Any, **kwargs: Any) -> None:
+        unknown = {name: value for name, value in kwargs.items() if name not in known}
+        if unknown:
+            self._torch_layer(1, 1, **unknown)
+        init(self, *args, **kwargs)
+
+    return cast(Init, refusing)
+
+
+class MaskedRNNBase(nn.RNNBase):
+    """What the masked layers share. Each is built from this and a layer of torch.nn."""
+
+    _torch_layer: ClassVar[type[nn.RNNBase]]
+
+    if TYPE_CHECKING:
+
+        @property  # A call has the type of `forward`, also where a subclass has a forward of its own.
+        def __call__(self: HasForward[Forward]) -> Forward: ...  # type: ignore[override]
+
+    def _set_options(self, enforce_sorted: bool, flatten_hidden: bool, backend: BackendName) -> None:
+        for name, value in (("enforce_sorted", enforce_sorted), ("flatten_hidden", flatten_hidden)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+        if backend != "auto" and backend not in BACKENDS:
+            names = ", ".join(map(repr, BACKENDS))
+            raise ValueError(f"backend={backend!r} does not exist. Expected 'auto' or one of {names}.")
+        self.enforce_sorted = enforce_sorted
+        self.flatten_hidden = flatten_hidden
+        self.backend = backend
+
+    def _forward(self, input: Any, hx: Any, lengths: Any, mask: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            if isinstance(input, torch.fx.Proxy):
+                return _as_leaf(self, input, hx, lengths, mask)
+            # Dynamo leaves every nn.RNNBase to run as it is, but would compile, in pieces, the functions that it calls.
+            if "torch._dynamo" in sys.modules:
+                return _eager_run()(self, input, hx, lengths, mask)
+        elif torch.compiler.is_dynamo_compiling() and not torch._dynamo.config.allow_rnn:
+            return _eager_run()(self, input, hx, lengths, mask)
+        return _run(self, input, hx, lengths, mask)
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr()]
+        for name, default in DEFAULTS.items():
+            if getattr(self, name) != default:
+                parts.append(f"{name}={getattr(self, name)!r}")
+        return ", ".join(parts)
+
+    @classmethod
+    def _sharing(cls, source: Any, options: Any, *extra: str) -> Self:
+        """A layer over the parameters of `source`, with its configuration and the `extra` arguments of its kind."""
+        if not isinstance(source, cls._torch_layer):
+            raise TypeError(f"expected an nn.{cls._torch_layer.__name__}, got {type(source).__name__}")
+        kept = {name: getattr(source, name) for name in DEFAULTS if isinstance(source, MaskedRNNBase)}
+        weight: Any = source.weight_ih_l0
+        make: Any = cls
+        layer: Self = make(
+            source.input_size,
+            source.hidden_size,
+            source.num_layers,
+            bias=source.bias,
+            batch_first=source.batch_first,
+            dropout=source.dropout,
+            bidirectional=source.bidirectional,
+            device="meta",
+            dtype=weight.dtype,
+            **{name: getattr(source, name) for name in extra},
+            **{"flatten_hidden": False, **kept, **options},
+        )
+        _share_weights(layer, source)
+        return layer.train(source.training)
+
+
+def _share_weights(layer: Any, source: Any) -> None:
+    """Put the parameters of `source` in the place of the layer's, or what they are computed from."""
+    computed = False
+    for name, _ in list(layer.named_parameters()):
+        if parametrize.is_parametrized(source, name):
+            parametrize.register_parametrization(layer, name, nn.Identity(), unsafe=True)
+            layer.parametrizations[name] = source.parametrizations[name]
+        elif isinstance(getattr(source, name), nn.Parameter):
+            setattr(layer, name, getattr(source, name))
+        else:  # a plain tensor that a hook computes before each call, as pruning does
+            computed = True
+            delattr(layer, name)
+            setattr(layer, name, getattr(source, name))
+    if computed:
+        for name, parameter in source.named_parameters(recurse=False):
+            layer.register_parameter(name, parameter)
+        for name, buffer in source.named_buffers(recurse=False):
+            layer.register_buffer(name, buffer)
+        for hook, with_kwargs in forward_pre_hooks(source):
+            layer.register_forward_pre_hook(hook, with_kwargs=with_kwargs)

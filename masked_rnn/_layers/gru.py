@@ -1,0 +1,179 @@
+"""nn.GRU with lengths."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self, Unpack, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from .base import BackendName, Device, MaskedRNNBase, Options, refusing_as_torch_does
+
+if TYPE_CHECKING:
+    from .base import Lengths
+
+
+class MaskedGRU(MaskedRNNBase, nn.GRU):
+    r"""A multi-layer gated recurrent unit (GRU) over sequences of different lengths.
+
+    It is :class:`torch.nn.GRU` with two differences. The call takes ``lengths`` (or ``mask``): each sequence of a
+    padded batch then gives what it would give alone, in outputs, last state and every gradient. The last state comes
+    flattened, unless ``flatten_hidden=False``. The ``state_dict`` is the same, and so are the initial weights from the
+    same seed.
+
+    For each step of a sequence, each layer computes
+
+    .. math::
+        \begin{array}{ll}
+            r_t = \sigma(W_{ir} x_t + b_{ir} + W_{hr} h_{(t-1)} + b_{hr}) \\
+            z_t = \sigma(W_{iz} x_t + b_{iz} + W_{hz} h_{(t-1)} + b_{hz}) \\
+            n_t = \tanh(W_{in} x_t + b_{in} + r_t \odot (W_{hn} h_{(t-1)} + b_{hn})) \\
+            h_t = (1 - z_t) \odot n_t + z_t \odot h_{(t-1)}
+        \end{array}
+
+    Here :math:`x_t` is the layer's input at time `t` and :math:`h_t` its hidden state. :math:`r_t`, :math:`z_t` and
+    :math:`n_t` are the reset, update and new gates. :math:`\sigma` is the sigmoid function, :math:`\odot` the Hadamard
+    product. The reset gate comes after the product with :math:`W_{hn}`, as in :class:`torch.nn.GRU`; in the paper
+    (`Cho et al. 2014 <https://arxiv.org/abs/1406.1078>`_) it comes before. For TensorFlow users: the layer is what
+    ``tf.nn.dynamic_rnn(sequence_length=...)`` was
+    (`TF 1 docs <https://www.tensorflow.org/versions/r1.15/api_docs/python/tf/nn/dynamic_rnn>`_), with PyTorch's reset
+    gate.
+
+    Args:
+        input_size: Number of features of the input, I.
+        hidden_size: Number of features of the hidden state, H.
+        num_layers: Number of layers, L. Each reads the outputs of the layer below. Default: ``1``
+        bias: ``False`` leaves out the biases ``bias_ih`` and ``bias_hh``. Default: ``True``
+        batch_first: ``True`` puts the batch before time in input and output. It has no effect on states, nor on
+            unbatched, packed or nested input. Default: ``False``
+        dropout: Probability of zeroing an element of a layer's output before the next layer reads it. It is drawn
+            between layers only, in training only: never on the input or on the last layer's output. Default: ``0.0``
+        bidirectional: ``True`` adds a direction that runs from a sequence's last real step to its first. Default:
+            ``False``
+        device: Where the parameters are made. Default: torch's
+        dtype: The parameters' dtype. Default: torch's
+        enforce_sorted: ``True`` promises that lengths decrease. Nothing is sorted then, and lengths that break the
+            promise raise. Default: ``False``
+        flatten_hidden: ``True`` returns the last state as :math:`(N, L \cdot D \cdot H)`, ``False`` as
+            :class:`torch.nn.GRU` does, :math:`(L \cdot D, N, H)`. Default: ``True``
+        backend: ``"packed"``, ``"padded"``, ``"bptt"`` or ``"scan"`` forces one (docs/backends.md); ``"auto"`` takes
+            the fastest that can run the call. Default: ``"auto"``
+
+    T is the number of steps in time, N of sequences, I is ``input_size``, H ``hidden_size``, L ``num_layers``, D 2 if
+    ``bidirectional`` else 1. Unbatched input leaves N out of every shape.
+
+    Inputs: input, hx, lengths, mask
+        * **input**: :math:`(T, N, I)`, or :math:`(N, T, I)` with ``batch_first=True``; unbatched :math:`(T, I)`; a
+          :class:`~torch.nn.utils.rnn.PackedSequence`; or a jagged nested tensor :math:`(N, j, I)`.
+        * **hx**: the initial state, :math:`(L \cdot D, N, H)` or flattened :math:`(N, L \cdot D \cdot H)` as the layer
+          returns it. Zeros if None.
+        * **lengths**: how many steps of each sequence are real, :math:`(N)`: a list, a tuple, an array or a tensor of
+          any integer dtype, in any order, each from 0 to T. An int for unbatched input. None for packed or nested
+          input, which has its own.
+        * **mask**: in the place of lengths, a bool tensor shaped as the input without its last dimension, True at real
+          steps. Padding may stand anywhere: the state is held across it.
+
+        Without lengths and mask, every step is real. Padding is never read, NaN included; its gradient is exactly zero.
+
+    Outputs: output, last_hidden
+        * **output**: the top layer's :math:`h_t`, forward then backward, :math:`D \cdot H` wide. It is laid out as the
+          input and keeps all T steps; padding is exactly zero. Packed or nested input gives packed or nested output.
+        * **last_hidden**: the state after each sequence's last real step (backward: after its first). Flattened, it is
+          ``[layer 0 forward | layer 0 backward | layer 1 forward | ...]``, each part H wide. The top layer's is the
+          last :math:`D \cdot H` columns.
+
+        A sequence of length zero has only zeros in output, and ``hx`` for its last state.
+
+    .. warning::
+        Code that reads ``h_n[-1]`` gets the last *layer's* state from :class:`torch.nn.GRU`, and the last *sequence's*
+        from a flattened state. Give it ``flatten_hidden=False``, or use :meth:`from_gru`, which does.
+
+    Attributes:
+        weight_ih_l[k]: input-hidden weights of layer k, ``(W_ir|W_iz|W_in)``, :math:`(3H, I)` for k = 0, else
+            :math:`(3H, D \cdot H)`
+        weight_hh_l[k]: hidden-hidden weights of layer k, ``(W_hr|W_hz|W_hn)``, :math:`(3H, H)`
+        bias_ih_l[k]: input-hidden bias of layer k, ``(b_ir|b_iz|b_in)``, :math:`(3H)`
+        bias_hh_l[k]: hidden-hidden bias of layer k, ``(b_hr|b_hz|b_hn)``, :math:`(3H)`
+        [name]_reverse: each of these for the backward direction, only if ``bidirectional``
+
+        All are drawn from :math:`\mathcal{U}(-1/\sqrt{H}, 1/\sqrt{H})`.
+
+    Raises:
+        ValueError: A length is below 0 or above T. There are too few lengths, too many, or unsorted ones under
+            ``enforce_sorted``. Lengths come with a mask, or either with packed or nested input. The mask has another
+            shape. The input has another rank or dtype. A forced backend can't run the call.
+        TypeError: Lengths are not integers, the mask is not a bool tensor, or either stands in the place of hx. The
+            input is no tensor.
+        RuntimeError: The input is not I wide, or has no steps and no lengths. hx has another shape or dtype. A length
+            is out of range, where lengths and input are on a GPU: they are checked there, without waiting.
+
+        What :class:`torch.nn.GRU` refuses in its constructor raises as it does there.
+
+    Example::
+
+        >>> import torch
+        >>> from masked_rnn import MaskedGRU
+        >>> gru = MaskedGRU(input_size=4, hidden_size=3, batch_first=True, bidirectional=True)
+        >>> x = torch.randn(2, 5, 4)
+        >>> output, last_hidden = gru(x, lengths=[5, 2])
+        >>> output.shape, last_hidden.shape
+        (torch.Size([2, 5, 6]), torch.Size([2, 6]))
+        >>> alone, last_alone = gru(x[1:, :2])
+        >>> torch.allclose(output[1, :2], alone[0], atol=1e-6), torch.allclose(last_hidden[1], last_alone[0], atol=1e-6)
+        (True, True)
+        >>> output[1, 2:].eq(0).all()
+        tensor(True)
+    """
+
+    _torch_layer = nn.GRU
+
+    @refusing_as_torch_does
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        enforce_sorted: bool = False,
+        flatten_hidden: bool = True,
+        backend: BackendName = "auto",
+    ) -> None:
+        super().__init__(
+            input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device=device, dtype=dtype
+        )
+        self._set_options(enforce_sorted, flatten_hidden, backend)
+
+    @overload
+    def forward(
+        self, input: Tensor, hx: Tensor | None = None, lengths: Lengths = None, *, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: Tensor | None = None, lengths: None = None, *, mask: None = None
+    ) -> tuple[PackedSequence, Tensor]: ...
+    def forward(self, input: Any, hx: Any = None, lengths: Any = None, *, mask: Any = None) -> Any:
+        """The output, zero at padding, and each sequence's last state. Without lengths or mask all is real."""
+        return self._forward(input, hx, lengths, mask)
+
+    @classmethod
+    def from_gru(cls, gru: nn.GRU, **options: Unpack[Options]) -> Self:
+        """A layer that shares the parameters of `gru`, its configuration and its mode (training or not).
+
+        It returns what `gru` returned: ``flatten_hidden`` is ``False`` unless given here, so that a model that reads
+        ``h_n[-1]`` goes on reading the last layer. A masked layer's own options are kept. The weights may be
+        parametrized, weight-normed or pruned. Anything but an ``nn.GRU`` raises a TypeError.
+
+        Example::
+
+            >>> gru = torch.nn.GRU(4, 3)
+            >>> MaskedGRU.from_gru(gru).weight_hh_l0 is gru.weight_hh_l0
+            True
+        """
+        return cls._sharing(gru, options)

@@ -1,0 +1,71 @@
+"""The tree is as CONTRIBUTING.md draws it: imports go down, no backend imports another, no file is long."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import masked_rnn
+
+ROOT = Path(masked_rnn.__file__).parent
+MODULES = {str(path.relative_to(ROOT).with_suffix("")).removesuffix("/__init__"): path for path in ROOT.rglob("*.py")}
+FLOORS = (
+    ("__init__",),
+    ("_layers",),
+    ("_choice",),
+    ("_capture",),
+    ("_backends/packed", "_backends/padded", "_backends/bptt", "_backends/scan"),
+    ("_backends/kernels",),
+    ("_backends/recurrence", "_backends/double_backward", "_backends/rows", "_backends"),
+    ("_call",),
+    ("_states",),
+    ("_lengths", "_plan", "_cells"),
+    ("_torch",),
+)
+"""From the top. A module imports from floors below its own, and from its own folder."""
+
+
+def floor(module: str) -> tuple[int, str]:
+    """Where a module stands, and the room on that floor."""
+    found = [
+        (len(room), number, room)
+        for number, rooms in enumerate(FLOORS)
+        for room in rooms
+        if module == room or module.startswith(f"{room}/")
+    ]
+    _, number, room = max(found)
+    return number, room
+
+
+def imports(module: str) -> set[str]:
+    path = MODULES[module]
+    folder = path.parent.relative_to(ROOT)
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = folder
+            for _ in range(node.level - 1):
+                base = base.parent
+            target = base / (node.module or "").replace(".", "/")
+            for name in node.names:
+                inner = str(target / name.name).removeprefix("./")
+                found.add(inner if inner in MODULES else str(target).removeprefix("./"))
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            assert not any(name and name.startswith("masked_rnn") for name in names), "imports within are relative"
+    return found
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_go_down(module: str) -> None:
+    own, room = floor(module)
+    for imported in imports(module):
+        number, other = floor(imported)
+        assert number > own or other == room, f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_file_can_be_read_at_a_sitting(module: str) -> None:
+    assert len(MODULES[module].read_text().splitlines()) <= 350
