@@ -48,22 +48,22 @@ def test_other_sizes_and_lengths(cell: str, strict: bool, tmp_path: Any) -> None
 @pytest.mark.parametrize("strict", [False, True])
 def test_masks_and_states(cell: str, strict: bool) -> None:
     class WithMask(Model):
-        def forward(self, x: Tensor, mask: Tensor, *states: Tensor) -> Any:  # type: ignore[override]
+        def forward(self, x: Tensor, mask: Tensor, states: tuple[Tensor, ...]) -> Any:  # type: ignore[override]
             return self.layer(x, states[0] if len(states) == 1 else states, mask=mask)
 
     layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True)
     batch, time = Dim("batch"), Dim("time")
 
-    def arguments(n: int, t: int) -> tuple[Tensor, ...]:
-        return torch.randn(n, t, INPUT), torch.rand(n, t) > 0.4, *random_states(layer, n, torch.float32)
+    def arguments(n: int, t: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        return torch.randn(n, t, INPUT), torch.rand(n, t) > 0.4, random_states(layer, n, torch.float32)
 
     first = arguments(3, 6)
-    sizes = ({0: batch, 1: time}, {0: batch, 1: time}, tuple({1: batch} for _ in first[2:]))
+    sizes = ({0: batch, 1: time}, {0: batch, 1: time}, tuple({1: batch} for _ in first[2]))
     exported = export(WithMask(layer), first, dynamic_shapes=sizes, strict=strict).module()
     for n, t in ((2, 9), (5, 4)):
-        x, mask, *states = arguments(n, t)
-        expected = layer(x, states[0] if len(states) == 1 else tuple(states), mask=mask)
-        for a, b in zip(flat(exported(x, mask, *states)), flat(expected), strict=True):
+        x, mask, states = arguments(n, t)
+        expected = layer(x, states[0] if len(states) == 1 else states, mask=mask)
+        for a, b in zip(flat(exported(x, mask, states)), flat(expected), strict=True):
             torch.testing.assert_close(a, b)
 
 

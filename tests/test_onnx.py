@@ -12,7 +12,7 @@ from oracle import INPUT, as_hx, as_tuple, masked, needs_torch, random_states
 from torch import Tensor, nn
 from torch.export import Dim
 
-pytestmark = needs_torch("2.9", "torch.onnx.export(dynamo=True)")
+pytestmark = needs_torch("2.13", "torch.onnx.export(dynamo=True)")
 NODES = {"gru": "GRU", "lstm": "LSTM", "rnn-tanh": "RNN", "rnn-relu": "RNN"}
 
 
@@ -21,7 +21,7 @@ class Model(nn.Module):
         super().__init__()
         self.layer, self.given = layer, given
 
-    def forward(self, x: Tensor, real: Tensor | None, *states: Tensor) -> Any:
+    def forward(self, x: Tensor, real: Tensor | None, states: tuple[Tensor, ...] = ()) -> Any:
         hx = as_hx(states) if states else None
         output, last = self.layer(x, hx, **({} if real is None else {self.given: real}))
         return output, *as_tuple(last)
@@ -34,7 +34,7 @@ def exported(layer: Any, given: str, arguments: tuple[Any, ...], path: Any) -> o
     real = {"lengths": {0: batch}, "mask": sizes, "neither": None}[given]
     shapes: tuple[Any, ...] = (sizes, real)
     if len(arguments) > 2:
-        shapes += (tuple({1: batch} for _ in arguments[2:]),)
+        shapes += (tuple({1: batch} for _ in arguments[2]),)
     program = torch.onnx.export(
         Model(layer, given).eval(), arguments, dynamo=True, dynamic_shapes=shapes, verbose=False
     )
@@ -52,7 +52,8 @@ def real_of(given: str, layer: Any, batch: int, steps: int) -> Tensor | None:
 
 def compare(path: Any, layer: Any, given: str, arguments: tuple[Any, ...]) -> None:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    tensors = [t for t in arguments if t is not None]
+    x, real, *states = arguments
+    tensors = [x, *([] if real is None else [real]), *(states[0] if states else ())]
     feed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), tensors, strict=True)}
     with torch.no_grad():
         expected = Model(layer, given)(*arguments)
@@ -85,7 +86,8 @@ def test_in_onnx_runtime(cell: str, case: dict[str, Any], tmp_path: Any, ran: li
         if case["given"] == "lengths":
             x[torch.arange(steps) >= real.unsqueeze(1)] = torch.nan  # type: ignore[union-attr]
         states = random_states(layer, batch, torch.float32) if case["with_hx"] else ()
-        return x if layer.batch_first else x.transpose(0, 1), real, *states
+        x = x if layer.batch_first else x.transpose(0, 1)
+        return (x, real, states) if states else (x, real)
 
     path = tmp_path / "model.onnx"
     model = exported(layer, case["given"], arguments(3, 6), path)
