@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .contenders import BACKENDS, CAPTURED, CONTENDERS
 from .problem import CELLS, SHAPES
-from .report import print_figures, print_speedups, progress
+from .report import print_figures, print_speedups, print_summary, progress
 from .rows import write
 from .suite import QUICK, WORKS, Plan, Suite
 
@@ -32,6 +32,7 @@ def main() -> int:
         started(suite.steps())
         suite.run()
     print_speedups(suite.rows)
+    print_summary(suite.rows)
     print_figures(suite.rows)
     for name, why in suite.left_out.items():
         print(f"left out: {name} ({why})")

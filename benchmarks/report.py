@@ -10,9 +10,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import geometric_mean
 
 from .contenders import CONTENDERS
-from .goals import figures
+from .goals import figures, speedups
 from .rows import Row, read
 
 Progress = tuple[Callable[[str], None], Callable[[int], None], Callable[[], None]]
@@ -59,6 +60,25 @@ def _cell(row: Row | None) -> str:
     return f"{row.median_ms:.4g}" if row.contender == "masked_rnn" else f"{row.ratio_to_masked_rnn:.2f}"
 
 
+AGAINST = (("recipe",), ("padded",), ("keras", "keras-xla"), ("flax",), ("paddle",), ("onnxruntime",))
+
+
+def print_summary(rows: Sequence[Row]) -> None:
+    """How many times as fast masked_rnn is: the geometric mean over shapes, the worst and the best."""
+    for cell in dict.fromkeys(row.cell for row in rows):
+        mine = [row for row in rows if row.cell == cell]
+        works = [w for w in ("training", "training without lengths", "inference") if any(r.work == w for r in mine)]
+        table = [[f"{cell} against", *works]]
+        for names in AGAINST:
+            found = [list(speedups(mine, work, names).values()) for work in works]
+            if any(found):
+                cells = [f"{geometric_mean(f):.2f} ({min(f):.2f}–{max(f):.2f})" if f else "–" for f in found]
+                table.append([names[0], *cells])
+        if len(table) > 1:
+            print()
+            print_table(table)
+
+
 def print_figures(rows: Sequence[Row]) -> None:
     found = figures(rows)
     if found:
@@ -84,4 +104,5 @@ if __name__ == "__main__":
     parser.add_argument("csv", type=Path, nargs="+")
     everything = [row for path in parser.parse_args().csv for row in read(path)]
     print_speedups(everything)
+    print_summary(everything)
     print_figures(everything)
