@@ -56,34 +56,49 @@ def _dtypes_under_autocast(call: Call, autocast: torch.dtype) -> list[torch.dtyp
     return [low] * (1 + len(wide))
 
 
+class Mode(NamedTuple):
+    """What runs around a call, found out once."""
+
+    only_scan: str | None
+    """Why only `scan` can follow it."""
+    traced: bool
+    readable: bool
+    """Whether values are there."""
+
+
+def mode_of(call: Call) -> Mode:
+    return Mode(why_only_scan(call), is_traced(), call.values_can_be_read())
+
+
 def choose(call: Call) -> Backend:
     wanted = call.layer.backend
     if torch.compiler.is_compiling() or (is_exporting_onnx() and not is_traced()):
         return _choose_captured(call, wanted)
-    name = preferred(call) if wanted == "auto" else wanted
-    reason = why_not(name, call)
+    mode = mode_of(call)
+    name = preferred(call, mode) if wanted == "auto" else wanted
+    reason = why_not(name, call, mode)
     if reason:
-        cure = "Use backend='auto', which takes one that can." if preferred(call) != name else ""
+        cure = "Use backend='auto', which takes one that can." if preferred(call, mode) != name else ""
         raise ValueError(f"backend={name!r} can't run this call: {reason}. {cure}".rstrip())
-    return BACKENDS["bptt" if _has_no_step(name, call) else name]
+    return BACKENDS["bptt" if _has_no_step(name, call, mode) else name]
 
 
-def _has_no_step(name: str, call: Call) -> bool:
+def _has_no_step(name: str, call: Call, mode: Mode) -> bool:
     """Whether a call is known to be empty. No kernel takes such a call; `bptt` returns at once."""
-    if is_traced() or why_only_scan(call):
+    if mode.traced or mode.only_scan:
         return False
     reads_plan = call.form == "nested" or (name == "packed" and not packed.takes_input_as_it_is(call))
     return call.is_empty() or (reads_plan and not call.plan.rows)
 
 
-def preferred(call: Call) -> str:
+def preferred(call: Call, mode: Mode) -> str:
     """What `auto` takes: by measurement on the CPU; see docs/backends.md."""
-    if why_only_scan(call):
+    if mode.only_scan:
         return "scan"
-    if is_traced() or not call.values_can_be_read():
+    if not mode.readable:
         return "packed" if call.packed is not None else "padded"
     if call.data.device.type == "cpu":
-        return "padded" if _suits_kernel(call) and not why_not("padded", call) else "bptt"
+        return "padded" if _suits_kernel(call) and not _why_no_lstm_kernel(call) else "bptt"
     on_device = any(t is not None and not is_on_host(t) for t in (call.lengths, call.mask))
     return "padded" if on_device and call.form != "nested" else "packed"
 
@@ -100,20 +115,18 @@ def _suits_kernel(call: Call) -> bool:
     )
 
 
-def why_not(name: str, call: Call) -> str | None:
+def why_not(name: str, call: Call, mode: Mode) -> str | None:
     """The reason why a backend can't run a call, in words."""
-    if name != "scan":
-        transform = why_only_scan(call)
-        if transform:
-            return transform
-    if is_traced():
+    if mode.only_scan and name != "scan":
+        return mode.only_scan
+    if mode.traced:
         if name == "bptt" or (name == "packed" and not packed.takes_input_as_it_is(call)):
             return "torch.jit.trace would keep the lengths of this call for good"
         if name == "scan":
             return "torch.jit.trace would keep the number of steps of this call for good"
         if name == "padded" and call.packed is not None:
             return "torch.jit.trace would keep the lengths of this call for good"
-    elif not call.values_can_be_read():
+    elif not mode.readable:
         reads = name in ("packed", "bptt") and (call.lengths is not None or call.mask is not None)
         if reads or call.data.dim() == 2:
             return "it reads lengths, which have no values here (FakeTensorMode, make_fx or the meta device)"

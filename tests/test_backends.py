@@ -114,8 +114,8 @@ def test_elsewhere_the_lengths_place_decides(lengths_on: str | None, expected: s
     for given in ("lengths", "mask"):
         call: Any = SimpleNamespace(data=on("cuda"), lengths=None, mask=None, form="padded", packed=None, states=())
         setattr(call, given, on(lengths_on))
-        call.values_can_be_read = lambda: True
-        assert _choice.preferred(call) == expected
+        mode = _choice.Mode(only_scan=None, traced=False, readable=True)
+        assert _choice.preferred(call, mode) == expected
 
 
 @pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "dual"])
