@@ -60,7 +60,6 @@ class Call:
     """(T, N)"""
     packed: PackedSequence | None
     nested: Any
-    is_sorted: bool
     states: States
     """Each (L·D, N, P or H), in the batch's order."""
 
@@ -99,6 +98,7 @@ class Call:
 
     def in_weights_dtype(self) -> Call:
         dtype = self.weights[0][0].w_ih.dtype
+        # Not dataclasses.replace, which Dynamo can't follow in torch 2.6.
         values = {name: getattr(self, name) for name in FIELDS}
         values["data"], values["states"] = self.data.to(dtype), tuple(h.to(dtype) for h in self.states)
         return Call(**values)
@@ -106,14 +106,14 @@ class Call:
     @cached_property
     def plan(self) -> Plan:
         """Which rows run when. Reads the lengths on the host."""
-        device = self.data.device
+        device, is_sorted = self.data.device, self.layer.enforce_sorted
         if self.packed is not None:
             sizes = self.packed.batch_sizes.tolist()
             return Plan(sizes, self.batch, self.data.size(0), device, order=self.packed.sorted_indices)
         if self.nested is not None:
             assert self.lengths is not None
             starts = self.nested.offsets()[:-1].cpu()
-            return plan_rows(self.lengths.cpu(), starts, 1, self.data.size(0), device, is_sorted=self.is_sorted)
+            return plan_rows(self.lengths.cpu(), starts, 1, self.data.size(0), device, is_sorted=is_sorted)
         if self.mask is not None:
             mask = self.mask.cpu()
             lengths, steps_of = mask.sum(0), real_steps(mask)
@@ -121,7 +121,7 @@ class Call:
             lengths, steps_of = self.lengths.cpu(), None
         else:
             return plan_full(self.batch, self.steps, self.batch_first, device)
-        return plan_padded(lengths, self.steps, self.batch_first, device, is_sorted=self.is_sorted, steps_of=steps_of)
+        return plan_padded(lengths, self.steps, self.batch_first, device, is_sorted=is_sorted, steps_of=steps_of)
 
     def rows(self) -> Tensor:
         """The input as rows, in the order in which the plan's index counts them."""
@@ -167,7 +167,7 @@ class Call:
             return rows if index is None else rows.new_zeros(plan.size, rows.size(-1)).index_copy(0, index, rows)
 
         lengths = torch.zeros(plan.batch, dtype=torch.int64, device=plan.device)
-        return x.view(steps, plan.batch, -1), lengths.index_copy(0, order, plan.sorted_lengths), restore
+        return x.view(steps, plan.batch, x.size(-1)), lengths.index_copy(0, order, plan.sorted_lengths), restore
 
 
 class Opened(NamedTuple):
@@ -216,7 +216,6 @@ def open_call(layer: Any, input: Any, hx: Any, lengths: Any, mask: Any) -> Call:
         mask=mask,
         packed=packed,
         nested=nested,
-        is_sorted=layer.enforce_sorted,
         states=open_states(layer, hx, opened.form, opened.batch, opened.data),
     )
 

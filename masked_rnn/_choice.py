@@ -80,11 +80,14 @@ def choose(call: Call) -> Backend:
     if reason:
         cure = "Use backend='auto', which takes one that can." if preferred(call, mode) != name else ""
         raise ValueError(f"backend={name!r} can't run this call: {reason}. {cure}".rstrip())
-    return BACKENDS["bptt" if _has_no_step(name, call, mode) else name]
+    if _has_no_step(name, call, mode):
+        # No kernel takes such a call. `bptt` returns at once; `scan` does without reading anything.
+        name = "bptt" if mode.readable else "scan"
+    return BACKENDS[name]
 
 
 def _has_no_step(name: str, call: Call, mode: Mode) -> bool:
-    """Whether a call is known to be empty. No kernel takes such a call; `bptt` returns at once."""
+    """Whether a call is known to be empty."""
     if mode.traced or mode.only_scan:
         return False
     reads_plan = call.form == "nested" or (name == "packed" and not packed.takes_input_as_it_is(call))

@@ -90,6 +90,8 @@ def check_mask(mask: Any, shape: tuple[int, ...], device: torch.device, layout: 
 def _mask_cure(mask: Tensor) -> str:
     if not values_can_be_read(mask):
         return ""
+    if mask.is_floating_point() and not bool(mask.any()):
+        return ""  # all 0: nothing is real, or, in one that is added to scores, everything
     if bool(((mask == 0) | (mask == 1)).all()):
         return " Use mask.bool()."
     if bool(((mask == 0) | (mask < -1)).all()):
@@ -132,7 +134,12 @@ def _int64(given: Any, steps: int) -> Tensor:
 
 
 def _from_list(given: Sequence[Any], steps: int) -> Tensor:
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        # Dynamo knows a number that changes from call to call by isinstance alone.
+        for n, length in enumerate(given):
+            if not isinstance(length, (int, Tensor)) or isinstance(length, bool):
+                _refuse_element(given, n, steps)
+    else:
         for n, length in enumerate(given):
             if isinstance(length, Sequence) and not isinstance(length, (str, bytes)):
                 raise ValueError(f"lengths must have one dimension, but lengths[{n}] is {length!r}. {EXPECTED}")
@@ -173,7 +180,9 @@ def _cure(lengths: Tensor, steps: int) -> str:
 
 def _refuse_element(given: Sequence[Any], n: int, steps: int) -> NoReturn:
     cure = ""
-    if all(isinstance(length, (int, float)) and 0 <= length <= 1 for length in given):
+    if all(isinstance(length, (bool, np.bool_)) for length in given):
+        cure = " If they mark real steps, give a bool tensor as mask."
+    elif all(isinstance(length, (int, float)) and 0 <= length <= 1 for length in given):
         cure = f" If they are fractions of the {steps} steps, use (torch.tensor(lengths) * {steps}).round().long()."
     raise TypeError(f"lengths[{n}] = {given[n]!r} is of type {type(given[n]).__name__}. {EXPECTED}{cure}")
 

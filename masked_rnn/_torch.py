@@ -65,13 +65,18 @@ def below_autograd(function: Callable[Arguments, Result]) -> Callable[Arguments,
     return run
 
 
+def _in_fresh_thread(function: Callable[[], Result]) -> Result:
+    """What is switched on or off, or recorded, is so in one thread alone."""
+    with ThreadPoolExecutor(1) as fresh:
+        return fresh.submit(function).result()
+
+
 def with_autograd(function: Callable[[], Result]) -> Result:
     """Call a function with autograd on where it is off: in the kernel of an operator."""
     names = ("_ForceDispatchKeyGuard", "_dispatch_tls_local_include_set", "DispatchKeySet", "DispatchKey.Undefined")
     force, included, key_set, undefined = (_find(f"_C.{name}") for name in names)
     if force is None or included is None or key_set is None or undefined is None:
-        with ThreadPoolExecutor(1) as fresh:  # what is switched off is so in this thread alone
-            return fresh.submit(function).result()
+        return _in_fresh_thread(function)
     with force(included(), key_set(undefined)):
         return function()
 
@@ -170,6 +175,18 @@ def is_exporting_onnx() -> bool:
     return bool(exporting)
 
 
+# Dynamo
+
+
+def dynamo_is_loaded() -> bool:
+    return "torch._dynamo" in sys.modules
+
+
+def dynamo_refuses() -> bool:
+    """Whether Dynamo is tracing a layer that it will not compile: from torch 2.15 on it enters its forward first."""
+    return torch.compiler.is_dynamo_compiling() and not torch._dynamo.config.allow_rnn
+
+
 # Kernels
 
 KERNELS: dict[str, Any] = {
@@ -190,6 +207,10 @@ def lstm_kernel_runs(dtype: torch.dtype) -> bool:
 
 @cache
 def _lstm_kernel_runs(dtype: torch.dtype, onednn: bool) -> bool:
+    return _in_fresh_thread(lambda: _try_lstm_kernel(dtype))
+
+
+def _try_lstm_kernel(dtype: torch.dtype) -> bool:
     with torch.no_grad(), torch.autocast("cpu", dtype), torch.device("cpu"):
         x, h = torch.zeros(1, 1, 1), torch.zeros(1, 1, 1)
         weights = [torch.zeros(4, 1), torch.zeros(4, 1)]

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from oracle import BACKENDS, INPUT, masked
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_sequence
 
-from masked_rnn import _choice
+from masked_rnn import _choice, _torch
 
 X = torch.randn(3, 6, INPUT)
 ROWS = [X[0], X[1, :4], X[2, :1]]
@@ -162,6 +164,21 @@ def test_autocast_where_the_cpu_lacks_the_kernel(
             words = rf"can't run this call: PyTorch has no LSTM kernel for {dtype} under autocast on this CPU.*'auto'"
             with pytest.raises(ValueError, match=words):
                 layer(X, **given)
+
+
+def test_what_a_cpu_lacks_is_found_out_under_any_mode() -> None:
+    """The answer is kept for good: a mode in which nothing is computed must not give it."""
+    for dtype in (torch.bfloat16, torch.float16):
+        _torch._lstm_kernel_runs.cache_clear()
+        truth = _torch.lstm_kernel_runs(dtype)
+        _torch._lstm_kernel_runs.cache_clear()
+        with FakeTensorMode(), torch.device("meta"):
+            assert _torch.lstm_kernel_runs(dtype) == truth
+        _torch._lstm_kernel_runs.cache_clear()
+        graph = make_fx(lambda x: x + _torch.lstm_kernel_runs(dtype))(torch.zeros(1)).graph  # noqa: B023
+        assert len(graph.nodes) == 3
+        _torch._lstm_kernel_runs.cache_clear()
+        assert torch.func.vmap(lambda x: x + _torch.lstm_kernel_runs(dtype))(torch.zeros(1)).item() == truth  # noqa: B023
 
 
 def test_full_lengths_are_no_lengths(cell: str) -> None:

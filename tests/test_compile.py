@@ -174,6 +174,42 @@ def test_lists_and_ints_that_change_from_call_to_call(cell: str) -> None:
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize("lengths", [[2.7, 3.0, 1.9], [3, 2.0, 1], [True, False, True], 2.5], ids=str)
+@pytest.mark.usefixtures("allow_rnn")
+def test_lengths_that_are_no_integers_are_refused(lengths: Any) -> None:
+    """As in eager mode: nothing is truncated on the way into a graph."""
+    layer = masked("gru", batch_first=True)
+    x = torch.randn(3, 6, INPUT) if isinstance(lengths, list) else torch.randn(6, INPUT)
+    with pytest.raises(Exception, match=r"of type (float|bool)"):
+        torch.compile(layer, backend="aot_eager", fullgraph=True)(x, lengths=lengths)
+
+
+@pytest.mark.parametrize("lengths", [None, [6, 2, 5]], ids=str)
+def test_a_gradient_follows_what_its_forward_ran(lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would be chosen by then does not count: only one of the two has saved anything."""
+    layer = masked("lstm", batch_first=True)
+    x, weights, states = torch.randn(3, 6, INPUT), list(layer.parameters()), [torch.zeros(1, 3, 3)] * 2
+    given = None if lengths is None else torch.tensor(lengths)
+    expected = torch.autograd.grad(layer(x, lengths=lengths)[0].square().sum(), weights)
+    for first in (True, False):
+        monkeypatch.setattr(kernels, "has_onednn", lambda here=first: here)
+        results = torch.ops.masked_rnn.layer(x, given, states, weights, "LSTM", 1, True, True)
+        monkeypatch.setattr(kernels, "has_onednn", lambda here=first: not here)
+        close(list(torch.autograd.grad(results[0].square().sum(), weights)), list(expected))
+
+
+def test_the_operator_computes_in_its_tensors_dtype(cell: str) -> None:
+    """Also where it is called under autocast, as a graph that was compiled under autocast is."""
+    layer = masked(cell, batch_first=True)
+    x, states = torch.randn(3, 6, INPUT), random_states(layer, 3, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        results = torch.ops.masked_rnn.layer(
+            x, torch.tensor([6, 2, 5]), states, list(layer.parameters()), layer.mode, 1, True, False
+        )
+    assert all(t.dtype == torch.float32 for t in results[:-1])
+    close([results[0]], [layer(x, states if len(states) > 1 else states[0], [6, 2, 5])[0]])
+
+
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("lengths", [None, [6, 2, 5]], ids=str)
 def test_the_operator_runs_the_kernel_that_eager_runs(

@@ -50,6 +50,11 @@ LENGTHS: list[tuple[Any, type[Exception], str]] = [
     (torch.tensor([True, False, True]), TypeError, r"dtype is torch\.bool.*If it marks real steps, give it as mask"),
     (np.array([1.5, 2, 3]), TypeError, r"dtype is torch\.float64"),
     ([1, 2.0, 3], TypeError, r"lengths\[1\] = 2\.0 is of type float"),
+    (
+        [True, False, True],
+        TypeError,
+        r"lengths\[0\] = True is of type bool.*integer dtype\. If they mark real steps, give a bool tensor as mask\.$",
+    ),
     ([1, True, 3], TypeError, r"lengths\[1\] = True is of type bool"),
     ([1, np.True_, 3], TypeError, r"lengths\[1\] = .*True.* is of type bool"),
     (["1", 2, 3], TypeError, r"lengths\[0\] = '1' is of type str"),
@@ -115,7 +120,8 @@ def test_mask(mask: Any, kind: type[Exception], words: str) -> None:
     [
         (MASK.long(), r"torch\.int64\. Use mask\.bool\(\)\.$"),
         (MASK.float(), r"torch\.float32\. Use mask\.bool\(\)\.$"),
-        (torch.where(MASK, 0.0, -torch.inf), r"torch\.float32\. Use mask\.bool\(\)\.$"),  # all 0: nothing is real
+        (torch.where(MASK, 0.0, -torch.inf), r"dtype is torch\.float32\.$"),  # all 0: all real, or nothing
+        (MASK.long() * 0, r"torch\.int64\. Use mask\.bool\(\)\.$"),
         (torch.tensor([[0.0, -torch.inf] * 3] * 3), r"added to scores, 0 at real steps: use mask == 0\.$"),
         (torch.rand(3, 6) + 1.5, r"dtype is torch\.float32\.$"),
     ],

@@ -102,6 +102,15 @@ def test_hessian_and_jacobians(cell: str) -> None:
     torch.testing.assert_close(hessian(loss)(x), torch.autograd.functional.hessian(loss, x))
 
 
+def test_nested_rows_without_steps(cell: str, x: Tensor) -> None:
+    layer = masked(cell, bidirectional=True).double()
+    nested = torch.nested.nested_tensor_from_jagged(x.new_zeros(0, INPUT), torch.tensor([0, 0, 0]))
+    with torch.autograd.forward_ad.dual_level():
+        output, last = layer(nested)
+    assert output.values().shape == (0, 2 * (layer.proj_size or 3))
+    assert all(h.eq(0).all() for h in as_tuple(last))
+
+
 def test_wrong_shapes_are_still_refused(layer: Any, x: Tensor) -> None:
     with pytest.raises(ValueError, match="lengths has 3 elements, but the input holds 1 sequences"):
         vmap(lambda x: layer(x, lengths=[1, 2, 3])[0])(x)

@@ -151,6 +151,17 @@ def test_make_fx_keeps_no_lengths(cell: str, given: str) -> None:
             make_fx(lambda x, real: Model(layer, given)(x, real))(x, real)
 
 
+@pytest.mark.parametrize(("batch", "steps"), [(0, 5), (3, 0), (0, 0)])
+@pytest.mark.parametrize("given", ["lengths", "mask"])
+def test_fake_tensors_of_no_steps(cell: str, given: str, batch: int, steps: int) -> None:
+    with FakeTensorMode():
+        layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True)
+        real = {"lengths": torch.zeros(batch, dtype=torch.int64), "mask": torch.zeros(batch, steps, dtype=torch.bool)}
+        output, _ = layer(torch.randn(batch, steps, INPUT, requires_grad=True), **{given: real[given]})
+        assert output.shape == (batch, steps, 2 * (layer.proj_size or 3))
+        output.sum().backward()
+
+
 @pytest.mark.parametrize("given", ["lengths", "list", "mask", "packed", "neither", "unbatched"])
 def test_fake_tensors(cell: str, given: str, backend: str) -> None:
     """Shapes without values, there and back; a backend that needs values says so."""

@@ -40,7 +40,7 @@ def scan(mode: str, x: Tensor, real: Tensor | None, initial: States, weights: La
                 hidden.append(torch.where(real[t], new[0], zero))
         if d == 1:
             hidden.reverse()
-        outputs.append(torch.stack(hidden) if hidden else x.new_zeros(0, *initial[0].shape[1:]))
+        outputs.append(torch.stack(hidden) if hidden else projected[..., : initial[0].size(-1)])  # of no step
         lasts.append(state)
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
     return output, tuple(torch.stack(states) for states in zip(*lasts, strict=True))

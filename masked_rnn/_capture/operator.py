@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._backends.bptt.cells import CELLS
 from .._backends.bptt.loops import LayerSpec, Saved, backward, forward, saved_shapes
-from .._backends.kernels import has_lstm_kernel, suits_kernel
+from .._backends.kernels import suits_kernel
 from .._backends.padded import run_padded
 from .._call import Call
 from .._cells import LayerWeights, States, flatten_weights, group_weights, stack_layers
@@ -55,8 +55,10 @@ def _forward(
 ) -> list[Tensor]:
     """The output, the last states, and what the gradient needs, as bytes."""
     grouped, states = group_weights(weights, 1, directions)[0], tuple(initial)
-    saved_bytes = x.new_empty(_saved_size(x, lengths, initial, weights, mode, directions, save), dtype=torch.uint8)
-    if _runs_kernel(x, lengths, initial, mode, batch_first, save):
+    saved_bytes = x.new_empty(_saved_size(x, initial, weights, mode, directions, save), dtype=torch.uint8)
+    runs_kernel = _runs_kernel(x, lengths, initial, mode, batch_first, save)
+    saved_bytes[-x.element_size() :] = runs_kernel  # a mark for the gradient
+    if runs_kernel:
         with torch.no_grad():
             output, last = _kernel(mode, x, lengths, states, grouped, batch_first)
         return [output.contiguous(), *(h.clone() for h in last), saved_bytes]
@@ -83,7 +85,7 @@ def _backward(
 ) -> list[Tensor]:
     """The gradients of the initial states, then of x and of the weights where they are wanted."""
     grouped, states = group_weights(weights, 1, directions)[0], tuple(initial)
-    if _runs_kernel(x, lengths, initial, mode, batch_first, learns=True):
+    if x.device.type != "cpu" or bool(saved_bytes[-1]):
         return _recomputed(x, lengths, initial, weights, grads, mode, directions, batch_first, want_x, want_weights)
     spec = LayerSpec(mode, directions, _plan(x, lengths, batch_first), gather=True, scatter=True)
     flat = x.reshape(-1, x.size(-1))
@@ -104,7 +106,7 @@ def _backward(
 def _runs_kernel(
     x: Tensor, lengths: Tensor | None, initial: Sequence[Tensor], mode: str, batch_first: bool, learns: bool
 ) -> bool:
-    """Whether PyTorch's kernel runs, and once more for the gradient: as `auto` would choose."""
+    """Whether PyTorch's kernel runs: as `auto` would choose. For the gradient it then runs once more."""
     if x.device.type != "cpu":
         return True
     batch, steps = x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
@@ -118,7 +120,8 @@ def _runs_kernel(
 def _kernel(
     mode: str, x: Tensor, lengths: Tensor | None, initial: States, weights: LayerWeights, batch_first: bool
 ) -> tuple[Tensor, States]:
-    output, last = run_padded(mode, x.transpose(0, 1) if batch_first else x, lengths, initial, weights)
+    with torch.autocast(x.device.type, enabled=False):
+        output, last = run_padded(mode, x.transpose(0, 1) if batch_first else x, lengths, initial, weights)
     return output.transpose(0, 1) if batch_first else output, last
 
 
@@ -137,23 +140,19 @@ def _plan_of(lengths: tuple[int, ...], steps: int, batch_first: bool) -> Plan:
 
 
 def _saved_size(
-    x: Tensor,
-    lengths: Tensor | None,
-    initial: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    mode: str,
-    directions: int,
-    save: bool,
+    x: Tensor, initial: Sequence[Tensor], weights: Sequence[Tensor], mode: str, directions: int, save: bool
 ) -> Any:
-    """Enough bytes for a batch without padding; memory that is not touched costs nothing."""
-    runs_kernel = lengths is None and has_lstm_kernel(mode, x, initial[-1].size(-1), initial[0].size(-1))
-    if not save or x.device.type != "cpu" or runs_kernel:
+    """Enough bytes for a batch without padding, and one element for the mark; memory that is not touched costs nothing.
+
+    It must hang on nothing but shapes and dtypes: which kernel runs is known when it does.
+    """
+    if not save or x.device.type != "cpu":
         return 0
     cell = CELLS[mode]
     batch = initial[0].shape[1]
     states = sum(h.size(-1) for h in initial)
     blocks = weights[1].size(0) // cell.gates * cell.width if cell.saves_buffer else 0
-    return directions * (x.shape[0] * x.shape[1] * (states + blocks) + batch * states) * x.element_size()
+    return (directions * (x.shape[0] * x.shape[1] * (states + blocks) + batch * states) + 1) * x.element_size()
 
 
 def _saved(spec: LayerSpec, x: Tensor, initial: Sequence[Tensor], weights: LayerWeights, room: Tensor) -> Saved:
@@ -182,7 +181,7 @@ def _recomputed(
 
     def run() -> list[Tensor]:
         inputs = [t.detach().requires_grad_() for t in (*initial, x, *weights)]
-        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.enable_grad():
             (grouped,) = group_weights(inputs[S + 1 :], 1, directions)
             output, last = _kernel(mode, inputs[S], lengths, tuple(inputs[:S]), grouped, batch_first)
         wanted = inputs[:S] + (inputs[S : S + 1] if want_x else []) + (inputs[S + 1 :] if want_weights else [])
@@ -203,7 +202,7 @@ def _fake_forward(
     save: bool,
 ) -> list[Tensor]:
     output = x.new_empty(x.shape[0], x.shape[1], directions * initial[0].shape[-1])
-    saved_bytes = x.new_empty(_saved_size(x, lengths, initial, weights, mode, directions, save), dtype=torch.uint8)
+    saved_bytes = x.new_empty(_saved_size(x, initial, weights, mode, directions, save), dtype=torch.uint8)
     return [output, *(torch.empty_like(h, memory_format=torch.contiguous_format) for h in initial), saved_bytes]
 
 

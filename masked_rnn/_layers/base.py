@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypedDict, TypeVar, cast
 
@@ -14,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from .._call import close_call, open_call
 from .._choice import BACKENDS, run
-from .._torch import forward_pre_hooks
+from .._torch import dynamo_is_loaded, dynamo_refuses, forward_pre_hooks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -113,9 +112,9 @@ class MaskedRNNBase(nn.RNNBase):
             if isinstance(input, torch.fx.Proxy):
                 return _as_leaf(self, input, hx, lengths, mask)
             # Dynamo leaves every nn.RNNBase to run as it is, but would compile, in pieces, the functions that it calls.
-            if "torch._dynamo" in sys.modules:
+            if dynamo_is_loaded():
                 return _eager_run()(self, input, hx, lengths, mask)
-        elif torch.compiler.is_dynamo_compiling() and not torch._dynamo.config.allow_rnn:
+        elif dynamo_refuses():
             return _eager_run()(self, input, hx, lengths, mask)
         return _run(self, input, hx, lengths, mask)
 
