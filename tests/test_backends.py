@@ -48,10 +48,10 @@ CHOICES = [
     ("rnn-tanh", 1, 8, FULL, False, "padded"),
     ("lstm", 64, 128, FULL, True, "padded"),
     ("lstm", 64, 128, FULL, False, "padded"),
-    # a * width < 1000 + 0.8 * half of it
-    ("lstm", 13, 128, HALF, True, "padded"),
-    ("lstm", 14, 128, HALF, True, "bptt"),
-    # a * width < 1400 + 1.6 * half of it
+    # N * width < 1400 + 0.8 * half of it
+    ("lstm", 18, 128, HALF, True, "padded"),
+    ("lstm", 19, 128, HALF, True, "bptt"),
+    # N * width < 1400 + 1.6 * half of it
     ("lstm", 54, 128, HALF, False, "padded"),
     ("lstm", 55, 128, HALF, False, "bptt"),
     # The same work, most of it padding; and a small layer, whose rows cost as much as 16 wide.

@@ -180,7 +180,9 @@ def test_lengths_that_are_no_integers_are_refused(lengths: Any) -> None:
     """As in eager mode: nothing is truncated on the way into a graph."""
     layer = masked("gru", batch_first=True)
     x = torch.randn(3, 6, INPUT) if isinstance(lengths, list) else torch.randn(6, INPUT)
-    with pytest.raises(Exception, match=r"of type (float|bool)"):
+    # torch 2.6's Dynamo keeps the words to itself.
+    words = "Observed exception" if torch_before("2.7") else r"of type (float|bool)"
+    with pytest.raises(Exception, match=words):
         torch.compile(layer, backend="aot_eager", fullgraph=True)(x, lengths=lengths)
 
 

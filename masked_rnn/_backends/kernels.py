@@ -29,7 +29,7 @@ def suits_kernel(
 ) -> bool:
     """On the CPU: whether the kernel over a padded batch beats a loop of our own over the real steps alone.
 
-    By measurement; docs/backends.md has the rule in words. Reads the lengths.
+    By measurement: `python -m benchmarks.choice`; docs/backends.md has the rule in words. Reads the lengths.
     """
     if not has_lstm_kernel(mode, x, hidden, fed_back):
         # A call of few small steps is over before a loop in Python has begun.
@@ -39,7 +39,7 @@ def suits_kernel(
     # Its vectors are 16 wide: it computes no less for a smaller layer.
     width = max(hidden, 16)
     real = int(lengths.sum()) / max(steps, 1) * width
-    return batch * width < (1000 + 0.8 * real if learns else 1400 + 1.6 * real)
+    return batch * width < 1400 + (0.8 if learns else 1.6) * real
 
 
 def run_kernel(
