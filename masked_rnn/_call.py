@@ -260,7 +260,8 @@ def _check_input(layer: Any, weights: list[LayerWeights], data: Tensor) -> None:
     """What `nn.RNNBase.check_input` refuses, by the weights that the call runs with."""
     dtype = weights[0][0].w_ih.dtype
     if data.dtype != dtype and not torch.is_autocast_enabled(data.device.type):
-        raise ValueError(f"input must have the type {dtype}, got type {data.dtype}. Use input.to({dtype}).")
+        cure = f" Use input.to({dtype})." if data.is_floating_point() else ""  # whole numbers may be ids to embed
+        raise ValueError(f"input must have the type {dtype}, got type {data.dtype}.{cure}")
     if data.size(-1) != layer.input_size:
         raise RuntimeError(
             f"input.size(-1) must be equal to input_size. Expected {layer.input_size}, got {data.size(-1)}"

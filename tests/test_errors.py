@@ -188,6 +188,7 @@ REFUSED: list[tuple[str, Any, Any, str]] = [
     ("rank", torch.zeros(1, 3, 6, INPUT), None, r"Expected input to be 2D or 3D, got 4D"),
     ("rank 1", torch.zeros(INPUT), None, r"Expected input to be 2D or 3D, got 1D"),
     ("dtype", X.double(), None, r"torch\.float64.*torch\.float32"),
+    ("ids", X.long(), None, r"got type torch\.int64\.$"),
     ("no steps", X[:, :0], None, r"sequence length to be larger than 0"),
     ("hx batch", X, torch.zeros(1, 2, 3), r"\(1, 3, 3\).*\[1, 2, 3\]"),
     ("hx layers", X, torch.zeros(2, 3, 3), r"\(1, 3, 3\).*\[2, 3, 3\]"),
