@@ -44,9 +44,14 @@ class Plan:
         self.rows = self.starts[-1]
 
     @cached_property
-    def _step_and_place(self) -> tuple[Tensor, Tensor, Tensor]:
+    def step_tables(self) -> tuple[Tensor, Tensor]:
+        """How many sequences run at each step, and the first row of each."""
         sizes = torch.tensor(self.batch_sizes, dtype=torch.int64, device=self.device)
-        starts = torch.tensor(self.starts, dtype=torch.int64, device=self.device)
+        return sizes, torch.tensor(self.starts, dtype=torch.int64, device=self.device)
+
+    @cached_property
+    def _step_and_place(self) -> tuple[Tensor, Tensor, Tensor]:
+        sizes, starts = self.step_tables
         step = torch.repeat_interleave(sizes, output_size=self.rows)
         return step, torch.arange(self.rows, device=self.device) - starts[step], starts
 

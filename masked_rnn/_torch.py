@@ -5,11 +5,15 @@ A fallback is as right as the name it stands for, if slower. `tests/test_torch.p
 
 from __future__ import annotations
 
+import ctypes
 import operator
+import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache, reduce, wraps
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -273,3 +277,12 @@ def jagged_like(nested: Any, values: Tensor) -> Tensor:
         min_seqlen=getattr(nested, "_maybe_min_seqlen", None),
         max_seqlen=getattr(nested, "_maybe_max_seqlen", None),
     )
+
+
+@cache
+def gnu_openmp_parallel() -> Any:
+    """What runs a C function on the threads of PyTorch's own OpenMP, where that is GNU's; None where it is not."""
+    for path in (Path(torch.__file__).parent / "lib").glob("libgomp*"):
+        with suppress(OSError, AttributeError):
+            return ctypes.CDLL(str(path), os.RTLD_NOLOAD).GOMP_parallel  # the copy that PyTorch has loaded
+    return None

@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_sequence
 
 from masked_rnn import _choice, _torch
+from masked_rnn._backends.bptt import passes
 
 X = torch.randn(3, 6, INPUT)
 ROWS = [X[0], X[1, :4], X[2, :1]]
@@ -40,12 +41,9 @@ def test_on_the_cpu_bptt_trains(cell: str, form: str, ran: list[str]) -> None:
 # (cell, batch, hidden, lengths, whether gradients are wanted, what runs); 20 steps.
 FULL, HALF, ONE = "none", "half", "one long"
 CHOICES = [
-    ("gru", 4, 127, FULL, False, "padded"),
-    ("gru", 4, 128, FULL, False, "bptt"),
-    ("gru", 4, 127, FULL, True, "bptt"),
+    ("gru", 1, 8, FULL, False, "bptt"),
     ("gru", 4, 127, HALF, False, "bptt"),
     ("gru", 1, 8, "mask", False, "bptt"),
-    ("rnn-tanh", 1, 8, FULL, False, "padded"),
     ("lstm", 64, 128, FULL, True, "padded"),
     ("lstm", 64, 128, FULL, False, "padded"),
     # N * width < 1400 + 0.8 * half of it
@@ -61,6 +59,29 @@ CHOICES = [
     ("lstm", 16, 4, ONE, True, "padded"),
     ("lstm-proj", 64, 128, FULL, True, "bptt"),
 ]
+
+
+@pytest.mark.parametrize("name", ["gru", "rnn-tanh", "lstm-proj"])
+@pytest.mark.parametrize(
+    ("steps", "batch", "hidden", "has_lengths", "learns", "expected"),
+    [
+        (4, 64, 32, False, True, "padded"),
+        (5, 64, 32, False, True, "bptt"),
+        (4, 64, 32, True, True, "bptt"),
+        (15, 4, 127, False, False, "padded"),
+        (15, 4, 127, True, False, "padded"),
+        (15, 4, 127, False, True, "bptt"),
+        (15, 4, 128, False, False, "bptt"),
+        (16, 4, 127, False, False, "bptt"),
+    ],
+)
+def test_few_steps(
+    name: str, steps: int, batch: int, hidden: int, has_lengths: bool, learns: bool, expected: str, ran: list[str]
+) -> None:
+    layer = masked(name, INPUT, hidden)
+    with torch.set_grad_enabled(learns):
+        layer(torch.randn(steps, batch, INPUT), lengths=[steps, *[1] * (batch - 1)] if has_lengths else None)
+    assert ran == [expected]
 
 
 @pytest.mark.parametrize(("name", "batch", "hidden", "given", "learns", "expected"), CHOICES)
@@ -202,8 +223,9 @@ def test_full_lengths_are_no_lengths(cell: str) -> None:
 )
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")  # of torch's own, as it sets the flag
 def test_large_weights_are_laid_out_once(
-    hidden: int, batch: int, dtype: torch.dtype, enabled: bool, expected: bool
+    hidden: int, batch: int, dtype: torch.dtype, enabled: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(passes, "compiled_loops", lambda: "left out here")
     layer = masked("gru", INPUT, hidden, backend="bptt").to(dtype)
     x = torch.randn(2, batch, INPUT, dtype=dtype)
     with torch.backends.mkldnn.flags(enabled=enabled), torch.profiler.profile() as profile:

@@ -81,10 +81,13 @@ def test_padding_is_never_read(cell: str, backend: str, garbage: float, bidirect
 
 
 def test_a_long_sequence_runs_in_chunks(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from masked_rnn._backends.bptt import loops
+    from masked_rnn._backends.bptt import passes, spec
 
+    compiled = passes.compiled_loops()
     for size in (1, 200, 1000):
-        monkeypatch.setattr(loops, "CHUNK_BYTES", size)
+        monkeypatch.setattr(spec, "CHUNK_BYTES", size)
+        if not isinstance(compiled, str):
+            monkeypatch.setattr(compiled, "DELTA_BYTES", size)
         for bidirectional in (False, True):
             layer = masked(cell, backend="bptt", num_layers=2, bidirectional=bidirectional).double()
             lengths = [7, 12, 3, 0, 10]

@@ -54,6 +54,7 @@ class Contender:
     def label(self, cell: str) -> str:
         layer = f"nn.{cell.upper()}"
         labels = {
+            "masked_rnn-ops": "without the extra fast",
             "recipe": f"sort, pack, {layer}, unpack, unsort",
             "padded": f"{layer} on the padded batch" + (" (oneDNN)" if cell == "lstm" else ""),
             "keras": "Keras 3 on TensorFlow",
@@ -74,7 +75,8 @@ def version_of(package: str) -> str:
         return "?"
 
 
-OURS = Contender("masked_rnn", "torch_layers", "Masked", ("masked_rnn", "torch"))
+OURS = Contender("masked_rnn", "torch_layers", "Masked", ("masked_rnn", "torch", "numba"))
+WITHOUT_EXTRA = Contender("masked_rnn-ops", "torch_layers", "WithoutExtra", ("masked_rnn", "torch"))
 RECIPE = Contender("recipe", "torch_layers", "Recipe", ("torch",))
 PADDED = Contender("padded", "torch_layers", "Padded", ("torch",), takes_lengths=False)
 OTHERS = (
@@ -95,4 +97,4 @@ BACKENDS = tuple(
     Contender(f"masked_rnn-{backend}", "torch_layers", "Masked", ("masked_rnn", "torch"), {"backend": backend})
     for backend in ("packed", "padded", "bptt", "scan")
 )
-CONTENDERS = (OURS, RECIPE, PADDED, *OTHERS, PRODUCTS)
+CONTENDERS = (OURS, WITHOUT_EXTRA, RECIPE, PADDED, *OTHERS, PRODUCTS)

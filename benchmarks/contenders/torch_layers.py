@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import masked_rnn
+from masked_rnn._backends.bptt import passes
 
 from ..problem import Problem, Result
 
@@ -62,6 +65,28 @@ class Masked(TorchRunner):
     def forward(self) -> tuple[Tensor, ...]:
         output, last = self.layer(self.input, lengths=self.lengths)
         return output, *flat(last)
+
+
+class WithoutExtra(Masked):
+    """As without Numba."""
+
+    def infer(self) -> tuple[Tensor, ...]:
+        with without_compiled_loops():
+            return super().infer()
+
+    def train(self) -> tuple[Tensor, ...]:
+        with without_compiled_loops():
+            return super().train()
+
+
+@contextmanager
+def without_compiled_loops() -> Iterator[None]:
+    found = passes.compiled_loops
+    passes.compiled_loops = lambda: "left out of this run"  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        passes.compiled_loops = found
 
 
 class Padded(TorchRunner):

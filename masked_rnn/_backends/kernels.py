@@ -32,8 +32,8 @@ def suits_kernel(
     By measurement: `python -m benchmarks.choice`; docs/backends.md has the rule in words. Reads the lengths.
     """
     if not has_lstm_kernel(mode, x, hidden, fed_back):
-        # A call of few small steps is over before a loop in Python has begun.
-        return not learns and batch * hidden < 512 and (lengths is None or steps < 16)
+        # A call of few steps is over before a loop of our own has begun.
+        return (lengths is None and steps <= 4) or (not learns and batch * hidden < 512 and steps < 16)
     if lengths is None:
         return True
     # Its vectors are 16 wide: it computes no less for a smaller layer.

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .._backends.bptt.cells import CELLS
-from .._backends.bptt.loops import LayerSpec, Saved, backward, forward, saved_shapes
+from .._backends.bptt.passes import backward, forward
+from .._backends.bptt.spec import LayerSpec, Saved, saved_shapes
 from .._backends.kernels import suits_kernel
 from .._backends.padded import run_padded
 from .._call import Call

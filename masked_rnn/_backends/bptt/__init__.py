@@ -15,7 +15,8 @@ from ..._cells import LayerWeights, States, flatten_weights, group_weights, stac
 from ..double_backward import gradient_of, needs_another_backward
 from ..recurrence import scan_rows
 from ..rows import pick_rows, place_rows
-from .loops import LayerSpec, Saved, backward, forward
+from .passes import backward, forward
+from .spec import LayerSpec, Saved
 
 
 def run(call: Call) -> tuple[Tensor, States]:

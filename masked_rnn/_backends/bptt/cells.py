@@ -51,6 +51,10 @@ class Cell:
         """A recurrent weight or bias with its gates in the buffer's order."""
         return weight
 
+    def restore_gates(self, weight: Tensor) -> Tensor:
+        """The inverse of `order_gates`."""
+        return weight
+
     def sigmoid_slope(self, s: Tensor, out: Tensor) -> Tensor:
         """s (1 - s): the derivative of s = σ(a) by a."""
         return torch.sub(self.one, s, out=out).mul_(s)
@@ -99,6 +103,9 @@ class GRU(Cell):
 
     def order_gates(self, weight: Tensor) -> Tensor:
         return weight.roll(self.hidden, 0)
+
+    def restore_gates(self, weight: Tensor) -> Tensor:
+        return weight.roll(-self.hidden, 0)
 
     def parts(self, buffer: Tensor) -> States:
         H = self.hidden

@@ -10,72 +10,15 @@ P input rows with padding, R rows that run, B sequences that have one, N all, I 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..._cells import LayerWeights, States
-from ..._plan import Chunk, Plan, restore_states, sort_states
+from ..._plan import Chunk, Plan
 from ..._torch import below_autograd
-from .cells import CELLS, Cell
 from .products import InputProduct, WeightGradients, recurrent_product
-
-CHUNK_BYTES = 2 << 20
-"""Of a chunk's buffer, for each direction: about what stays in a core's caches."""
-
-
-class LayerSpec(NamedTuple):
-    """What one layer's run is, apart from its tensors."""
-
-    mode: str
-    directions: int
-    plan: Plan
-    gather: bool
-    """The input lies as the caller's does, padding and all; False: as rows that run."""
-    scatter: bool
-    """The output is wanted as the caller's input lies; False: as rows that run."""
-
-    def cell(self, weights: LayerWeights) -> Cell:
-        return CELLS[self.mode](weights)
-
-    def rows_at(self, there: bool) -> list[Tensor | None]:
-        """Where each direction's rows lie, in the caller's input or among the rows that run; None: in order."""
-        index = self.plan.index if there else None
-        if self.directions == 1:
-            return [index]
-        return [index, self.plan.reversed_rows if index is None else index[self.plan.reversed_rows]]
-
-    @property
-    def output_is_history(self) -> bool:
-        """Whether the output that the caller gets is the states at every row, as they stand."""
-        return self.scatter and self.directions == 1 and self.plan.index is None
-
-    @property
-    def pair(self) -> tuple[int, ...]:
-        return (2,) if self.directions == 2 else ()
-
-    def chunks(self, cell: Cell, itemsize: int) -> list[Chunk]:
-        return self.plan.chunks(max(1, CHUNK_BYTES // (cell.width * cell.hidden * itemsize)))
-
-
-class Saved(NamedTuple):
-    """What backward needs: each state at every row, behind its initial value, and each chunk's buffer."""
-
-    history: States
-    buffers: list[Tensor]
-
-
-def saved_shapes(
-    spec: LayerSpec, cell: Cell, initial: Sequence[Tensor], chunks: list[Chunk]
-) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """Of what a `Saved` holds."""
-    rows = spec.plan.sequences + spec.plan.rows
-    width = cell.width * cell.hidden
-    return (
-        [(*spec.pair, rows, h.size(-1)) for h in initial],
-        [(*spec.pair, chunk.rows, width) for chunk in chunks] if cell.saves_buffer else [],
-    )
+from .spec import LayerSpec, Saved, new_saved, pick_states, place_initial, place_last
 
 
 @below_autograd
@@ -88,18 +31,13 @@ def forward(
     """
     plan, cell, axis = spec.plan, spec.cell(weights), len(spec.pair)
     chunks = spec.chunks(cell, x.element_size())
-    if into is None:
-        history_shapes, buffer_shapes = saved_shapes(spec, cell, initial, chunks)
-        into = Saved(
-            tuple(x.new_empty(shape) for shape in history_shapes),
-            [x.new_empty(shape) for shape in buffer_shapes] if save else [],
-        )
+    into = new_saved(spec, cell, x, initial, chunks, save) if into is None else into
     history, buffers = into
     if not buffers:
         most = max((chunk.rows for chunk in chunks), default=0)
         shared = x.new_empty(*spec.pair, most, cell.width * cell.hidden)
     for states, first in zip(history, initial, strict=True):
-        states.narrow(-2, 0, plan.sequences).copy_(_pick(spec, first))
+        states.narrow(-2, 0, plan.sequences).copy_(pick_states(spec, first))
 
     add_ = recurrent_product(cell.join(*(cell.order_gates(d.w_hh) for d in weights)).mT, plan.sequences)
     products = [InputProduct(cell, d) for d in weights]
@@ -117,7 +55,7 @@ def forward(
     output = _place_output(spec, history[0].narrow(-2, plan.sequences, plan.rows))
     if save and spec.output_is_history:
         output = output.clone()  # what the caller does to it in place must not reach what is saved
-    return output, tuple(_place_last(spec, h, first) for h, first in zip(history, initial, strict=True)), into
+    return output, tuple(place_last(spec, h, first) for h, first in zip(history, initial, strict=True)), into
 
 
 @below_autograd
@@ -139,7 +77,7 @@ def backward(
     rows_in, rows_out = spec.rows_at(spec.gather), spec.rows_at(spec.scatter)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if want_x else None
     dw = WeightGradients(cell, weights) if want_weights else None
-    ends = [None if d is None else _pick(spec, d) for d in d_last]
+    ends = [None if d is None else pick_states(spec, d) for d in d_last]
     carried: list[Tensor] = []
     most = max((chunk.rows for chunk in chunks), default=0)
     scratch = x.new_empty(*spec.pair, most, cell.gates * cell.hidden)
@@ -182,7 +120,7 @@ def backward(
                 dw.add_input(direction, d, _rows(x, rows_in[direction], chunk))
 
     d_initial = [
-        _place_initial(spec, carried[s] if carried else None, d_last[s], first) for s, first in enumerate(initial)
+        place_initial(spec, carried[s] if carried else None, d_last[s], first) for s, first in enumerate(initial)
     ]
     return dx, tuple(d_initial), None if dw is None else dw.result()
 
@@ -199,12 +137,6 @@ def _rows(x: Tensor, index: Tensor | None, chunk: Chunk) -> Tensor:
     if index is None:
         return x.narrow(0, chunk.start, chunk.rows)
     return x.index_select(0, index.narrow(0, chunk.start, chunk.rows))
-
-
-def _pick(spec: LayerSpec, states: Tensor) -> Tensor:
-    """(D, N, H) -> (D, B, H), sorted; (B, H) for one direction."""
-    states = sort_states(states, spec.plan)
-    return states if spec.pair else states[0]
 
 
 def _before(plan: Plan, history: Tensor, chunk: Chunk) -> Tensor:
@@ -250,16 +182,3 @@ def _add_input_gradient(dx: Tensor, index: Tensor | None, chunk: Chunk, d: Tenso
     else:
         at = index.narrow(0, chunk.start, chunk.rows)
         dx.index_copy_(0, at, dx.index_select(0, at).addmm_(d, w_ih))
-
-
-def _place_last(spec: LayerSpec, history: Tensor, initial: Tensor) -> Tensor:
-    last = history.index_select(-2, spec.plan.sequences + spec.plan.last)
-    return restore_states(last if spec.pair else last.unsqueeze(0), initial, spec.plan)
-
-
-def _place_initial(spec: LayerSpec, carried: Tensor | None, d_last: Tensor | None, initial: Tensor) -> Tensor:
-    """The initial state's gradient: what came back through the steps; of a row without steps, its last state's."""
-    grad = torch.zeros_like(initial) if d_last is None else d_last.clone()
-    if carried is None:
-        return grad
-    return restore_states(carried if spec.pair else carried.unsqueeze(0), grad, spec.plan)

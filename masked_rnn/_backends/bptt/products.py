@@ -59,20 +59,25 @@ def _pair(first: AddProduct, second: AddProduct) -> AddProduct:
     return add_
 
 
+def input_biases(cell: Cell, weights: Weights) -> tuple[Tensor | None, Tensor | None]:
+    """What is added to the input product: the recurrent bias, too, but for what stands before the product."""
+    if weights.b_ih is None or weights.b_hh is None:
+        return None, None
+    free = (cell.width - cell.gates) * cell.hidden
+    b_hh = cell.order_gates(weights.b_hh)
+    bias = weights.b_ih.clone()
+    bias[: bias.size(0) - free].add_(b_hh[free:])
+    return bias, b_hh[:free]
+
+
 class InputProduct:
     """W_ih x + b_ih, with every recurrent bias that adds to it; the rest of the recurrent bias stands before it."""
 
     def __init__(self, cell: Cell, weights: Weights) -> None:
         self.w = weights.w_ih.t()
-        self.gates = gates = cell.gates * cell.hidden
+        self.gates = cell.gates * cell.hidden
         self.free = (cell.width - cell.gates) * cell.hidden
-        self.bias: Tensor | None = None
-        self.free_bias: Tensor | None = None
-        if weights.b_ih is not None and weights.b_hh is not None:
-            b_hh = cell.order_gates(weights.b_hh)
-            self.bias = weights.b_ih.clone()
-            self.bias[: gates - self.free].add_(b_hh[self.free :])
-            self.free_bias = b_hh[: self.free]
+        self.bias, self.free_bias = input_biases(cell, weights)
 
     def __call__(self, x: Tensor, buffer: Tensor) -> None:
         product = buffer.narrow(-1, self.free, self.gates)

@@ -1,0 +1,250 @@
+"""The loops of `..loops`, compiled by Numba: same arguments, same results, same `Saved`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...._cells import LayerWeights, States, Weights
+from ...._plan import Chunk
+from ...._torch import below_autograd
+from .. import loops
+from ..cells import Cell
+from ..products import input_biases
+from ..spec import LayerSpec, Saved, new_saved, pick_states, place_initial, place_last
+from . import kernels, products, records, threads
+from .tile import TILE_BYTES, TILE_ROWS
+
+MODES = {"GRU": kernels.GRU, "LSTM": kernels.LSTM, "RNN_TANH": kernels.RNN_TANH, "RNN_RELU": kernels.RNN_RELU}
+DELTA_BYTES = 8 << 20
+"""Of a chunk's deltas, for each direction."""
+
+
+@below_autograd
+def forward(
+    spec: LayerSpec, x: Tensor, initial: States, weights: LayerWeights, save: bool, into: Saved | None = None
+) -> tuple[Tensor, States, Saved]:
+    plan, cell = spec.plan, spec.cell(weights)
+    if not plan.rows:
+        return loops.forward(spec, x, initial, weights, save, into)
+    chunks = spec.chunks(cell, x.element_size())
+    into = new_saved(spec, cell, x, initial, chunks, save) if into is None else into
+    for states, first in zip(into.history, initial, strict=True):
+        states.narrow(-2, 0, plan.sequences).copy_(pick_states(spec, first))
+    x, layer = _rows(x), _Layer(spec, cell, into, chunks)
+    biases = [input_biases(cell, w) for w in weights]
+    free = (cell.width - cell.gates) * cell.hidden
+    if spec.output_is_history:
+        output = None
+    else:
+        size = plan.size if spec.scatter else plan.rows
+        new = x.new_zeros if size > plan.rows else x.new_empty
+        output = new(size, len(weights) * initial[0].size(-1))
+    run = records.Forward(
+        w_ih=layer.pack([w.w_ih for w in weights], transposed=True),
+        w_hh=layer.pack([cell.order_gates(w.w_hh) for w in weights], transposed=True),
+        w_hr=layer.pack([w.w_hr for w in weights], transposed=True),
+        bias=layer.join([bias for bias, _ in biases]),
+        free_bias=layer.join([bias for _, bias in biases]) if free else 0,
+        output=0 if output is None else output.data_ptr(),
+        output_row=0 if output is None else output.stride(0) * output.element_size(),
+        saves=bool(into.buffers),
+    )
+    layer.run("forward", run, x, layer.blocks * len(weights))
+    if output is None:
+        output = into.history[0].narrow(-2, plan.sequences, plan.rows)
+        output = output.clone() if save else output  # what is saved must not change with what the caller gets
+    return output, tuple(place_last(spec, h, first) for h, first in zip(into.history, initial, strict=True)), into
+
+
+@below_autograd
+def backward(
+    spec: LayerSpec,
+    x: Tensor,
+    initial: States,
+    weights: LayerWeights,
+    saved: Saved,
+    d_output: Tensor | None,
+    d_last: Sequence[Tensor | None],
+    want_x: bool,
+    want_weights: bool,
+) -> tuple[Tensor | None, States, LayerWeights | None]:
+    plan, cell, D = spec.plan, spec.cell(weights), len(weights)
+    if not plan.rows:
+        return loops.backward(spec, x, initial, weights, saved, d_output, d_last, want_x, want_weights)
+    H, P, inputs, gates = cell.hidden, initial[0].size(-1), x.size(-1), cell.gates * cell.hidden
+    whole = tuple(x.shape)
+    x, d_output = _rows(x), None if d_output is None else _rows(d_output)
+    layer = _Layer(spec, cell, saved, spec.chunks(cell, x.element_size()))
+    grads = [_own(spec, h, d) for h, d in zip(initial, d_last, strict=True)]
+    projects = want_weights and cell.w_hr is not None
+    width = cell.width * H + (P + inputs) * want_weights + (P + H) * projects
+    chunks = plan.chunks(max(1, DELTA_BYTES // (width * x.element_size())))
+    most = max(chunk.rows for chunk in chunks)
+    deltas = x.new_empty(D, most, width)
+    dx = (x.new_zeros if whole[0] > plan.rows else x.new_empty)(D, *whole) if want_x else None
+    d_bias = x.new_zeros(D, layer.blocks, cell.width * H)
+    d_w_hh, d_w_ih, d_w_hr = x.new_zeros(D, gates, P), x.new_zeros(D, gates, inputs), x.new_zeros(D, P, H)
+    part = layer.part(gates)
+    run = records.Backward(
+        w_ih=layer.pack([w.w_ih for w in weights], transposed=False) if want_x else 0,
+        w_hh=layer.pack([cell.order_gates(w.w_hh) for w in weights], transposed=False),
+        w_hr=layer.pack([w.w_hr for w in weights], transposed=False),
+        d_output=0 if d_output is None else d_output.data_ptr(),
+        d_output_row=0 if d_output is None else d_output.stride(0) * x.element_size(),
+        dh=grads[0].data_ptr(),
+        dc=grads[-1].data_ptr(),
+        deltas=deltas.data_ptr(),
+        delta_width=width,
+        delta_rows=most,
+        dx=0 if dx is None else dx.data_ptr(),
+        dx_direction=0 if dx is None else dx.stride(0) * x.element_size(),
+        d_bias=d_bias.data_ptr(),
+        d_w_hh=d_w_hh.data_ptr() if want_weights else 0,
+        d_w_ih=d_w_ih.data_ptr(),
+        d_w_hr=d_w_hr.data_ptr() if projects else 0,
+        part=part,
+        first=0,
+        stop=0,
+    )
+    parts = -(-gates // part) + (-(-P // part) if run.d_w_hr else 0)
+    for chunk in reversed(chunks):
+        run = run._replace(first=chunk.first, stop=chunk.first + len(chunk.sizes))
+        layer.run("backward", run, x, layer.blocks * D)
+        if want_weights:
+            layer.run("weight_gradients", run, x, parts * D)
+    d_initial = tuple(place_initial(spec, *each) for each in zip(grads, d_last, initial, strict=True))
+    d_weights = None
+    if want_weights:
+        bias = d_bias.sum(1)
+        d_weights = tuple(
+            Weights(
+                d_w_ih[d],
+                cell.restore_gates(d_w_hh[d]),
+                None if w.b_ih is None else bias[d, -gates:],
+                None if w.b_hh is None else cell.restore_gates(bias[d, :gates]).clone(),
+                None if w.w_hr is None else d_w_hr[d],
+            )
+            for d, w in enumerate(weights)
+        )
+    if dx is None:
+        return None, d_initial, d_weights
+    return dx[0] if D == 1 else dx[0].add_(dx[1]), d_initial, d_weights
+
+
+def prepare(dtype: torch.dtype) -> None:
+    """Compile all for a dtype, or read it from Numba's cache."""
+    weight = torch.zeros(1, 1, dtype=dtype, device="cpu").numpy()
+    products.pack(weight, True, weight[None].copy())
+    for name in ("forward", "backward", "weight_gradients"):
+        threads.entry(f"{name}{torch.finfo(dtype).bits}")
+
+
+def _own(spec: LayerSpec, initial: Tensor, d_last: Tensor | None) -> Tensor:
+    """The last states' gradients, which the loops carry back in place; (D, B, H) or (B, H), sorted."""
+    if d_last is None:
+        return initial.new_zeros(*spec.pair, spec.plan.sequences, initial.size(-1))
+    return pick_states(spec, d_last).clone(memory_format=torch.contiguous_format)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A matrix whose rows' numbers lie side by side."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+class _Layer:
+    """The addresses that both passes read, and what lies there for as long as this does."""
+
+    def __init__(self, spec: LayerSpec, cell: Cell, saved: Saved, chunks: list[Chunk]) -> None:
+        plan, D = spec.plan, spec.directions
+        history = saved.history
+        self.threads = torch.get_num_threads()
+        sides = -(-self.threads // D)
+        blocks = -(-plan.sequences // TILE_ROWS)
+        block = -(-plan.sequences // (-(-blocks // sides) * sides))
+        self.blocks = -(-plan.sequences // block)
+        self.alive: list[Any] = [saved, plan.step_tables]
+        self.itemsize = history[0].element_size()
+        width = cell.width * cell.hidden
+        self.scratch_bytes = kernels.SCRATCH * 8 + (kernels.GROUP * width + block * cell.hidden) * self.itemsize
+        self.D = D
+        sizes, starts = plan.step_tables
+        buffers = np.zeros((D, sizes.size(0)), np.int64)
+        if saved.buffers:
+            row = width * self.itemsize
+            first = np.array([b.data_ptr() - c.start * row for b, c in zip(saved.buffers, chunks, strict=True)])
+            counts = [len(c.sizes) for c in chunks]
+            buffers[:] = np.repeat(first, counts) + starts.numpy()[:-1] * row
+            if D == 2:
+                buffers[1] += np.repeat([c.rows * row for c in chunks], counts)
+        self.alive.append(buffers)
+        self.values = records.Layer(
+            mode=MODES[spec.mode],
+            hidden=cell.hidden,
+            fed_back=history[0].size(-1),
+            inputs=0,
+            width=cell.width,
+            gates=cell.gates,
+            sequences=plan.sequences,
+            steps=sizes.size(0),
+            rows=plan.rows,
+            directions=D,
+            block=block,
+            sizes=sizes.data_ptr(),
+            starts=starts.data_ptr(),
+            x=0,
+            x_row=0,
+            rows_in=self.table(spec.rows_at(spec.gather)),
+            rows_out=self.table(spec.rows_at(spec.scatter)),
+            buffers=buffers.ctypes.data,
+            history=history[0].data_ptr(),
+            cells=history[-1].data_ptr(),
+            zeros=0,
+        )
+
+    def table(self, rows: list[Tensor | None]) -> int:
+        if all(index is None for index in rows):
+            return 0
+        count = next(index.size(0) for index in rows if index is not None)
+        return self.join([torch.arange(count, device="cpu") if index is None else index for index in rows])
+
+    def join(self, tensors: Sequence[Tensor | None]) -> int:
+        """The address of a tensor for each direction, side by side; 0 where there are none."""
+        found = [t for t in tensors if t is not None]
+        if not found:
+            return 0
+        joined = found[0].contiguous() if len(found) == 1 else torch.stack(found)
+        self.alive.append(joined)
+        return joined.data_ptr()
+
+    def pack(self, weights: Sequence[Tensor | None], transposed: bool) -> int:
+        found = [w.contiguous() for w in weights if w is not None]
+        if not found:
+            return 0
+        columns, depth = found[0].shape if transposed else found[0].shape[::-1]
+        wide = TILE_BYTES // self.itemsize
+        packed = found[0].new_empty(len(found), -(-columns // wide), depth, wide)
+        for weight, out in zip(found, packed.numpy(), strict=True):
+            products.pack(weight.numpy(), transposed, out)
+        self.alive.append(packed)
+        return packed.data_ptr()
+
+    def part(self, gates: int) -> int:
+        """How many rows of a weight's gradient a thread takes at once."""
+        even = -(-gates * self.D // (4 * self.threads))
+        return min(kernels.MOST_PARTS, -(-even // TILE_ROWS) * TILE_ROWS)
+
+    def run(self, kernel: str, run: Any, x: Tensor, tasks: int) -> None:
+        inputs = x.size(1)
+        zeros = x.new_zeros(max(inputs, self.values.hidden * self.values.gates))
+        values = self.values._replace(
+            inputs=inputs, x=x.data_ptr(), x_row=x.stride(0) * self.itemsize, zeros=zeros.data_ptr()
+        )
+        scratch = np.empty((self.threads, self.scratch_bytes), np.uint8)
+        shared = records.Shared(0, 0, scratch.ctypes.data, self.scratch_bytes)
+        data = np.array([*shared, *values, *run], np.int64)
+        threads.run(f"{kernel}{8 * self.itemsize}", data.ctypes.data, tasks)

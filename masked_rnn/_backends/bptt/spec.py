@@ -1,0 +1,100 @@
+"""What one layer's run is, what it saves for backward, and how states come in and go out: alike for all loops.
+
+B sequences that have a step, N all, R rows that run, P state that is fed back, H hidden, D directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._cells import LayerWeights, States
+from ..._plan import Chunk, Plan, restore_states, sort_states
+from .cells import CELLS, Cell
+
+CHUNK_BYTES = 2 << 20
+"""Of a chunk's buffer, for each direction: about what stays in a core's caches."""
+
+
+class LayerSpec(NamedTuple):
+    """What one layer's run is, apart from its tensors."""
+
+    mode: str
+    directions: int
+    plan: Plan
+    gather: bool
+    """The input lies as the caller's does, padding and all; False: as rows that run."""
+    scatter: bool
+    """The output is wanted as the caller's input lies; False: as rows that run."""
+
+    def cell(self, weights: LayerWeights) -> Cell:
+        return CELLS[self.mode](weights)
+
+    def rows_at(self, there: bool) -> list[Tensor | None]:
+        """Where each direction's rows lie, in the caller's input or among the rows that run; None: in order."""
+        index = self.plan.index if there else None
+        if self.directions == 1:
+            return [index]
+        return [index, self.plan.reversed_rows if index is None else index[self.plan.reversed_rows]]
+
+    @property
+    def output_is_history(self) -> bool:
+        """Whether the output that the caller gets is the states at every row, as they stand."""
+        return self.scatter and self.directions == 1 and self.plan.index is None
+
+    @property
+    def pair(self) -> tuple[int, ...]:
+        return (2,) if self.directions == 2 else ()
+
+    def chunks(self, cell: Cell, itemsize: int) -> list[Chunk]:
+        return self.plan.chunks(max(1, CHUNK_BYTES // (cell.width * cell.hidden * itemsize)))
+
+
+class Saved(NamedTuple):
+    """What backward needs: each state at every row, behind its initial value, and each chunk's buffer."""
+
+    history: States
+    buffers: list[Tensor]
+
+
+def saved_shapes(
+    spec: LayerSpec, cell: Cell, initial: Sequence[Tensor], chunks: list[Chunk]
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Of what a `Saved` holds."""
+    rows = spec.plan.sequences + spec.plan.rows
+    width = cell.width * cell.hidden
+    return (
+        [(*spec.pair, rows, h.size(-1)) for h in initial],
+        [(*spec.pair, chunk.rows, width) for chunk in chunks] if cell.saves_buffer else [],
+    )
+
+
+def new_saved(
+    spec: LayerSpec, cell: Cell, x: Tensor, initial: Sequence[Tensor], chunks: list[Chunk], save: bool
+) -> Saved:
+    history, buffers = saved_shapes(spec, cell, initial, chunks)
+    return Saved(
+        tuple(x.new_empty(shape) for shape in history), [x.new_empty(shape) for shape in buffers] if save else []
+    )
+
+
+def pick_states(spec: LayerSpec, states: Tensor) -> Tensor:
+    """(D, N, H) -> (D, B, H), sorted; (B, H) for one direction."""
+    states = sort_states(states, spec.plan)
+    return states if spec.pair else states[0]
+
+
+def place_last(spec: LayerSpec, history: Tensor, initial: Tensor) -> Tensor:
+    last = history.index_select(-2, spec.plan.sequences + spec.plan.last)
+    return restore_states(last if spec.pair else last.unsqueeze(0), initial, spec.plan)
+
+
+def place_initial(spec: LayerSpec, carried: Tensor | None, d_last: Tensor | None, initial: Tensor) -> Tensor:
+    """The initial state's gradient: what came back through the steps; of a row without steps, its last state's."""
+    grad = torch.zeros_like(initial) if d_last is None else d_last.clone()
+    if carried is None:
+        return grad
+    return restore_states(carried if spec.pair else carried.unsqueeze(0), grad, spec.plan)

@@ -1,0 +1,212 @@
+"""The compiled loops: that they run, and where they cannot, that all works without."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import as_tuple, masked
+from torch import Tensor
+
+import masked_rnn
+from masked_rnn._backends.bptt import loops, passes
+
+found = passes.compiled_loops()
+needs_numba = pytest.mark.skipif(isinstance(found, str), reason=f"without the extra fast: {found}")
+ROOT = Path(__file__).parent.parent
+
+
+def test_what_is_expected_here_runs() -> None:
+    """`.ci/run` says what it installed."""
+    expected = os.environ.get("MASKED_RNN_EXPECT_LOOPS")
+    assert expected in (None, "ops" if isinstance(found, str) else "compiled"), found
+
+
+def train(layer: Any, x: Tensor, lengths: list[int]) -> list[Tensor]:
+    layer.zero_grad()
+    x = x.detach().requires_grad_()
+    output, last = layer(x, lengths=lengths)
+    (sum((h**2).sum() for h in as_tuple(last)) + (output**3).sum()).backward()
+    with torch.no_grad():
+        alone, _ = layer(x, lengths=lengths)
+    assert x.grad is not None
+    gradients = [p.grad for p in layer.parameters()]
+    return [t.detach().clone() for t in (output, *as_tuple(last), alone, x.grad, *gradients)]
+
+
+SHAPES = {
+    "one row": (1, 50, 5, 16),
+    "no whole register": (5, 9, 3, 7),
+    "many rows": (70, 12, 9, 33),
+    "several tiles": (9, 40, 40, 70),
+    "more rows than a gradient's product takes at once": (3, 400, 3, 17),
+}
+
+
+@needs_numba
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_against_the_loops_of_ops(
+    cell: str, bidirectional: bool, bias: bool, shape: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    N, T, inputs, hidden = SHAPES[shape]
+    layer = masked(cell, inputs, hidden, batch_first=True, backend="bptt", bidirectional=bidirectional, bias=bias)
+    x = torch.randn(N, T, inputs)
+    lengths = [*torch.randint(0, T + 1, (N - 1,)).tolist(), T]
+    compiled = train(layer.to(dtype), x.to(dtype), lengths)
+    monkeypatch.setattr(passes, "compiled_loops", lambda: "left out here")
+    for ours, theirs in zip(compiled, train(layer, x.to(dtype), lengths), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=30 * torch.finfo(dtype).eps * theirs.abs().max().item())
+
+
+@needs_numba
+def test_the_compiled_loops_run(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("the loops of ops ran")
+
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(loops, name, fail)
+    train(masked(cell, 4, 6, batch_first=True, backend="bptt"), torch.randn(3, 5, 4), [5, 0, 2])
+
+
+@needs_numba
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("pool", [False, True])
+def test_threads(cell: str, bidirectional: bool, pool: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if pool:
+        monkeypatch.setattr(found.threads, "gnu_openmp_parallel", lambda: None)
+    layer = masked(cell, 20, 40, batch_first=True, backend="bptt", bidirectional=bidirectional)
+    x, lengths = torch.randn(21, 30, 20), torch.randint(1, 31, (21,)).tolist()
+    one = train(layer, x, lengths)
+    try:
+        torch.set_num_threads(3)
+        first, again = train(layer, x, lengths), train(layer, x, lengths)
+    finally:
+        torch.set_num_threads(1)
+    for a, b, c in zip(one, first, again, strict=True):
+        assert torch.equal(b, c)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * a.abs().max().item())
+
+
+@needs_numba
+@pytest.mark.parametrize("pool", [False, True])
+def test_several_threads_of_python_at_once(pool: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if pool:
+        monkeypatch.setattr(found.threads, "gnu_openmp_parallel", lambda: None)
+    work = [(masked("gru", 8, 16, batch_first=True, backend="bptt"), torch.randn(9, 20, 8)) for _ in range(4)]
+    lengths = [20, 3, 0, 7, 20, 1, 9, 12, 5]
+    expected = [train(*each, lengths) for each in work]
+    results: list[Any] = [None] * len(work)
+
+    def run(k: int) -> None:
+        torch.set_num_threads(2)
+        results[k] = [train(*work[k], lengths) for _ in range(20)]
+
+    threads = [threading.Thread(target=run, args=(k,)) for k in range(len(work))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.set_num_threads(1)
+    for once, many in zip(expected, results, strict=True):
+        for each in many:
+            for a, b in zip(once, each, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_comes_out_as_from_torch(cell: str, value: float) -> None:
+    layer = masked(cell, 5, 18, batch_first=True, backend="bptt", flatten_hidden=False)
+    own = masked(cell, 5, 18, batch_first=True, backend="packed", flatten_hidden=False)
+    own.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 6, 5)
+    x[1, 3, 2] = value
+    for ours, theirs in zip(train(layer, x, [6, 5]), train(own, x, [6, 5]), strict=True):
+        torch.testing.assert_close(ours.isnan(), theirs.isnan())
+        torch.testing.assert_close(ours.nan_to_num(), theirs.nan_to_num(), rtol=1e-4, atol=1e-4)
+
+
+def run_python(code: str, **environment: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+USE = """
+import torch, masked_rnn
+from masked_rnn._backends.bptt import passes
+layer = masked_rnn.MaskedGRU(4, 8, backend="bptt")
+output, _ = layer(torch.randn(5, 3, 4), lengths=[5, 2, 0])
+output.sum().backward()
+print(isinstance(passes.compiled_loops(), str), passes.compiled_loops())
+"""
+
+
+def test_the_import_loads_no_numba() -> None:
+    run_python("import sys, masked_rnn; assert not {'numba', 'llvmlite'} & set(sys.modules)")
+
+
+def test_a_numba_that_is_not_there() -> None:
+    assert "masked_rnn[fast]" in run_python("import sys; sys.modules['numba'] = None" + USE)
+
+
+def test_a_numba_that_cannot_be_imported(tmp_path: Path) -> None:
+    (tmp_path / "numba.py").write_text("raise SystemError('made for another numpy')")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})" + USE
+    assert "made for another numpy" in run_python(code)
+
+
+@needs_numba
+def test_jit_switched_off() -> None:
+    assert "NUMBA_DISABLE_JIT" in run_python(USE, NUMBA_DISABLE_JIT="1")
+
+
+@needs_numba
+def test_no_folder_for_the_cache() -> None:
+    code = """
+from numba.core import caching
+caching.CacheImpl._locator_classes = []
+"""
+    assert run_python(code + USE).startswith("False")
+
+
+@needs_numba
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_after_a_fork() -> None:
+    code = """
+import os, torch
+torch.set_num_threads(2)
+import masked_rnn
+layer = masked_rnn.MaskedGRU(4, 8, backend="bptt")
+x = torch.randn(9, 40, 4)
+expected, _ = layer(x)
+child = os.fork()
+if not child:
+    output, _ = layer(x)
+    os._exit(0 if torch.allclose(output, expected) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    run_python(code)
+
+
+@needs_numba
+def test_ahead_of_time() -> None:
+    masked_rnn.compile_loops()
+    masked_rnn.compile_loops(torch.float64)
+
+
+def test_ahead_of_time_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"torch\.float32 and torch\.float64, got torch\.float16"):
+        masked_rnn.compile_loops(torch.float16)
+    monkeypatch.setattr(passes, "compiled_loops", lambda: "Numba is not installed")
+    with pytest.raises(RuntimeError, match="can't run: Numba is not installed"):
+        masked_rnn.compile_loops()
