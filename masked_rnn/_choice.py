@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._backends import bptt, packed, padded, scan
+from ._backends.bptt.passes import loops_are_compiled
 from ._backends.kernels import suits_kernel
 from ._call import Call
 from ._capture import onnx, operator
@@ -114,7 +115,15 @@ def _suits_kernel(call: Call) -> bool:
     learns = bool(call.dropout) or call.wants_gradient()
     fed_back = layer.proj_size or layer.hidden_size
     return suits_kernel(
-        layer.mode, call.data, call.batch, call.steps, layer.hidden_size, fed_back, call.lengths, learns
+        layer.mode,
+        call.data,
+        call.batch,
+        call.steps,
+        layer.hidden_size,
+        fed_back,
+        call.lengths,
+        learns,
+        loops_are_compiled,
     )
 
 

@@ -61,6 +61,21 @@ CHOICES = [
 ]
 
 
+@pytest.mark.skipif(not passes.loops_are_compiled(torch.float32), reason="without the extra fast")
+@pytest.mark.parametrize(
+    ("batch", "hidden", "expected"), [(3, 64, "padded"), (4, 64, "bptt"), (15, 4, "padded"), (16, 4, "bptt")]
+)
+@pytest.mark.parametrize("learns", [False, True])
+def test_where_torchs_kernel_is_faster_than_compiled_loops(
+    batch: int, hidden: int, expected: str, learns: bool, ran: list[str]
+) -> None:
+    """N * width < 256"""
+    expected = expected if torch.backends.mkldnn.is_available() else "bptt"
+    with torch.set_grad_enabled(learns):
+        masked("lstm", INPUT, hidden)(torch.randn(20, batch, INPUT), lengths=[20, *[10] * (batch - 1)])
+    assert ran == [expected]
+
+
 @pytest.mark.parametrize("name", ["gru", "rnn-tanh", "lstm-proj"])
 @pytest.mark.parametrize(
     ("steps", "batch", "hidden", "has_lengths", "learns", "expected"),
@@ -86,8 +101,16 @@ def test_few_steps(
 
 @pytest.mark.parametrize(("name", "batch", "hidden", "given", "learns", "expected"), CHOICES)
 def test_where_torchs_kernel_is_faster(
-    name: str, batch: int, hidden: int, given: str, learns: bool, expected: str, ran: list[str]
+    name: str,
+    batch: int,
+    hidden: int,
+    given: str,
+    learns: bool,
+    expected: str,
+    ran: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(passes, "compiled_loops", lambda: "left out here")
     if name == "lstm" and not torch.backends.mkldnn.is_available():
         expected = "bptt"
     layer = masked(name, INPUT, hidden)

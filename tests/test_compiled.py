@@ -134,6 +134,30 @@ def test_what_is_no_number_comes_out_as_from_torch(cell: str, value: float) -> N
         torch.testing.assert_close(ours.nan_to_num(), theirs.nan_to_num(), rtol=1e-4, atol=1e-4)
 
 
+def test_what_does_not_lie_in_memory_as_it_is(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negated and expanded views, of the input and of the gradient."""
+    layer = masked(cell, 5, 6, backend="bptt")
+    base = torch.randn(7, 3, 5, dtype=torch.complex64)
+    inputs = [base.conj().imag, base.real, torch.randn(1, 1, 5).expand(7, 3, 5)]
+
+    def results() -> list[Tensor]:
+        found = []
+        for x in inputs:
+            layer.zero_grad()
+            output, last = layer(x, lengths=[7, 2, 4])
+            pulled = torch.view_as_complex(torch.ones(7, 3, output.size(-1), 2)).conj().imag
+            assert pulled.is_neg()
+            state = as_tuple(last)[0]
+            torch.autograd.backward((output, state), (pulled, torch.ones(1).expand_as(state)))
+            found += [output.detach(), *(p.grad.clone() for p in layer.parameters() if p.grad is not None)]
+        return found
+
+    compiled = results()
+    monkeypatch.setattr(passes, "compiled_loops", lambda: "left out here")
+    for ours, theirs in zip(compiled, results(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 def run_python(code: str, **environment: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)

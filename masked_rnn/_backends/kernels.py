@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,15 @@ def has_lstm_kernel(mode: str, x: Tensor, hidden: int, fed_back: int) -> bool:
 
 
 def suits_kernel(
-    mode: str, x: Tensor, batch: int, steps: int, hidden: int, fed_back: int, lengths: Tensor | None, learns: bool
+    mode: str,
+    x: Tensor,
+    batch: int,
+    steps: int,
+    hidden: int,
+    fed_back: int,
+    lengths: Tensor | None,
+    learns: bool,
+    loops_are_compiled: Callable[[torch.dtype], bool],
 ) -> bool:
     """On the CPU: whether the kernel over a padded batch beats a loop of our own over the real steps alone.
 
@@ -38,6 +46,8 @@ def suits_kernel(
         return True
     # Its vectors are 16 wide: it computes no less for a smaller layer.
     width = max(hidden, 16)
+    if loops_are_compiled(x.dtype):
+        return batch * width < 256
     real = int(lengths.sum()) / max(steps, 1) * width
     return batch * width < 1400 + (0.8 if learns else 1.6) * real
 

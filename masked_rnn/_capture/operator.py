@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._backends.bptt.cells import CELLS
-from .._backends.bptt.passes import backward, forward
+from .._backends.bptt.passes import backward, forward, loops_are_compiled
 from .._backends.bptt.spec import LayerSpec, Saved, saved_shapes
 from .._backends.kernels import suits_kernel
 from .._backends.padded import run_padded
@@ -115,7 +115,8 @@ def _runs_kernel(
         check_range(lengths, steps, f"batch_first={batch_first}")
     if batch == 0 or steps == 0:
         return False
-    return suits_kernel(mode, x, batch, steps, initial[-1].size(-1), initial[0].size(-1), lengths, learns)
+    hidden, fed_back = initial[-1].size(-1), initial[0].size(-1)
+    return suits_kernel(mode, x, batch, steps, hidden, fed_back, lengths, learns, loops_are_compiled)
 
 
 def _kernel(

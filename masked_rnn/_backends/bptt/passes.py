@@ -34,6 +34,10 @@ def compiled_loops() -> Any:
     return import_module(".compiled", __package__)
 
 
+def loops_are_compiled(dtype: torch.dtype) -> bool:
+    return dtype in DTYPES and not isinstance(compiled_loops(), str)
+
+
 def compile_loops(dtype: torch.dtype = torch.float32) -> None:
     """Compile the CPU engine's loops for a dtype now, or read them from Numba's cache, not in the first call.
 
@@ -63,7 +67,9 @@ def _loops(x: Tensor, initial: States, weights: LayerWeights) -> Any:
         return loops
     for t in (x, *initial, *(w for each in weights for w in each)):
         # The compiled loops read memory. PyTorch's ops know what else a tensor can be, and refuse what they must.
-        if t is not None and (type(t) not in PLAIN or t.device.type != "cpu" or t.dtype != x.dtype):
+        if t is None:
+            continue
+        if type(t) not in PLAIN or t.device.type != "cpu" or t.dtype != x.dtype or t.is_neg():
             return loops
     found = compiled_loops()
     return loops if isinstance(found, str) else found

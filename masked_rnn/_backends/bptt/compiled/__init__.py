@@ -152,7 +152,8 @@ def _own(spec: LayerSpec, initial: Tensor, d_last: Tensor | None) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """A matrix whose rows' numbers lie side by side."""
+    """A matrix whose rows' numbers lie in memory, side by side."""
+    x = x.resolve_neg()
     return x if x.stride(1) == 1 else x.contiguous()
 
 

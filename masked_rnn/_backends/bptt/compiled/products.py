@@ -89,15 +89,20 @@ def times(like: Any, a: int, weight: int, start: int, c: int, rows: int, columns
 @compiled
 def pack(weight: Any, transposed: bool, out: Any) -> None:
     """A weight (M, K) into panels (p, K, tile's width) of its transpose's columns; or (p, M, width) of its own."""
-    wide = out.shape[2]
+    columns, wide = weight.shape[0] if transposed else weight.shape[1], out.shape[2]
     for p in range(out.shape[0]):
-        for j in range(wide):
-            n = p * wide + j
+        first = p * wide
+        here = min(wide, columns - first)
+        if here < wide:
+            out[p] = 0
+        if transposed:
+            for j in range(here):
+                for k in range(out.shape[1]):
+                    out[p, k, j] = weight[first + j, k]
+        else:
             for k in range(out.shape[1]):
-                if transposed:
-                    out[p, k, j] = weight[n, k] if n < weight.shape[0] else 0
-                else:
-                    out[p, k, j] = weight[k, n] if n < weight.shape[1] else 0
+                for j in range(here):
+                    out[p, k, j] = weight[k, first + j]
 
 
 @within
