@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from .contenders import BACKENDS, CAPTURED, CONTENDERS
@@ -93,8 +94,13 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
 
 
 def file_name(quick: bool, plan: Plan) -> str:
-    """<device>-torch<version>-<date>.csv; a run that isn't the whole suite says so."""
-    parts = ["cpu", f"torch{version('torch').split('+')[0]}", datetime.date.today().isoformat()]
+    """<device>-torch<version>[-numba]-<date>.csv; a run that isn't the whole suite says so."""
+    parts = [
+        "cpu",
+        f"torch{version('torch').split('+')[0]}",
+        *["numba"] * (find_spec("numba") is not None),
+        datetime.date.today().isoformat(),
+    ]
     parts += ["quick"] * quick
     parts += plan.cells if plan.cells != (QUICK if quick else Plan()).cells else ()
     parts += plan.works if plan.works != WORKS else ()
