@@ -190,6 +190,27 @@ def test_a_numba_that_cannot_be_imported(tmp_path: Path) -> None:
 
 
 @needs_numba
+def test_an_old_numba() -> None:
+    code = "import numba; numba.version_info = (0, 60, 0); numba.__version__ = '0.60.0'" + USE
+    assert "Numba 0.60.0 is older than 0.68" in run_python(code)
+
+
+@needs_numba
+def test_a_numba_that_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise NotImplementedError("no such instruction")
+
+    passes._can_be_compiled.cache_clear()
+    monkeypatch.setattr(found.threads, "entry", fail)
+    layer = masked("gru", 4, 6, backend="bptt")
+    try:
+        with pytest.warns(RuntimeWarning, match="PyTorch's ops run: no such instruction"):
+            layer(torch.randn(5, 3, 4), lengths=[5, 2, 0])[0].sum().backward()
+    finally:
+        passes._can_be_compiled.cache_clear()
+
+
+@needs_numba
 def test_jit_switched_off() -> None:
     assert "NUMBA_DISABLE_JIT" in run_python(USE, NUMBA_DISABLE_JIT="1")
 

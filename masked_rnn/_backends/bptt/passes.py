@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
@@ -29,13 +30,29 @@ def compiled_loops() -> Any:
         return "Numba is not installed: pip install 'masked_rnn[fast]'"
     except Exception as error:  # whatever a package that does not fit its own dependencies raises
         return f"Numba can't be imported: {error}"
+    if numba.version_info[:2] < (0, 68):
+        return f"Numba {numba.__version__} is older than 0.68"
     if numba.config.DISABLE_JIT:
         return "NUMBA_DISABLE_JIT is set"
     return import_module(".compiled", __package__)
 
 
+@cache
+def _can_be_compiled(dtype: torch.dtype) -> bool:
+    found = compiled_loops()
+    try:
+        found.prepare(dtype)
+    except Exception as error:  # whatever a later Numba, or a strange machine, brings
+        warnings.warn(
+            f"the CPU engine's loops can't be compiled, PyTorch's ops run: {error}", RuntimeWarning, stacklevel=2
+        )
+        return False
+    return True
+
+
 def loops_are_compiled(dtype: torch.dtype) -> bool:
-    return dtype in DTYPES and not isinstance(compiled_loops(), str)
+    """Whether they run for a dtype. The first time it compiles them."""
+    return dtype in DTYPES and not isinstance(compiled_loops(), str) and _can_be_compiled(dtype)
 
 
 def compile_loops(dtype: torch.dtype = torch.float32) -> None:
@@ -63,7 +80,7 @@ def compile_loops(dtype: torch.dtype = torch.float32) -> None:
 
 
 def _loops(x: Tensor, initial: States, weights: LayerWeights) -> Any:
-    if x.dtype not in DTYPES or not values_can_be_read(x):
+    if not values_can_be_read(x):
         return loops
     for t in (x, *initial, *(w for each in weights for w in each)):
         # The compiled loops read memory. PyTorch's ops know what else a tensor can be, and refuse what they must.
@@ -71,8 +88,7 @@ def _loops(x: Tensor, initial: States, weights: LayerWeights) -> Any:
             continue
         if type(t) not in PLAIN or t.device.type != "cpu" or t.dtype != x.dtype or t.is_neg():
             return loops
-    found = compiled_loops()
-    return loops if isinstance(found, str) else found
+    return compiled_loops() if loops_are_compiled(x.dtype) else loops
 
 
 def forward(
