@@ -33,7 +33,7 @@ from ._plan import (
     real_steps,
 )
 from ._states import open_states
-from ._torch import is_traced, jagged_like, ragged_dim
+from ._torch import is_autocast_on, is_traced, jagged_like, ragged_dim
 
 Restore = Callable[[Tensor], Tensor]
 """Brings an output into the layout that its input had."""
@@ -259,7 +259,7 @@ def _open_nested(input: Any) -> Opened:
 def _check_input(layer: Any, weights: list[LayerWeights], data: Tensor) -> None:
     """What `nn.RNNBase.check_input` refuses, by the weights that the call runs with."""
     dtype = weights[0][0].w_ih.dtype
-    if data.dtype != dtype and not torch.is_autocast_enabled(data.device.type):
+    if data.dtype != dtype and not is_autocast_on(data.device.type):
         cure = f" Use input.to({dtype})." if data.is_floating_point() else ""  # whole numbers may be ids to embed
         raise ValueError(f"input must have the type {dtype}, got type {data.dtype}.{cure}")
     if data.size(-1) != layer.input_size:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ._cells import States
 from ._lengths import look_like_lengths
+from ._torch import is_autocast_on
 
 
 def open_states(layer: Any, hx: Any, form: str, batch: int, data: Tensor) -> States:
@@ -52,7 +53,7 @@ def _open_state(h: Any, stacked: int, width: int, name: str, form: str, batch: i
     unbatched = form == "unbatched"
     whole = (stacked, width) if unbatched else (stacked, batch, width)
     flat = (stacked * width,) if unbatched else (batch, stacked * width)
-    if h.dtype != data.dtype and not torch.is_autocast_enabled(data.device.type):
+    if h.dtype != data.dtype and not is_autocast_on(data.device.type):
         raise RuntimeError(
             f"{name} has dtype {h.dtype}, but the input has {data.dtype}. Convert it: {name}.to({data.dtype})"
         )

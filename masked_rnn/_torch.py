@@ -279,6 +279,15 @@ def jagged_like(nested: Any, values: Tensor) -> Tensor:
     )
 
 
+def is_autocast_on(device: str) -> bool:
+    """`torch.is_autocast_enabled`, which raises for meta."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+IMPORTED_IN = os.getpid()
+"""A child that was forked from this process must not use PyTorch's threads."""
+
+
 @cache
 def gnu_openmp_parallel() -> Any:
     """What runs a C function on the threads of PyTorch's own OpenMP, where that is GNU's; None where it is not."""

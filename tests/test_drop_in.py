@@ -287,6 +287,13 @@ def test_a_call_changes_nothing_on_the_module(cell: str, backend: str) -> None:
     assert state() == before
 
 
+def test_on_meta(cell: str, backend: str) -> None:
+    layer = masked(cell, num_layers=2, bidirectional=True, device="meta", backend=backend)
+    output, _ = layer(torch.empty(6, 3, INPUT, device="meta"), lengths=[3, 1, 6])
+    assert output.shape[:2] == (6, 3)
+    assert output.device.type == "meta"
+
+
 def test_moves_and_metas(cell: str) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, device="meta")
     output, _ = layer(torch.empty(6, 3, INPUT, device="meta"), lengths=[3, 1, 6])
