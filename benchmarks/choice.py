@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import masked_rnn
+from masked_rnn._backends.bptt.choice import loops_are_compiled
 from masked_rnn._call import open_call
 from masked_rnn._choice import choose
 
@@ -72,7 +73,8 @@ def main() -> None:
     print_table(table)
     right = sum(not line[-1] for line in table[1:])
     print(f"{right} of {len(table) - 1} choices were the faster one")
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    loops = "compiled loops" if loops_are_compiled(torch.float32) else "loops of ops"
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {loops}")
 
 
 if __name__ == "__main__":

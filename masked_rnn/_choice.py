@@ -9,13 +9,20 @@ import torch
 from torch import Tensor
 
 from ._backends import bptt, packed, padded, scan
-from ._backends.bptt.passes import loops_are_compiled
+from ._backends.bptt.choice import loops_are_compiled
 from ._backends.kernels import suits_kernel
 from ._call import Call
 from ._capture import onnx, operator
 from ._cells import States
 from ._lengths import is_on_host
-from ._torch import forward_gradients_run, is_exporting_onnx, is_traced, is_transformed, lstm_kernel_runs
+from ._torch import (
+    forward_gradients_run,
+    is_autocast_on,
+    is_exporting_onnx,
+    is_traced,
+    is_transformed,
+    lstm_kernel_runs,
+)
 
 
 class Backend(NamedTuple):
@@ -35,7 +42,7 @@ ONNX = Backend("onnx", onnx.run)
 def run(call: Call) -> tuple[Tensor, States]:
     backend = choose(call)
     device = call.data.device.type
-    if backend.name in ("packed", "padded") or not torch.is_autocast_enabled(device):
+    if backend.name in ("packed", "padded") or not is_autocast_on(device):
         return backend.run(call)
     # The rest is our own arithmetic: it runs in the weights' precision, and only its results have autocast's.
     dtype, *dtypes = _dtypes_under_autocast(call, torch.get_autocast_dtype(device))
@@ -158,7 +165,7 @@ def why_only_scan(call: Call) -> str | None:
 def _why_no_lstm_kernel(call: Call) -> str | None:
     if call.layer.mode != "LSTM" or call.layer.proj_size or call.data.device.type != "cpu":
         return None
-    if not torch.is_autocast_enabled("cpu") or call.data.dtype == torch.float64:
+    if not is_autocast_on("cpu") or call.data.dtype == torch.float64:
         return None
     dtype = torch.get_autocast_dtype("cpu")
     return None if lstm_kernel_runs(dtype) else f"PyTorch has no LSTM kernel for {dtype} under autocast on this CPU"

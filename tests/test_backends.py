@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_sequence
 
 from masked_rnn import _choice, _torch
-from masked_rnn._backends.bptt import passes
+from masked_rnn._backends.bptt import choice
 
 X = torch.randn(3, 6, INPUT)
 ROWS = [X[0], X[1, :4], X[2, :1]]
@@ -61,7 +61,7 @@ CHOICES = [
 ]
 
 
-@pytest.mark.skipif(not passes.loops_are_compiled(torch.float32), reason="without the extra fast")
+@pytest.mark.skipif(not choice.loops_are_compiled(torch.float32), reason="without the extra fast")
 @pytest.mark.parametrize(
     ("batch", "hidden", "expected"), [(3, 64, "padded"), (4, 64, "bptt"), (15, 4, "padded"), (16, 4, "bptt")]
 )
@@ -110,7 +110,7 @@ def test_where_torchs_kernel_is_faster(
     ran: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(passes, "compiled_loops", lambda: "left out here")
+    monkeypatch.setattr(choice, "compiled_loops", lambda: "left out here")
     if name == "lstm" and not torch.backends.mkldnn.is_available():
         expected = "bptt"
     layer = masked(name, INPUT, hidden)
@@ -248,7 +248,7 @@ def test_full_lengths_are_no_lengths(cell: str) -> None:
 def test_large_weights_are_laid_out_once(
     hidden: int, batch: int, dtype: torch.dtype, enabled: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(passes, "compiled_loops", lambda: "left out here")
+    monkeypatch.setattr(choice, "compiled_loops", lambda: "left out here")
     layer = masked("gru", INPUT, hidden, backend="bptt").to(dtype)
     x = torch.randn(2, batch, INPUT, dtype=dtype)
     with torch.backends.mkldnn.flags(enabled=enabled), torch.profiler.profile() as profile:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,9 @@ from oracle import as_tuple, masked
 from torch import Tensor
 
 import masked_rnn
-from masked_rnn._backends.bptt import loops, passes
+from masked_rnn._backends.bptt import choice, loops
 
-found = passes.compiled_loops()
+found = choice.compiled_loops()
 needs_numba = pytest.mark.skipif(isinstance(found, str), reason=f"without the extra fast: {found}")
 ROOT = Path(__file__).parent.parent
 
@@ -62,7 +64,7 @@ def test_against_the_loops_of_ops(
     x = torch.randn(N, T, inputs)
     lengths = [*torch.randint(0, T + 1, (N - 1,)).tolist(), T]
     compiled = train(layer.to(dtype), x.to(dtype), lengths)
-    monkeypatch.setattr(passes, "compiled_loops", lambda: "left out here")
+    monkeypatch.setattr(choice, "compiled_loops", lambda: "left out here")
     for ours, theirs in zip(compiled, train(layer, x.to(dtype), lengths), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=30 * torch.finfo(dtype).eps * theirs.abs().max().item())
 
@@ -139,6 +141,10 @@ def test_what_does_not_lie_in_memory_as_it_is(cell: str, monkeypatch: pytest.Mon
     layer = masked(cell, 5, 6, backend="bptt")
     base = torch.randn(7, 3, 5, dtype=torch.complex64)
     inputs = [base.conj().imag, base.real, torch.randn(1, 1, 5).expand(7, 3, 5)]
+    one = masked(cell, 1, 3, backend="bptt")
+    negated = base[:1, :1, :1].conj().imag  # contiguous, though its number lies there with the other sign
+    assert negated.is_neg()
+    torch.testing.assert_close(one(negated)[0], one(negated.resolve_neg())[0])
 
     def results() -> list[Tensor]:
         found = []
@@ -153,25 +159,88 @@ def test_what_does_not_lie_in_memory_as_it_is(cell: str, monkeypatch: pytest.Mon
         return found
 
     compiled = results()
-    monkeypatch.setattr(passes, "compiled_loops", lambda: "left out here")
+    monkeypatch.setattr(choice, "compiled_loops", lambda: "left out here")
     for ours, theirs in zip(compiled, results(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_saved_tensors_that_come_back_in_another_layout(cell: str) -> None:
+    layer, x = masked(cell, 5, 6, batch_first=True, backend="bptt", bidirectional=True), torch.randn(3, 7, 5)
+    expected = train(layer, x, [7, 2, 4])
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.mT.contiguous().mT if t.dim() > 1 else t):
+        found = train(layer, x, [7, 2, 4])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_where_denormals_are_zero(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparisons of numbers next to 0 mean something else then."""
+    layer, x = masked(cell, 5, 20, batch_first=True, backend="bptt"), torch.randn(3, 7, 5)
+    expected = train(layer, x, [7, 2, 4])
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU computes with denormals only")
+    try:
+        found = train(layer, x, [7, 2, 4])
+    finally:
+        torch.set_flush_denormal(False)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@needs_numba
+@pytest.mark.parametrize("name", ["sigmoid", "tanh"])
+def test_activations_are_right_to_two_units_in_the_last_place(name: str) -> None:
+    """By the LSTM's o gate, or its g gate, alone: c = σ(i) g with i = ∞."""
+    layer = masked("lstm", 1, 1, backend="bptt")
+    scales = 10.0 ** torch.arange(-30, 2.0)
+    a = torch.cat([sign * scales * (1 + torch.rand(500, 1)) for sign in (1, -1)]).flatten()
+    # o's argument is a, or g's is; the other gates are 1, or g is 1.
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.zero_()
+        layer.weight_ih_l0[3 if name == "sigmoid" else 2] = 1
+        layer.bias_ih_l0.copy_(torch.tensor([200.0, 0, 200, 0] if name == "sigmoid" else [200.0, 0, 0, 200]))
+        output, (_, c) = layer(a.view(1, -1, 1))
+        found = output.flatten() / torch.tanh(torch.ones(())) if name == "sigmoid" else c.flatten()
+    truth = getattr(torch, name)(a.double())
+    normal = truth.abs() > torch.finfo(torch.float32).tiny
+    error = ((found.double() - truth).abs() / truth.abs())[normal] / torch.finfo(torch.float32).eps
+    assert error.max() <= (4 if name == "sigmoid" else 2)  # σ is multiplied and divided by tanh(1) here
+
+
+@needs_numba
+def test_an_interrupt_waits_for_the_helpers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they read would be freed."""
+    done = []
+
+    def call(data: int) -> None:
+        if threading.current_thread() is threading.main_thread():
+            time.sleep(0.05)
+            raise KeyboardInterrupt
+        time.sleep(0.3)
+        done.append(data)
+
+    with pytest.raises(KeyboardInterrupt):
+        found.threads._run_on_pool(call, 7, 1)
+    assert done == [7]
+
+
 def run_python(code: str, **environment: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 USE = """
 import torch, masked_rnn
-from masked_rnn._backends.bptt import passes
+from masked_rnn._backends.bptt import choice
 layer = masked_rnn.MaskedGRU(4, 8, backend="bptt")
 output, _ = layer(torch.randn(5, 3, 4), lengths=[5, 2, 0])
 output.sum().backward()
-print(isinstance(passes.compiled_loops(), str), passes.compiled_loops())
+print(isinstance(choice.compiled_loops(), str), choice.compiled_loops())
 """
 
 
@@ -180,13 +249,34 @@ def test_the_import_loads_no_numba() -> None:
 
 
 def test_a_numba_that_is_not_there() -> None:
-    assert "masked_rnn[fast]" in run_python("import sys; sys.modules['numba'] = None" + USE)
+    assert "not installed: pip install numba" in run_python("import sys; sys.modules['numba'] = None" + USE)
 
 
 def test_a_numba_that_cannot_be_imported(tmp_path: Path) -> None:
     (tmp_path / "numba.py").write_text("raise SystemError('made for another numpy')")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})" + USE
     assert "made for another numpy" in run_python(code)
+
+
+@needs_numba
+def test_a_part_of_numba_that_is_not_there() -> None:
+    code = "import sys; sys.modules['llvmlite'] = None" + USE
+    assert "Numba can't be imported: No module named 'llvmlite" in run_python(code)
+
+
+@needs_numba
+def test_what_is_compiled_follows_every_file_of_it(tmp_path: Path) -> None:
+    """Numba's cache looks at one file's time."""
+    shutil.copytree(Path(masked_rnn.__file__).parent, tmp_path / "masked_rnn")
+    code = "import torch, masked_rnn\nlayer = masked_rnn.MaskedRNN(2, 3, backend='bptt')\n"
+    code += "print(layer(torch.ones(5, 2, 2), lengths=[5, 2])[0].abs().max().item())"
+    environment = {"PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    assert float(run_python(code, **environment)) < 1
+    equations = tmp_path / "masked_rnn/_backends/bptt/compiled/equations.py"
+    text = equations.read_text()
+    assert "return (tanh(a),)" in text
+    equations.write_text(text.replace("return (tanh(a),)", "return (tanh(a) + 7.0,)"))
+    assert float(run_python(code, **environment)) > 5
 
 
 @needs_numba
@@ -200,14 +290,16 @@ def test_a_numba_that_cannot_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str) -> None:
         raise NotImplementedError("no such instruction")
 
-    passes._can_be_compiled.cache_clear()
+    choice._why_not_compiled.cache_clear()
     monkeypatch.setattr(found.threads, "entry", fail)
     layer = masked("gru", 4, 6, backend="bptt")
     try:
-        with pytest.warns(RuntimeWarning, match="PyTorch's ops run: no such instruction"):
+        with pytest.warns(RuntimeWarning, match="Numba can't compile them: no such instruction"):
             layer(torch.randn(5, 3, 4), lengths=[5, 2, 0])[0].sum().backward()
+        with pytest.raises(RuntimeError, match=r"can't run\. Numba can't compile them: no such instruction"):
+            masked_rnn.compile_loops()
     finally:
-        passes._can_be_compiled.cache_clear()
+        choice._why_not_compiled.cache_clear()
 
 
 @needs_numba
@@ -244,6 +336,26 @@ assert os.waitpid(child, 0)[1] == 0
 
 
 @needs_numba
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_first_used_after_a_fork() -> None:
+    """The parent's threads of OpenMP are not there in the child, and nothing had been compiled before."""
+    code = """
+import os, signal, torch
+torch.set_num_threads(2)
+import masked_rnn
+x = torch.randn(800, 800)
+x @ x + x.exp()
+child = os.fork()
+if not child:
+    signal.alarm(60)
+    masked_rnn.MaskedGRU(4, 8, backend="bptt")(torch.randn(9, 40, 4))
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    run_python(code)
+
+
+@needs_numba
 def test_ahead_of_time() -> None:
     masked_rnn.compile_loops()
     masked_rnn.compile_loops(torch.float64)
@@ -252,6 +364,6 @@ def test_ahead_of_time() -> None:
 def test_ahead_of_time_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"torch\.float32 and torch\.float64, got torch\.float16"):
         masked_rnn.compile_loops(torch.float16)
-    monkeypatch.setattr(passes, "compiled_loops", lambda: "Numba is not installed")
-    with pytest.raises(RuntimeError, match="can't run: Numba is not installed"):
+    monkeypatch.setattr(choice, "compiled_loops", lambda: "Numba is not installed")
+    with pytest.raises(RuntimeError, match=r"can't run\. Numba is not installed"):
         masked_rnn.compile_loops()

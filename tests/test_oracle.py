@@ -81,9 +81,9 @@ def test_padding_is_never_read(cell: str, backend: str, garbage: float, bidirect
 
 
 def test_a_long_sequence_runs_in_chunks(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from masked_rnn._backends.bptt import passes, spec
+    from masked_rnn._backends.bptt import choice, spec
 
-    compiled = passes.compiled_loops()
+    compiled = choice.compiled_loops()
     for size in (1, 200, 1000):
         monkeypatch.setattr(spec, "CHUNK_BYTES", size)
         if not isinstance(compiled, str):

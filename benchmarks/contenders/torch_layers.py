@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import masked_rnn
-from masked_rnn._backends.bptt import passes
+from masked_rnn._backends.bptt import choice
 
 from ..problem import Problem, Result
 
@@ -81,12 +81,12 @@ class WithoutExtra(Masked):
 
 @contextmanager
 def without_compiled_loops() -> Iterator[None]:
-    found = passes.compiled_loops
-    passes.compiled_loops = lambda: "left out of this run"  # type: ignore[assignment]
+    found = choice.compiled_loops
+    choice.compiled_loops = lambda: "left out of this run"  # type: ignore[assignment]
     try:
         yield
     finally:
-        passes.compiled_loops = found
+        choice.compiled_loops = found
 
 
 class Padded(TorchRunner):

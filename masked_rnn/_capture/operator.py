@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._backends.bptt.cells import CELLS
-from .._backends.bptt.passes import backward, forward, loops_are_compiled
+from .._backends.bptt.choice import loops_are_compiled, loops_for
 from .._backends.bptt.spec import LayerSpec, Saved, saved_shapes
 from .._backends.kernels import suits_kernel
 from .._backends.padded import run_padded
@@ -66,7 +66,8 @@ def _forward(
     plan = _plan(x, lengths, batch_first)
     spec = LayerSpec(mode, directions, plan, gather=True, scatter=True)
     saved = _saved(spec, x, initial, grouped, saved_bytes) if save else None
-    output, last, _ = forward(spec, x.reshape(-1, x.size(-1)), states, grouped, save, saved)
+    flat = x.reshape(-1, x.size(-1))
+    output, last, _ = loops_for(flat, states, grouped).forward(spec, flat, states, grouped, save, saved)
     # Not a view for autograd: the caller may change it in place.
     return [unsafe_view(output, [*x.shape[:2], output.size(-1)]), *last, saved_bytes]
 
@@ -92,7 +93,7 @@ def _backward(
     flat = x.reshape(-1, x.size(-1))
     saved = _saved(spec, x, initial, grouped, saved_bytes)
     d_output = grads[0].reshape(flat.size(0), -1)
-    dx, d_initial, d_weights = backward(
+    dx, d_initial, d_weights = loops_for(flat, states, grouped).backward(
         spec, flat, states, grouped, saved, d_output, list(grads[1:]), want_x, want_weights
     )
     result = list(d_initial)

@@ -15,7 +15,7 @@ from ..._cells import LayerWeights, States, flatten_weights, group_weights, stac
 from ..double_backward import gradient_of, needs_another_backward
 from ..recurrence import scan_rows
 from ..rows import pick_rows, place_rows
-from .passes import backward, forward
+from .choice import loops_for
 from .spec import LayerSpec, Saved
 
 
@@ -30,7 +30,7 @@ def run(call: Call) -> tuple[Tensor, States]:
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors)):
             output, *last = ThroughTime.apply(spec, len(initial), x, *tensors)  # type: ignore[no-untyped-call]
             return output, tuple(last)
-        output, states, _ = forward(spec, x, initial, weights, save=False)
+        output, states, _ = loops_for(x, initial, weights).forward(spec, x, initial, weights, save=False)
         return output, states
 
     output, last = stack_layers(call.rows(), call.states, call.weights, run_one, call.dropout)
@@ -43,7 +43,7 @@ class ThroughTime(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: LayerSpec, n_states: int, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         initial, (weights,) = tensors[:n_states], group_weights(tensors[n_states:], 1, spec.directions)
-        output, last, saved = forward(spec, x, initial, weights, save=True)
+        output, last, saved = loops_for(x, initial, weights).forward(spec, x, initial, weights, save=True)
         ctx.spec, ctx.n_states, ctx.n_inputs = spec, n_states, len(tensors)
         ctx.save_for_backward(x, *tensors, *saved.history, *saved.buffers)
         ctx.set_materialize_grads(False)
@@ -59,7 +59,7 @@ class ThroughTime(torch.autograd.Function):
             plain = partial(_recurrence, spec, n_states)
             return None, None, *gradient_of(plain, (x, *tensors), ctx.needs_input_grad[2:], grads)
         initial, (weights,) = tuple(tensors[:n_states]), group_weights(tensors[n_states:], 1, spec.directions)
-        dx, d_initial, d_weights = backward(
+        dx, d_initial, d_weights = loops_for(x, initial, weights).backward(
             spec,
             x,
             initial,

@@ -35,7 +35,7 @@ def forward(
     into = new_saved(spec, cell, x, initial, chunks, save) if into is None else into
     for states, first in zip(into.history, initial, strict=True):
         states.narrow(-2, 0, plan.sequences).copy_(pick_states(spec, first))
-    x, layer = _rows(x), _Layer(spec, cell, into, chunks)
+    layer = _Layer(spec, cell, _rows(x), into, chunks)
     biases = [input_biases(cell, w) for w in weights]
     free = (cell.width - cell.gates) * cell.hidden
     if spec.output_is_history:
@@ -54,7 +54,7 @@ def forward(
         output_row=0 if output is None else output.stride(0) * output.element_size(),
         saves=bool(into.buffers),
     )
-    layer.run("forward", run, x, layer.blocks * len(weights))
+    layer.run("forward", run, layer.blocks * len(weights))
     if output is None:
         output = into.history[0].narrow(-2, plan.sequences, plan.rows)
         output = output.clone() if save else output  # what is saved must not change with what the caller gets
@@ -77,18 +77,21 @@ def backward(
     if not plan.rows:
         return loops.backward(spec, x, initial, weights, saved, d_output, d_last, want_x, want_weights)
     H, P, inputs, gates = cell.hidden, initial[0].size(-1), x.size(-1), cell.gates * cell.hidden
-    whole = tuple(x.shape)
-    x, d_output = _rows(x), None if d_output is None else _rows(d_output)
-    layer = _Layer(spec, cell, saved, spec.chunks(cell, x.element_size()))
+    d_output = None if d_output is None else _rows(d_output)
+    # What hooks on saved tensors gave back may lie in any way.
+    saved = Saved(tuple(h.contiguous() for h in saved.history), [b.contiguous() for b in saved.buffers])
+    layer = _Layer(spec, cell, _rows(x), saved, spec.chunks(cell, x.element_size()))
     grads = [_own(spec, h, d) for h, d in zip(initial, d_last, strict=True)]
     projects = want_weights and cell.w_hr is not None
     width = cell.width * H + (P + inputs) * want_weights + (P + H) * projects
     chunks = plan.chunks(max(1, DELTA_BYTES // (width * x.element_size())))
     most = max(chunk.rows for chunk in chunks)
     deltas = x.new_empty(D, most, width)
-    dx = (x.new_zeros if whole[0] > plan.rows else x.new_empty)(D, *whole) if want_x else None
-    d_bias = x.new_zeros(D, layer.blocks, cell.width * H)
-    d_w_hh, d_w_ih, d_w_hr = x.new_zeros(D, gates, P), x.new_zeros(D, gates, inputs), x.new_zeros(D, P, H)
+    dx = (x.new_zeros if x.size(0) > plan.rows else x.new_empty)(D, *x.shape) if want_x else None
+    biased = want_weights and weights[0].b_ih is not None
+    d_bias = x.new_zeros(D, layer.blocks if biased else 0, cell.width * H)
+    d_w_hh, d_w_ih = x.new_zeros(D, gates, P * want_weights), x.new_zeros(D, gates, inputs * want_weights)
+    d_w_hr = x.new_zeros(D, P * projects, H)
     part = layer.part(gates)
     run = records.Backward(
         w_ih=layer.pack([w.w_ih for w in weights], transposed=False) if want_x else 0,
@@ -103,7 +106,7 @@ def backward(
         delta_rows=most,
         dx=0 if dx is None else dx.data_ptr(),
         dx_direction=0 if dx is None else dx.stride(0) * x.element_size(),
-        d_bias=d_bias.data_ptr(),
+        d_bias=d_bias.data_ptr() if biased else 0,
         d_w_hh=d_w_hh.data_ptr() if want_weights else 0,
         d_w_ih=d_w_ih.data_ptr(),
         d_w_hr=d_w_hr.data_ptr() if projects else 0,
@@ -114,9 +117,9 @@ def backward(
     parts = -(-gates // part) + (-(-P // part) if run.d_w_hr else 0)
     for chunk in reversed(chunks):
         run = run._replace(first=chunk.first, stop=chunk.first + len(chunk.sizes))
-        layer.run("backward", run, x, layer.blocks * D)
+        layer.run("backward", run, layer.blocks * D)
         if want_weights:
-            layer.run("weight_gradients", run, x, parts * D)
+            layer.run("weight_gradients", run, parts * D)
     d_initial = tuple(place_initial(spec, *each) for each in zip(grads, d_last, initial, strict=True))
     d_weights = None
     if want_weights:
@@ -138,10 +141,10 @@ def backward(
 
 def prepare(dtype: torch.dtype) -> None:
     """Compile all for a dtype, or read it from Numba's cache."""
-    weight = torch.zeros(1, 1, dtype=dtype, device="cpu").numpy()
-    products.pack(weight, True, weight[None].copy())
+    bits = torch.finfo(dtype).bits
+    products.pack(np.zeros((1, 1), f"float{bits}"), True, np.zeros((1, 1, 1), f"float{bits}"))
     for name in ("forward", "backward", "weight_gradients"):
-        threads.entry(f"{name}{torch.finfo(dtype).bits}")
+        threads.entry(f"{name}{bits}")
 
 
 def _own(spec: LayerSpec, initial: Tensor, d_last: Tensor | None) -> Tensor:
@@ -160,15 +163,15 @@ def _rows(x: Tensor) -> Tensor:
 class _Layer:
     """The addresses that both passes read, and what lies there for as long as this does."""
 
-    def __init__(self, spec: LayerSpec, cell: Cell, saved: Saved, chunks: list[Chunk]) -> None:
-        plan, D = spec.plan, spec.directions
-        history = saved.history
+    def __init__(self, spec: LayerSpec, cell: Cell, x: Tensor, saved: Saved, chunks: list[Chunk]) -> None:
+        plan, D, history = spec.plan, spec.directions, saved.history
+        zeros = x.new_zeros(max(x.size(1), cell.gates * cell.hidden))
         self.threads = torch.get_num_threads()
         sides = -(-self.threads // D)
         blocks = -(-plan.sequences // TILE_ROWS)
         block = -(-plan.sequences // (-(-blocks // sides) * sides))
         self.blocks = -(-plan.sequences // block)
-        self.alive: list[Any] = [saved, plan.step_tables]
+        self.alive: list[Any] = [x, saved, plan.step_tables, zeros]
         self.itemsize = history[0].element_size()
         width = cell.width * cell.hidden
         self.scratch_bytes = kernels.SCRATCH * 8 + (kernels.GROUP * width + block * cell.hidden) * self.itemsize
@@ -187,7 +190,7 @@ class _Layer:
             mode=MODES[spec.mode],
             hidden=cell.hidden,
             fed_back=history[0].size(-1),
-            inputs=0,
+            inputs=x.size(1),
             width=cell.width,
             gates=cell.gates,
             sequences=plan.sequences,
@@ -197,14 +200,14 @@ class _Layer:
             block=block,
             sizes=sizes.data_ptr(),
             starts=starts.data_ptr(),
-            x=0,
-            x_row=0,
+            x=x.data_ptr(),
+            x_row=x.stride(0) * self.itemsize,
             rows_in=self.table(spec.rows_at(spec.gather)),
             rows_out=self.table(spec.rows_at(spec.scatter)),
             buffers=buffers.ctypes.data,
             history=history[0].data_ptr(),
             cells=history[-1].data_ptr(),
-            zeros=0,
+            zeros=zeros.data_ptr(),
         )
 
     def table(self, rows: list[Tensor | None]) -> int:
@@ -239,13 +242,8 @@ class _Layer:
         even = -(-gates * self.D // (4 * self.threads))
         return min(kernels.MOST_PARTS, -(-even // TILE_ROWS) * TILE_ROWS)
 
-    def run(self, kernel: str, run: Any, x: Tensor, tasks: int) -> None:
-        inputs = x.size(1)
-        zeros = x.new_zeros(max(inputs, self.values.hidden * self.values.gates))
-        values = self.values._replace(
-            inputs=inputs, x=x.data_ptr(), x_row=x.stride(0) * self.itemsize, zeros=zeros.data_ptr()
-        )
+    def run(self, kernel: str, run: Any, tasks: int) -> None:
         scratch = np.empty((self.threads, self.scratch_bytes), np.uint8)
         shared = records.Shared(0, 0, scratch.ctypes.data, self.scratch_bytes)
-        data = np.array([*shared, *values, *run], np.int64)
-        threads.run(f"{kernel}{8 * self.itemsize}", data.ctypes.data, tasks)
+        data = np.array([*shared, *self.values, *run], np.int64)
+        threads.run(f"{kernel}{8 * self.itemsize}", data.ctypes.data, self.threads, tasks)

@@ -43,11 +43,11 @@ def rnn_tanh_back(h: Vector, d: Vector) -> tuple[Vector]:
 
 
 def rnn_relu(a: Vector) -> tuple[Vector]:
-    return (a.below(0.0, 0.0, a),)
+    return (a.at_most(0.0, 0.0, a),)
 
 
 def rnn_relu_back(h: Vector, d: Vector) -> tuple[Vector]:
-    return (h.below(2.0**-149 if h.itemsize == 4 else 2.0**-1074, 0.0, d),)  # of NaN it is d, as PyTorch's
+    return (h.at_most(0.0, 0.0, d),)  # of NaN it is d, as PyTorch's
 
 
 run_gru, run_gru_back = elementwise(gru, 5), elementwise(gru_back, 6)

@@ -198,7 +198,8 @@ def backward_block(like: Any, layer: Layer, run: Backward, d: int, block: int, s
                 run_rnn_tanh_back(like, H, (h_after, own, delta))
             else:
                 run_rnn_relu_back(like, H, (h_after, own, delta))
-            add(like, layer.width * H, (d_bias, delta, d_bias))
+            if run.d_bias:
+                add(like, layer.width * H, (d_bias, delta, d_bias))
             write(table_b, waiting + i, delta)
             if run.d_w_hh:
                 at = read(layer.rows_in, d * layer.rows + row + i) if layer.rows_in else row + i

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from numba import cfunc, njit, types
@@ -14,7 +16,17 @@ within = njit(inline="always", error_model="numpy")
 """For small functions: each that is compiled apart brings all that it calls once more."""
 
 
+SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+
+
+def named_by_sources(function: Any) -> Any:
+    """Numba's cache goes by a function's name and its own file's time; what it compiles is made of all files here."""
+    function.__qualname__ = f"{function.__qualname__}_{SOURCES.hexdigest()[:16]}"
+    return function
+
+
 def compiled(function: Any) -> Any:
+    named_by_sources(function)
     dispatcher = njit(nogil=True, error_model="numpy")(function)
     with suppress(RuntimeError):  # no folder can be written: it is compiled in each process
         dispatcher.enable_caching()
@@ -24,6 +36,7 @@ def compiled(function: Any) -> Any:
 def compiled_entry(function: Any) -> Any:
     """A C function of one address."""
     signature = types.void(types.int64)
+    named_by_sources(function)
     try:
         return cfunc(signature, cache=True)(function)
     except RuntimeError:  # as above

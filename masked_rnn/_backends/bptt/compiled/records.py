@@ -1,6 +1,6 @@
 """What a compiled loop is given: whole numbers alone, so that it can be read from memory by any thread.
 
-Numbers are addresses where the comment gives a shape. T steps, R rows, B sequences, D directions, P state that is fed
+A number is an address where the comment gives a shape. T steps, R rows, B sequences, D directions, P state that is fed
 back (H, or proj_size), I input.
 """
 
@@ -83,7 +83,7 @@ class Backward(NamedTuple):
     dc: int
     """(D, B, H)"""
     deltas: int
-    """(D, rows of the chunk, W): the gates' gradients, h, x; with a projection dh and m"""
+    """(D, rows of the chunk, delta_width): the gates' gradients, h, x; with a projection dh and m"""
     delta_width: int
     delta_rows: int
     dx: int

@@ -66,10 +66,10 @@ class Vector:
     def __neg__(self) -> Vector:
         return self.new(self.builder.fneg(self.value))
 
-    def below(self, other: float, then: Vector | float, otherwise: Vector | float) -> Vector:
-        """`then` where this is below `other`; `otherwise` elsewhere, and where this is NaN."""
-        is_below = self.builder.fcmp_ordered("<", self.value, self.constant(other).value)
-        return self.new(self.builder.select(is_below, self._with(then).value, self._with(otherwise).value))
+    def at_most(self, other: float, then: Vector | float, otherwise: Vector | float) -> Vector:
+        """`then` where this is at most `other`; `otherwise` elsewhere, and where this is NaN."""
+        is_at_most = self.builder.fcmp_ordered("<=", self.value, self.constant(other).value)
+        return self.new(self.builder.select(is_at_most, self._with(then).value, self._with(otherwise).value))
 
     def call(self, name: str, *others: Vector) -> Vector:
         kind = self.value.type
@@ -81,7 +81,7 @@ class Vector:
         return self.new(self.builder.call(function, [self.value, *(o.value for o in others)]))
 
     def power_of_two(self, added: int) -> Vector:
-        """2^(k + added), where this is k + `_ROUND`: k's bits lie lowest."""
+        """2^(k + added), where this is k + 1.5 · 2^(bits of a fraction): k's bits lie lowest."""
         bits = ir.VectorType(ir.IntType(8 * self.itemsize), self.lanes)
         fraction, bias = _FORMAT[self.itemsize][:2]
 
@@ -118,15 +118,15 @@ def sigmoid(x: Vector) -> Vector:
     """e / (1 + e) or 1 / (1 + e), e = exp(-|x|): no digit is lost on either side."""
     least = {4: -104.0, 8: -746.0}[x.itemsize]  # whose exp is 0
     down = -x.call("fabs")
-    p, power = _exp_parts(down.below(least, least, down), added=64)
+    p, power = _exp_parts(down.at_most(least, least, down), added=64)
     e = (p + 1.0) * power * 2.0**-64  # below the smallest normal number, too
-    return x.below(0.0, e, 1.0) / (e + 1.0)
+    return x.at_most(0.0, e, 1.0) / (e + 1.0)
 
 
 def tanh(x: Vector) -> Vector:
     """-t / (2 + t), t = exp(-2|x|) - 1: no digit is lost near 0."""
     down = x.call("fabs") * -2.0
-    p, power = _exp_parts(down.below(-80.0, -80.0, down), added=0)
+    p, power = _exp_parts(down.at_most(-80.0, -80.0, down), added=0)
     t = p * power + (power - 1.0)
     return (-t / (t + 2.0)).call("copysign", x)
 

@@ -9,15 +9,12 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 
-import torch
-
-from ...._torch import gnu_openmp_parallel
+from ...._torch import IMPORTED_IN, gnu_openmp_parallel
 from . import kernels, products
 
-_started_in = os.getpid()
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
 
@@ -29,11 +26,10 @@ def entry(name: str) -> tuple[int, Callable[[int], None]]:
     return found.address, ctypes.CFUNCTYPE(None, ctypes.c_int64)(found.address)
 
 
-def run(name: str, data: int, tasks: int) -> None:
-    """Run a kernel on all threads; each does what tasks it finds left, so that fewer may do them all."""
+def run(name: str, data: int, threads: int, tasks: int) -> None:
+    """Run a kernel on so many threads; each does what tasks it finds left, so that fewer may do them all."""
     address, call = entry(name)
-    threads = torch.get_num_threads()
-    if min(threads, tasks) == 1 or os.getpid() != _started_in:
+    if min(threads, tasks) == 1 or os.getpid() != IMPORTED_IN:
         call(data)  # a child that was forked has none of its parent's threads
         return
     on_all = gnu_openmp_parallel()
@@ -51,7 +47,7 @@ def _run_on_pool(call: Callable[[int], None], data: int, helpers: int) -> None:
         pool, _pool_size = ThreadPoolExecutor(helpers, "masked_rnn"), helpers
         _pool = pool
     futures = [pool.submit(call, data) for _ in range(helpers)]
-    call(data)
-    for future in futures:
-        if not future.cancel():  # one that has not begun would find nothing left
-            future.result()
+    try:
+        call(data)
+    finally:  # an interrupt must not free what the helpers read
+        wait([future for future in futures if not future.cancel()])  # one that has not begun would find nothing left
