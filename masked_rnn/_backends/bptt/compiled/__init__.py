@@ -77,7 +77,7 @@ def backward(
     if not plan.rows:
         return loops.backward(spec, x, initial, weights, saved, d_output, d_last, want_x, want_weights)
     H, P, inputs, gates = cell.hidden, initial[0].size(-1), x.size(-1), cell.gates * cell.hidden
-    d_output = None if d_output is None else _rows(d_output)
+    d_output = None if d_output is None else _rows(d_output.resolve_neg())
     # What hooks on saved tensors gave back may lie in any way.
     saved = Saved(tuple(h.contiguous() for h in saved.history), [b.contiguous() for b in saved.buffers])
     layer = _Layer(spec, cell, _rows(x), saved, spec.chunks(cell, x.element_size()))
@@ -155,8 +155,7 @@ def _own(spec: LayerSpec, initial: Tensor, d_last: Tensor | None) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """A matrix whose rows' numbers lie in memory, side by side."""
-    x = x.resolve_neg()
+    """A matrix whose rows' numbers lie side by side."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 

@@ -16,12 +16,13 @@ within = njit(inline="always", error_model="numpy")
 """For small functions: each that is compiled apart brings all that it calls once more."""
 
 
-SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+SOURCES = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+DIGEST = hashlib.sha256(SOURCES).hexdigest()[:16]
 
 
 def named_by_sources(function: Any) -> Any:
     """Numba's cache goes by a function's name and its own file's time; what it compiles is made of all files here."""
-    function.__qualname__ = f"{function.__qualname__}_{SOURCES.hexdigest()[:16]}"
+    function.__qualname__ = f"{function.__qualname__}_{DIGEST}"
     return function
 
 
