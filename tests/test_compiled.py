@@ -149,13 +149,15 @@ def test_what_does_not_lie_in_memory_as_it_is(cell: str, monkeypatch: pytest.Mon
     assert negated.is_neg()
     assert negated.is_contiguous()
     pulled_one = negated if width == 1 else negated.expand(1, 1, width)
-    for x, pull in ((negated, pulled_one), (negated.resolve_neg(), pulled_one.resolve_neg())):
+    x_one, pull = negated.resolve_neg(), pulled_one.resolve_neg()
+    for x, d_output in ((x_one, pull), (negated, pull), (x_one, pulled_one)):
         one.zero_grad()
         output, _ = one(x)
-        output.backward(pull)
+        output.backward(d_output)
         ones.append([output.detach(), *(p.grad.clone() for p in one.parameters())])
-    for a, b in zip(*ones, strict=True):
-        torch.testing.assert_close(a, b)
+    for expected, in_x, in_gradient in zip(*ones, strict=True):
+        torch.testing.assert_close(in_x, expected)
+        torch.testing.assert_close(in_gradient, expected)
 
     def results() -> list[Tensor]:
         found = []
@@ -331,7 +333,7 @@ caching.CacheImpl._locator_classes = []
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_after_a_fork() -> None:
     code = """
-import os, torch
+import os, signal, torch
 torch.set_num_threads(2)
 import masked_rnn
 layer = masked_rnn.MaskedGRU(4, 8, backend="bptt")
@@ -339,6 +341,7 @@ x = torch.randn(9, 40, 4)
 expected, _ = layer(x)
 child = os.fork()
 if not child:
+    signal.alarm(60)
     output, _ = layer(x)
     os._exit(0 if torch.allclose(output, expected) else 1)
 assert os.waitpid(child, 0)[1] == 0
