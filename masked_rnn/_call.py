@@ -27,10 +27,10 @@ from ._plan import (
     move_back,
     move_to_front,
     plan_full,
+    plan_masked,
     plan_padded,
     plan_rows,
     real_mask,
-    real_steps,
 )
 from ._states import open_states
 from ._torch import is_autocast_on, is_traced, jagged_like, ragged_dim
@@ -115,13 +115,10 @@ class Call:
             starts = self.nested.offsets()[:-1].cpu()
             return plan_rows(self.lengths.cpu(), starts, 1, self.data.size(0), device, is_sorted=is_sorted)
         if self.mask is not None:
-            mask = self.mask.cpu()
-            lengths, steps_of = mask.sum(0), real_steps(mask)
-        elif self.lengths is not None:
-            lengths, steps_of = self.lengths.cpu(), None
-        else:
-            return plan_full(self.batch, self.steps, self.batch_first, device)
-        return plan_padded(lengths, self.steps, self.batch_first, device, is_sorted=is_sorted, steps_of=steps_of)
+            return plan_masked(self.mask.cpu(), self.batch_first, device, is_sorted=is_sorted)
+        if self.lengths is not None:
+            return plan_padded(self.lengths.cpu(), self.steps, self.batch_first, device, is_sorted=is_sorted)
+        return plan_full(self.batch, self.steps, self.batch_first, device)
 
     def rows(self) -> Tensor:
         """The input as rows, in the order in which the plan's index counts them."""

@@ -6,11 +6,14 @@ T time, N batch, D directions, H hidden.
 from __future__ import annotations
 
 from functools import cached_property
-from itertools import accumulate, pairwise
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Plan:
@@ -43,56 +46,49 @@ class Plan:
         """The first row of each step."""
         self.rows = self.starts[-1]
 
+    def _tensor(self, array: Array) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
     @cached_property
     def step_tables(self) -> tuple[Tensor, Tensor]:
         """How many sequences run at each step, and the first row of each."""
-        sizes = torch.tensor(self.batch_sizes, dtype=torch.int64, device=self.device)
-        return sizes, torch.tensor(self.starts, dtype=torch.int64, device=self.device)
+        return self._tensor(np.array(self.batch_sizes, np.int64)), self._tensor(np.array(self.starts, np.int64))
 
     @cached_property
-    def _step_and_place(self) -> tuple[Tensor, Tensor, Tensor]:
-        sizes, starts = self.step_tables
-        step = torch.repeat_interleave(sizes, output_size=self.rows)
-        return step, torch.arange(self.rows, device=self.device) - starts[step], starts
+    def _step_and_place(self) -> tuple[Array, Array]:
+        return _step_and_place(np.array(self.batch_sizes, np.int64))
+
+    @cached_property
+    def _last_step(self) -> Array:
+        """The last step of each sequence, in sorted order."""
+        sizes = np.array([*self.batch_sizes, 0], np.int64)
+        return np.repeat(np.arange(len(self.batch_sizes)), sizes[:-1] - sizes[1:])[::-1].copy()
 
     @cached_property
     def reversed_rows(self) -> Tensor:
         """For each row, the row that runs in its place when every sequence is reversed within its own length."""
-        step, place, starts = self._step_and_place
-        return starts[self._last_step[place] - step] + place
-
-    @cached_property
-    def _ends(self) -> list[int]:
-        """The last step of each sequence, in sorted order."""
-        ends = [t for t, (now, then) in enumerate(pairwise([*self.batch_sizes, 0])) for _ in range(now - then)]
-        return ends[::-1]
-
-    @cached_property
-    def _last_step(self) -> Tensor:
-        return torch.tensor(self._ends, dtype=torch.int64, device=self.device)
+        step, place = self._step_and_place
+        return self._tensor(np.array(self.starts)[self._last_step[place] - step] + place)
 
     @cached_property
     def last(self) -> Tensor:
         """The row of each sequence's last step, in sorted order."""
-        rows = [self.starts[t] + place for place, t in enumerate(self._ends)]
-        return torch.tensor(rows, dtype=torch.int64, device=self.device)
+        return self._tensor(np.array(self.starts)[self._last_step] + np.arange(self.sequences))
 
     @cached_property
     def previous(self) -> Tensor:
         """The row of the step before, counting from `sequences` rows that stand for the initial state."""
-        before = [self.sequences, *self.batch_sizes[:-1]]
-        gaps = torch.tensor(before, dtype=torch.int64, device=self.device)
-        step, _, _ = self._step_and_place
-        return torch.arange(self.sequences, self.sequences + self.rows, device=self.device) - gaps[step]
+        before = np.array([self.sequences, *self.batch_sizes[:-1]], np.int64)
+        return self._tensor(np.arange(self.sequences, self.sequences + self.rows) - np.repeat(before, self.batch_sizes))
 
     @cached_property
     def sorted_lengths(self) -> Tensor:
         """The lengths of the sequences that have a step, longest first."""
-        return self._last_step + 1
+        return self._tensor(self._last_step + 1)
 
     def padded_index(self, order: Tensor | None = None) -> Tensor:
         """Where each row lies in a padded `(T, sequences)` batch, sorted; or in `(T, N)`, in the given order."""
-        step, place, _ = self._step_and_place
+        step, place = map(self._tensor, self._step_and_place)
         return step * self.sequences + place if order is None else step * self.batch + order[place]
 
     def chunks(self, rows: int) -> list[Chunk]:
@@ -120,6 +116,12 @@ class Chunk(NamedTuple):
     after: int
 
 
+def _step_and_place(sizes: Array) -> tuple[Array, Array]:
+    """Each row's step, and its place among the sequences that run there."""
+    steps = np.repeat(np.arange(len(sizes)), sizes)
+    return steps, np.arange(len(steps)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+
+
 def plan_full(batch: int, steps: int, batch_first: bool, device: torch.device) -> Plan:
     """The plan of a batch without padding."""
     index = None
@@ -129,20 +131,34 @@ def plan_full(batch: int, steps: int, batch_first: bool, device: torch.device) -
 
 
 def plan_padded(
-    lengths: Tensor,
-    steps: int,
-    batch_first: bool,
-    device: torch.device,
-    *,
-    is_sorted: bool = False,
-    steps_of: Tensor | None = None,
+    lengths: Tensor, steps: int, batch_first: bool, device: torch.device, *, is_sorted: bool = False
 ) -> Plan:
     """The plan of a padded batch, `(N, T)` or `(T, N)`."""
     batch = lengths.size(0)
     starts, stride = torch.arange(batch, device="cpu"), batch
     if batch_first:
         starts, stride = starts * steps, 1
-    return plan_rows(lengths, starts, stride, batch * steps, device, is_sorted=is_sorted, steps_of=steps_of)
+    return plan_rows(lengths, starts, stride, batch * steps, device, is_sorted=is_sorted)
+
+
+def plan_masked(mask: Tensor, batch_first: bool, device: torch.device, *, is_sorted: bool = False) -> Plan:
+    """The plan of a padded batch, by its mask (T, N)."""
+    real = mask.numpy()
+    return plan_listed(real.sum(0), real_rows(real, batch_first), real.size, device, is_sorted=is_sorted)
+
+
+def plan_listed(lengths: Array, rows: Array, size: int, device: torch.device, *, is_sorted: bool = False) -> Plan:
+    """The plan of sequences whose rows are listed one sequence after the other."""
+    starts = torch.from_numpy(np.cumsum(lengths) - lengths)
+    return plan_rows(torch.from_numpy(lengths), starts, 1, size, device, is_sorted=is_sorted, rows=rows)
+
+
+def real_rows(real: Array, batch_first: bool) -> Array:
+    """The rows of the real steps (T, N), one sequence after the other."""
+    steps, batch = real.shape
+    sequence, time = real.T.nonzero()
+    rows: Array = sequence * steps + time if batch_first else time * batch + sequence
+    return rows
 
 
 def plan_rows(
@@ -153,31 +169,21 @@ def plan_rows(
     device: torch.device,
     *,
     is_sorted: bool = False,
-    steps_of: Tensor | None = None,
+    rows: Array | None = None,
 ) -> Plan:
-    """The plan of a batch whose row `(n, t)` lies at `starts[n] + stride * t`.
-
-    `steps_of` `(T, N)` names the time of each sequence's k-th real step, where that is not k.
-    """
-    batch = lengths.size(0)
-    order = None
+    """The plan of a batch whose row `(n, t)` lies at `starts[n] + stride * t`; or, where `rows` lists them, there."""
+    counts, batch, order = lengths.numpy(), lengths.size(0), None
     if not is_sorted:
-        lengths, order = lengths.sort(descending=True, stable=True)
-    steps = int(lengths[0]) if batch else 0
-    real = torch.arange(steps, device="cpu").unsqueeze(1) < lengths
-    batch_sizes = real.sum(1).tolist()
-    step, place = real.nonzero(as_tuple=True)
-    sequence = place if order is None else order[place]
-    time = step if steps_of is None else steps_of[step, sequence]
-    index = (starts[sequence] + stride * time).to(device)
-    if order is not None:
-        order = order[: batch_sizes[0] if batch_sizes else 0].to(device)
-    return Plan(batch_sizes, batch, size, device, index, order)
-
-
-def real_steps(mask: Tensor) -> Tensor:
-    """`(T, N)`: the times of each sequence's real steps, in order, then those of its padding."""
-    return (~mask).to(torch.uint8).argsort(dim=0, stable=True)
+        order = np.argsort(-counts, kind="stable")
+        counts = counts[order]
+    steps = counts[0] if batch else 0
+    sizes = batch - np.searchsorted(counts[::-1], np.arange(steps), side="right")
+    step, place = _step_and_place(sizes)
+    index = starts.numpy()[place if order is None else order[place]] + stride * step
+    index = index if rows is None else rows[index]
+    batch_sizes = sizes.tolist()
+    sequences = None if order is None else torch.from_numpy(order[: batch_sizes[0] if batch_sizes else 0]).to(device)
+    return Plan(batch_sizes, batch, size, device, torch.from_numpy(index).to(device), sequences)
 
 
 def move_to_front(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
