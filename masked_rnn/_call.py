@@ -8,16 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ._cells import LayerWeights, States, read_weights
+from ._forms import check_input, open_lengths, open_nested, open_packed, open_padded, open_resets, refuse_twice
 from ._lengths import (
-    check_lengths,
-    check_mask,
     check_sorted,
     is_on_host,
     values_can_be_read,
@@ -32,8 +31,9 @@ from ._plan import (
     plan_rows,
     real_mask,
 )
-from ._states import open_states
-from ._torch import is_autocast_on, is_traced, jagged_like, ragged_dim
+from ._segments import Segments
+from ._states import forget, open_states
+from ._torch import is_traced, jagged_like
 
 Restore = Callable[[Tensor], Tensor]
 """Brings an output into the layout that its input had."""
@@ -58,8 +58,12 @@ class Call:
     lengths: Tensor | None
     mask: Tensor | None
     """(T, N)"""
+    resets: Tensor | None
+    """(T, N), True where a sequence's state starts anew"""
     packed: PackedSequence | None
     nested: Any
+    segments: Segments | None
+    """What the batch's sequences are, once it is cut at its resets"""
     states: States
     """Each (L·D, N, P or H), in the batch's order."""
 
@@ -81,7 +85,9 @@ class Call:
 
     def values_can_be_read(self) -> bool:
         real = self.real()
-        return values_can_be_read(self.data if real is None else real)
+        return values_can_be_read(self.data if real is None else real) and (
+            self.resets is None or values_can_be_read(self.resets)
+        )
 
     def is_empty(self) -> bool:
         """Whether no sequence has a step, as far as can be seen without waiting for a device."""
@@ -96,17 +102,36 @@ class Call:
             for t in (self.data, *self.states, *(t for layer in self.weights for w in layer for t in w))
         )
 
-    def in_weights_dtype(self) -> Call:
-        dtype = self.weights[0][0].w_ih.dtype
+    def _with(self, **changes: Any) -> Call:
         # Not dataclasses.replace, which Dynamo can't follow in torch 2.6.
         values = {name: getattr(self, name) for name in FIELDS}
-        values["data"], values["states"] = self.data.to(dtype), tuple(h.to(dtype) for h in self.states)
-        return Call(**values)
+        return Call(**{**values, **changes})
+
+    def in_weights_dtype(self) -> Call:
+        dtype = self.weights[0][0].w_ih.dtype
+        return self._with(data=self.data.to(dtype), states=tuple(h.to(dtype) for h in self.states))
+
+    def cut(self, resets: Tensor) -> tuple[Call, Segments]:
+        """The call of a batch whose sequences are the segments between resets. Reads them on the host."""
+        lengths, mask = (None if t is None else t.cpu() for t in (self.lengths, self.mask))
+        segments = Segments(resets.cpu(), lengths, mask, self.directions, self.batch_first, self.data.device)
+        call = self._with(
+            data=self.rows(),
+            batch=len(segments.lengths),
+            lengths=None,
+            mask=None,
+            resets=None,
+            segments=segments,
+            states=tuple(segments.initial(h) for h in self.states),
+        )
+        return call, segments
 
     @cached_property
     def plan(self) -> Plan:
         """Which rows run when. Reads the lengths on the host."""
         device, is_sorted = self.data.device, self.layer.enforce_sorted
+        if self.segments is not None:
+            return self.segments.plan
         if self.packed is not None:
             sizes = self.packed.batch_sizes.tolist()
             return Plan(sizes, self.batch, self.data.size(0), device, order=self.packed.sorted_indices)
@@ -167,40 +192,36 @@ class Call:
         return x.view(steps, plan.batch, x.size(-1)), lengths.index_copy(0, order, plan.sorted_lengths), restore
 
 
-class Opened(NamedTuple):
-    """What the form of an input says."""
-
-    form: str
-    data: Tensor
-    batch: int
-    steps: int
-    batch_first: bool
-    lengths: Tensor | None = None
-
-
 FIELDS = tuple(field.name for field in fields(Call))
 
 
-def open_call(layer: Any, input: Any, hx: Any, lengths: Any, mask: Any) -> Call:
+def open_call(layer: Any, input: Any, hx: Any, lengths: Any, mask: Any, resets: Any) -> Call:
     packed = input if isinstance(input, PackedSequence) else None
     nested = input if isinstance(input, Tensor) and input.is_nested else None
     if packed is not None:
-        opened = _open_packed(packed)
+        opened = open_packed(packed)
     elif nested is not None:
-        opened = _open_nested(nested)
+        opened = open_nested(nested)
     else:
-        opened = _open_padded(layer, input)
+        opened = open_padded(layer, input)
     weights = read_weights(layer)
-    _check_input(layer, weights, opened.data)
+    check_input(layer, weights, opened.data)
     if packed is None and nested is None:
-        lengths, mask = _open_lengths(opened, lengths, mask)
+        lengths, mask = open_lengths(opened, lengths, mask)
+        resets = None if resets is None else open_resets(opened, resets)
     else:
-        _refuse_twice(opened.form, lengths, mask)
+        refuse_twice(opened.form, lengths, mask, resets)
         lengths = opened.lengths
     if layer.enforce_sorted and packed is None:
         counts = lengths if mask is None else mask.sum(0)
         if counts is not None:
             check_sorted(counts)
+    states = open_states(layer, hx, opened.form, opened.batch, opened.data)
+    if resets is not None and opened.steps == 1 and not is_traced():
+        # Nothing to cut: at most the initial state is dropped, and that every backend can follow.
+        if hx is not None:
+            states = forget(states, _anew(resets, lengths, mask, opened.data.device), len(weights[0]))
+        resets = None
     return Call(
         layer=layer,
         weights=weights,
@@ -211,92 +232,20 @@ def open_call(layer: Any, input: Any, hx: Any, lengths: Any, mask: Any) -> Call:
         batch_first=opened.batch_first,
         lengths=lengths,
         mask=mask,
+        resets=resets,
         packed=packed,
         nested=nested,
-        states=open_states(layer, hx, opened.form, opened.batch, opened.data),
+        segments=None,
+        states=states,
     )
 
 
-def _open_padded(layer: Any, input: Any) -> Opened:
-    if not isinstance(input, Tensor):
-        raise TypeError(
-            f"{type(layer).__name__}: expected input to be a tensor or a PackedSequence, got {type(input).__name__}"
-        )
-    if input.dim() not in (2, 3):
-        raise ValueError(f"{type(layer).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
-    form = "padded" if input.dim() == 3 else "unbatched"
-    data = input if form == "padded" else input.unsqueeze(0 if layer.batch_first else 1)
-    batch, steps = data.shape[:2] if layer.batch_first else (data.shape[1], data.shape[0])
-    return Opened(form, data, batch, steps, layer.batch_first)
-
-
-def _open_packed(input: PackedSequence) -> Opened:
-    data, batch_sizes, order, _ = input
-    if data.dim() != 2:
-        raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
-    batch: Any = batch_sizes[0] if order is None else order.size(0)
-    return Opened("packed", data, batch if is_traced() else int(batch), batch_sizes.size(0), False)
-
-
-def _open_nested(input: Any) -> Opened:
-    if input.layout != torch.jagged:
-        raise ValueError(
-            "a nested input must have the jagged layout, got a strided one. "
-            "Use torch.nested.nested_tensor(..., layout=torch.jagged)."
-        )
-    if is_traced():
-        raise ValueError("torch.jit.trace can't record a nested tensor's lengths. Give padded input and lengths.")
-    if input.dim() != 3 or ragged_dim(input) != 1:
-        raise ValueError(f"a nested input must be of shape (N, j, I) with time ragged, got {tuple(input.shape)}")
-    lengths = input.lengths()
-    lengths = input.offsets().diff() if lengths is None else lengths
-    return Opened("nested", input.values(), lengths.size(0), 0, True, lengths)
-
-
-def _check_input(layer: Any, weights: list[LayerWeights], data: Tensor) -> None:
-    """What `nn.RNNBase.check_input` refuses, by the weights that the call runs with."""
-    dtype = weights[0][0].w_ih.dtype
-    if data.dtype != dtype and not is_autocast_on(data.device.type):
-        cure = f" Use input.to({dtype})." if data.is_floating_point() else ""  # whole numbers may be ids to embed
-        raise ValueError(f"input must have the type {dtype}, got type {data.dtype}.{cure}")
-    if data.size(-1) != layer.input_size:
-        raise RuntimeError(
-            f"input.size(-1) must be equal to input_size. Expected {layer.input_size}, got {data.size(-1)}"
-        )
-
-
-def _refuse_twice(form: str, lengths: Any, mask: Any) -> None:
-    kind = "a PackedSequence" if form == "packed" else "a nested tensor"
-    for name, given in (("lengths", lengths), ("mask", mask)):
-        if given is not None:
-            raise ValueError(
-                f"{kind} carries its own lengths: {name} must be None, but {name} was given too. Leave it out."
-            )
-
-
-def _open_lengths(opened: Opened, lengths: Any, mask: Any) -> tuple[Tensor | None, Tensor | None]:
-    """The lengths, None where no row is padded as far as can be seen; or the mask, (T, N)."""
-    form, data, batch, steps, batch_first, _ = opened
-    layout = f"batch_first={batch_first}"
-    if lengths is not None and mask is not None:
-        raise ValueError("lengths and mask say the same thing: give one of them, not both.")
+def _anew(resets: Tensor, lengths: Tensor | None, mask: Tensor | None, device: torch.device) -> Tensor:
+    """(N,): of a batch of one step, which rows drop their initial state."""
+    anew = resets[0].to(device)
     if lengths is not None:
-        if form == "unbatched" and isinstance(lengths, int) and not isinstance(lengths, bool):
-            lengths = [lengths]
-        lengths = check_lengths(lengths, batch, steps, data.device, layout)
-        whole = is_on_host(lengths) and values_can_be_read(lengths) and bool((lengths == steps).all())
-        return None if whole else lengths, None
-    if mask is not None:
-        if form == "unbatched":
-            return None, check_mask(mask, (steps,), data.device, layout).unsqueeze(1)
-        mask = check_mask(mask, tuple(data.shape[:2]), data.device, layout)
-        return None, mask.t() if batch_first else mask
-    if steps == 0:
-        raise RuntimeError(
-            "Expected sequence length to be larger than 0 in RNN: the input has no time steps. "
-            "Give lengths (all 0) to run a batch of empty sequences."
-        )
-    return None, None
+        anew = anew & (lengths.to(device) > 0)
+    return anew if mask is None else anew & mask[0]
 
 
 def close_call(call: Call, output: Tensor, states: States) -> tuple[Any, Any]:

@@ -39,8 +39,22 @@ OPERATOR = Backend("operator", operator.run)
 ONNX = Backend("onnx", onnx.run)
 
 
+STEP_BY_STEP = ("scan", "operator")
+"""Those that take resets as they are."""
+
+
 def run(call: Call) -> tuple[Tensor, States]:
     backend = choose(call)
+    if call.resets is None or backend.name in STEP_BY_STEP:
+        return _run(backend, call)
+    # Each segment is a sequence of its own: no backend but those above knows of resets.
+    cut, segments = call.cut(call.resets)
+    output, states = _run(backend, cut)
+    last = (segments.last(new, h.to(new.dtype)) for new, h in zip(states, call.states, strict=True))
+    return call.from_rows(output), tuple(last)
+
+
+def _run(backend: Backend, call: Call) -> tuple[Tensor, States]:
     device = call.data.device.type
     if backend.name in ("packed", "padded") or not is_autocast_on(device):
         return backend.run(call)
@@ -107,15 +121,21 @@ def preferred(call: Call, mode: Mode) -> str:
     if mode.only_scan:
         return "scan"
     if not mode.readable:
+        if call.resets is not None:
+            return "scan"
         return "packed" if call.packed is not None else "padded"
     if call.data.device.type == "cpu":
         return "padded" if _suits_kernel(call) and not _why_no_lstm_kernel(call) else "bptt"
+    if call.resets is not None and not is_on_host(call.resets):
+        return "scan"
     on_device = any(t is not None and not is_on_host(t) for t in (call.lengths, call.mask))
+    if call.resets is not None:
+        return "scan" if on_device else "packed"
     return "padded" if on_device and call.form != "nested" else "packed"
 
 
 def _suits_kernel(call: Call) -> bool:
-    if call.data.dim() != 3 or call.mask is not None:
+    if call.data.dim() != 3 or call.mask is not None or call.resets is not None:
         return False
     layer = call.layer
     # Where dropout is drawn, the choice must not hang on gradients: a checkpoint runs once without and once with.
@@ -139,6 +159,8 @@ def why_not(name: str, call: Call, mode: Mode) -> str | None:
     if mode.only_scan and name != "scan":
         return mode.only_scan
     if mode.traced:
+        if call.resets is not None:
+            return "torch.jit.trace would keep the resets of this call, or its number of steps, for good"
         if name == "bptt" or (name == "packed" and not packed.takes_input_as_it_is(call)):
             return "torch.jit.trace would keep the lengths of this call for good"
         if name == "scan":
@@ -147,6 +169,8 @@ def why_not(name: str, call: Call, mode: Mode) -> str | None:
             return "torch.jit.trace would keep the lengths of this call for good"
     elif not mode.readable:
         reads = name in ("packed", "bptt") and (call.lengths is not None or call.mask is not None)
+        if name != "scan" and call.resets is not None:
+            return "it reads resets, which have no values here (FakeTensorMode, make_fx or the meta device)"
         if reads or call.data.dim() == 2:
             return "it reads lengths, which have no values here (FakeTensorMode, make_fx or the meta device)"
     if name == "padded" or (name == "packed" and call.packed is None and packed.takes_input_as_it_is(call)):

@@ -1,4 +1,4 @@
-"""What a length or a mask is: checked here, before anything is computed.
+"""What a length, a mask or a reset is: checked here, before anything is computed.
 
 T time, N batch.
 """
@@ -71,30 +71,33 @@ def check_range(lengths: Tensor, steps: int, layout: str) -> None:
             raise ValueError(f"lengths[{n}] = {length}, {fault}. Expected 0 <= length <= {steps}.")
 
 
-def check_mask(mask: Any, shape: tuple[int, ...], device: torch.device, layout: str) -> Tensor:
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a bool tensor, got {type(mask).__name__}. Use torch.as_tensor(mask).")
-    if mask.dtype != torch.bool:
+MARKS = {"mask": "True at real steps", "resets": "True where the state starts anew before the step"}
+
+
+def check_marks(name: str, marks: Any, shape: tuple[int, ...], layout: str) -> Tensor:
+    """A mask, or resets: a bool for each step."""
+    if not isinstance(marks, Tensor):
+        raise TypeError(f"{name} must be a bool tensor, got {type(marks).__name__}. Use torch.as_tensor({name}).")
+    if marks.dtype != torch.bool:
         raise TypeError(
-            f"mask must be a bool tensor, True at real steps, but its dtype is {mask.dtype}.{_mask_cure(mask)}"
+            f"{name} must be a bool tensor, {MARKS[name]}, but its dtype is {marks.dtype}.{_marks_cure(name, marks)}"
         )
-    if tuple(mask.shape) != shape:
+    if tuple(marks.shape) != shape:
         raise ValueError(
-            f"mask has shape {tuple(mask.shape)}, but the input's first dimensions are {shape} ({layout}). "
+            f"{name} has shape {tuple(marks.shape)}, but the input's first dimensions are {shape} ({layout}). "
             "Expected one bool per time step of each sequence."
         )
-    moved: Tensor = mask.to(device)
-    return moved
+    return marks
 
 
-def _mask_cure(mask: Tensor) -> str:
-    if not values_can_be_read(mask):
+def _marks_cure(name: str, marks: Tensor) -> str:
+    if not values_can_be_read(marks):
         return ""
-    if mask.is_floating_point() and not bool(mask.any()):
+    if name == "mask" and marks.is_floating_point() and not bool(marks.any()):
         return ""  # all 0: nothing is real, or, in one that is added to scores, everything
-    if bool(((mask == 0) | (mask == 1)).all()):
-        return " Use mask.bool()."
-    if bool(((mask == 0) | (mask < -1)).all()):
+    if bool(((marks == 0) | (marks == 1)).all()):
+        return f" Use {name}.bool()."
+    if name == "mask" and bool(((marks == 0) | (marks < -1)).all()):
         return " It looks like one that is added to scores, 0 at real steps: use mask == 0."
     return ""
 

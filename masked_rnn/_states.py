@@ -31,14 +31,22 @@ def open_states(layer: Any, hx: Any, form: str, batch: int, data: Tensor) -> Sta
     )
 
 
+def forget(states: States, anew: Tensor, directions: int) -> States:
+    """Zeros in place of the state of the rows (N,) that start anew, in the forward direction."""
+    if directions == 2:
+        backward = torch.zeros_like(anew)
+        anew = torch.stack([anew, backward]).repeat(states[0].size(0) // 2, 1)  # (L·D, N)
+    return tuple(torch.where(anew.unsqueeze(-1), torch.zeros_like(h), h) for h in states)
+
+
 def _refuse_lengths_as_hx(form: str, hx: Any) -> None:
     if isinstance(hx, Tensor) and hx.is_floating_point():
         return
     is_mask = isinstance(hx, Tensor) and hx.dtype == torch.bool
     if is_mask or look_like_lengths(hx):
-        what, name = ("a bool tensor", "mask") if is_mask else ("whole numbers", "lengths")
+        what, name = ("a bool tensor", "a mask") if is_mask else ("whole numbers", "lengths")
         carries = form in ("packed", "nested")
-        cure = f"{form} input carries its lengths: leave them out" if carries else f"pass {name}=..."
+        cure = f"{form} input carries its lengths: leave them out" if carries else f"pass {name.split()[-1]}=..."
         raise TypeError(f"the second argument, hx, is the initial state, but got {what}. If they are {name}, {cure}.")
 
 

@@ -97,25 +97,61 @@ def cotangents(layer: Any, batch: int, steps: int) -> list[Tensor]:
     return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
 
 
-def oracle(layer: Any, x: Tensor, mask: Tensor, states: Sequence[Tensor], pulled: Sequence[Tensor]) -> Run:
-    """Each sequence alone, its masked steps cut out and its outputs put back in place."""
+def oracle(
+    layer: Any,
+    x: Tensor,
+    mask: Tensor,
+    states: Sequence[Tensor],
+    pulled: Sequence[Tensor],
+    resets: Tensor | None = None,
+) -> Run:
+    """Each sequence alone, its masked steps cut out and its outputs put back in place; of one that is cut by resets,
+    each segment alone."""
     alone = _plain_double(layer)
     x = x.detach().double().requires_grad_()
     states = [h.detach().double().requires_grad_() for h in states]
     outputs, lasts = [], []
     for n in range(x.size(0)):
         own = tuple(h[:, n : n + 1] for h in states)
-        times = mask[n].nonzero().flatten()
         output = x.new_zeros(1, x.size(1), pulled[0].size(-1))
-        if len(times):
-            ran, last = alone(x[n : n + 1, times], as_hx(own))
+        ends = []
+        segments = cut(mask[n], None if resets is None else resets[n])
+        for k, (times, anew) in enumerate(segments):
+            starts = (k == 0 and not anew, k == len(segments) - 1)
+            ran, end = alone(x[n : n + 1, times], as_hx(_of_directions(layer, own, starts)))
             output = output.index_copy(1, times, ran)
-            own = as_tuple(last)
+            ends.append(as_tuple(end))
+        if ends:
+            # Forwards the last segment leaves the state, backwards the first.
+            forwards = _of_directions(layer, ends[-1], (True, False))
+            backwards = _of_directions(layer, ends[0], (False, True))
+            own = tuple(a + b for a, b in zip(forwards, backwards, strict=True))
         outputs.append(output)
         lasts.append(own)
     run = Run(torch.cat(outputs), tuple(torch.cat(h, 1) for h in zip(*lasts, strict=True)))
     wanted = {"x": x, **{f"hx[{s}]": h for s, h in enumerate(states)}, **dict(alone.named_parameters())}
     return run.pull_back([c.double() for c in pulled], wanted)
+
+
+def cut(mask: Tensor, resets: Tensor | None) -> list[tuple[Tensor, bool]]:
+    """The times of each segment's real steps (T,), and whether a reset stands before it."""
+    segments: list[tuple[list[int], bool]] = []
+    anew = False
+    for t, real in enumerate(mask.tolist()):
+        anew = anew or (resets is not None and bool(resets[t]))
+        if real:
+            if anew or not segments:
+                segments.append(([], anew))
+            segments[-1][0].append(t)
+            anew = False
+    return [(torch.tensor(times), anew) for times, anew in segments]
+
+
+def _of_directions(layer: Any, states: Sequence[Tensor], kept: tuple[bool, bool]) -> tuple[Tensor, ...]:
+    """States (L·D, 1, P), zero in the directions that are not kept."""
+    D = 2 if layer.bidirectional else 1
+    keep = torch.tensor(kept[:D]).repeat(layer.num_layers).view(-1, 1, 1)
+    return tuple(torch.where(keep, h, torch.zeros_like(h)) for h in states)
 
 
 def _plain_double(layer: Any) -> Any:
@@ -140,8 +176,8 @@ def call(layer: Any, x: Tensor, states: Sequence[Tensor] | None, pulled: Sequenc
     """The layer under test, in its own layout, brought back to batch-first."""
     x = x.detach().clone().requires_grad_()
     leaves = [] if states is None else [h.detach().clone().to(x.dtype).requires_grad_() for h in states]
-    if "mask" in given and not layer.batch_first:
-        given["mask"] = given["mask"].t()
+    if not layer.batch_first:
+        given.update({name: given[name].t() for name in ("mask", "resets") if name in given})
     output, last = layer(x if layer.batch_first else x.transpose(0, 1), as_hx(leaves) if leaves else None, **given)
     output = output if layer.batch_first else output.transpose(0, 1)
     lasts = as_tuple(last)

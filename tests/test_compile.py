@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -110,9 +111,10 @@ def test_a_subclass_as_it_is(kind: type[MaskedGRU]) -> None:
 def options(given: str, batch: int, steps: int) -> dict[str, Any]:
     if given == "neither":
         return {}
-    if given == "lengths":
-        return {"lengths": torch.randint(0, steps + 1, (batch,))}
-    return {"mask": torch.rand(batch, steps) > 0.4}
+    more = {"resets": torch.rand(batch, steps) < 0.3} if "resets" in given else {}
+    if "lengths" in given:
+        return {"lengths": torch.randint(0, steps + 1, (batch,)), **more}
+    return {"mask": torch.rand(batch, steps) > 0.4, **more} if "mask" in given else more
 
 
 @pytest.mark.parametrize(
@@ -122,6 +124,9 @@ def options(given: str, batch: int, steps: int) -> dict[str, Any]:
         ("inductor", "mask", True),
         ("aot_eager", "lengths", True),
         ("eager", "neither", True),
+        ("inductor", "resets", True),
+        ("aot_eager", "resets and lengths", True),
+        ("aot_eager", "resets and mask", False),
     ],
 )
 @pytest.mark.usefixtures("allow_rnn")
@@ -195,7 +200,7 @@ def test_a_gradient_follows_what_its_forward_ran(lengths: list[int] | None, monk
     expected = torch.autograd.grad(layer(x, lengths=lengths)[0].square().sum(), weights)
     for first in (True, False):
         monkeypatch.setattr(kernels, "has_onednn", lambda here=first: here)
-        results = torch.ops.masked_rnn.layer(x, given, states, weights, "LSTM", 1, True, True)
+        results = torch.ops.masked_rnn.layer(x, given, None, states, weights, "LSTM", 1, True, True)
         monkeypatch.setattr(kernels, "has_onednn", lambda here=first: not here)
         close(list(torch.autograd.grad(results[0].square().sum(), weights)), list(expected))
 
@@ -206,7 +211,7 @@ def test_the_operator_computes_in_its_tensors_dtype(cell: str) -> None:
     x, states = torch.randn(3, 6, INPUT), random_states(layer, 3, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         results = torch.ops.masked_rnn.layer(
-            x, torch.tensor([6, 2, 5]), states, list(layer.parameters()), layer.mode, 1, True, False
+            x, torch.tensor([6, 2, 5]), None, states, list(layer.parameters()), layer.mode, 1, True, False
         )
     assert all(t.dtype == torch.float32 for t in results[:-1])
     close([results[0]], [layer(x, states if len(states) > 1 else states[0], [6, 2, 5])[0]])
@@ -225,7 +230,7 @@ def test_the_operator_runs_the_kernel_that_eager_runs(
     given = None if lengths is None else torch.tensor(lengths)
     x, weights = torch.randn(3, 6, INPUT), list(layer.parameters())
     states = random_states(layer, 3, torch.float32)
-    called = (x, given, states, weights, "LSTM", 2 if bidirectional else 1, True, True)
+    called = (x, given, None, states, weights, "LSTM", 2 if bidirectional else 1, True, True)
     found = torch.ops.masked_rnn.layer(*called)
     assert bool(ran) == torch.backends.mkldnn.is_available()
     expected = layer(x, states, lengths=lengths)
@@ -303,13 +308,15 @@ def test_the_operator_keeps_torchs_rules(cell: str, monkeypatch: pytest.MonkeyPa
     x = torch.randn(5, 3, INPUT, requires_grad=True)
     weights = list(layer.parameters())
     # Full lengths: else part of the reserve is never written, and the checker compares all of it.
-    for lengths, batch_first in ((None, False), (torch.tensor([5, 5, 5]), False), (torch.tensor([3] * 5), True)):
+    cases = [(None, False), (torch.tensor([5, 5, 5]), False), (torch.tensor([3] * 5), True)]
+    for (lengths, batch_first), anew in itertools.product(cases, (False, True)):
+        resets = torch.ones(5, 3, dtype=torch.bool) if not batch_first else torch.ones(3, 5, dtype=torch.bool)
         batch = 5 if batch_first else 3
         shapes = [(2, batch, layer.proj_size or 3), (2, batch, 3)][: 2 if layer.mode == "LSTM" else 1]
         initial = [torch.zeros(shape) for shape in shapes]
         torch.library.opcheck(
             torch.ops.masked_rnn.layer,
-            (x, lengths, initial, weights, layer.mode, 2, batch_first, True),
+            (x, lengths, resets if anew else None, initial, weights, layer.mode, 2, batch_first, True),
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"),
         )
 
@@ -328,12 +335,15 @@ def test_the_same_lengths_in_another_layout(cell: str) -> None:
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("lengths", [None, [4, 2, 2], [0, 0, 0]], ids=str)
-def test_results_of_the_operators_share_no_memory(cell: str, bidirectional: bool, lengths: list[int] | None) -> None:
+@pytest.mark.parametrize("anew", [False, True])
+def test_results_of_the_operators_share_no_memory(
+    cell: str, bidirectional: bool, lengths: list[int] | None, anew: bool
+) -> None:
     layer = masked(cell, bidirectional=bidirectional)
     D, x = 2 if bidirectional else 1, torch.randn(4, 3, INPUT)
     states, weights = random_states(layer, 3, torch.float32), [p.detach() for p in layer.parameters()]
     given = None if lengths is None else torch.tensor(lengths)
-    called = (x, given, states, weights)
+    called = (x, given, torch.rand(4, 3) < 0.4 if anew else None, states, weights)
     results = torch.ops.masked_rnn.layer(*called, layer.mode, D, False, True)
     grads = [torch.randn_like(result) for result in results[:-1]]
     found = torch.ops.masked_rnn.layer_gradient(*called, results[-1], grads, layer.mode, D, False, True, True)

@@ -29,6 +29,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 STEPS = 5
 LENGTHS = [3, 4, 0, 1]
 HOLES = torch.tensor([[0, 0, 1, 0, 1], [1, 0, 1, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+RESETS = torch.tensor([[0, 1, 0, 0, 1], [1, 0, 0, 1, 0], [1, 1, 0, 0, 0], [0, 0, 0, 1, 1]], dtype=torch.bool)
 FORMS: dict[str, dict[str, Any]] = {
     "list": {"lengths": LENGTHS},
     "array": {"lengths": np.array(LENGTHS, dtype=np.int32)},
@@ -39,6 +40,13 @@ FORMS: dict[str, dict[str, Any]] = {
     "device-mask": {"mask": HOLES.to(DEVICE)},
     "neither": {},
 }
+WITH_RESETS: dict[str, dict[str, Any]] = {
+    "host-resets": {"lengths": LENGTHS, "resets": RESETS},
+    "host-resets-mask": {"mask": HOLES, "resets": RESETS},
+    "device-resets": {"lengths": torch.tensor(LENGTHS).to(DEVICE), "resets": RESETS.to(DEVICE)},
+    "device-resets-mask": {"mask": HOLES.to(DEVICE), "resets": RESETS.to(DEVICE)},
+    "device-resets-alone": {"resets": RESETS.to(DEVICE)},
+}
 CALLS = [  # the form, num_layers, bidirectional, batch_first, hx
     ("list", 1, False, True, "flat"),
     ("array", 2, True, False, "none"),
@@ -48,6 +56,11 @@ CALLS = [  # the form, num_layers, bidirectional, batch_first, hx
     ("host-mask", 1, True, False, "flat"),
     ("device-mask", 2, True, True, "whole"),
     ("neither", 2, True, True, "flat"),
+    ("host-resets", 2, True, False, "flat"),
+    ("host-resets-mask", 1, True, True, "whole"),
+    ("device-resets", 2, True, True, "whole"),
+    ("device-resets-mask", 1, False, False, "flat"),
+    ("device-resets-alone", 1, True, True, "whole"),
 ]
 UP = ["upload"]
 WAITS = {  # with lengths on the host, a mask on the host, and either on the device
@@ -84,13 +97,13 @@ def test_each_form_of_a_call(cell: str, backend: str, case: Any) -> None:
     form, layers, bidirectional, batch_first, hx = case
     options = {"num_layers": layers, "bidirectional": bidirectional, "batch_first": batch_first}
     layer = masked(cell, backend=backend, **options).double()
-    given = FORMS[form]
-    mask = HOLES if "mask" in given else prefix_mask(LENGTHS if given else [STEPS] * 4, STEPS)
+    given = {**FORMS, **WITH_RESETS}[form]
+    mask = HOLES if "mask" in given else prefix_mask(LENGTHS if "lengths" in given else [STEPS] * 4, STEPS)
     x = torch.randn(4, STEPS, INPUT, dtype=torch.float64).masked_fill(~mask.unsqueeze(-1), torch.nan)
     states, pulled = random_states(layer, 4), cotangents(layer, 4, STEPS)
     if hx == "none":
         states = tuple(map(torch.zeros_like, states))
-    expected = oracle(layer, x.nan_to_num(), mask, states, pulled)
+    expected = oracle(layer, x.nan_to_num(), mask, states, pulled, RESETS if "resets" in given else None)
     own: Any = None if hx == "none" else states
     if hx == "flat":
         own = [h.transpose(0, 1).flatten(1) for h in states]
@@ -203,6 +216,21 @@ def test_what_waits(cell: str, form: str) -> None:
         assert waits == (WAITS[backend][place] if FORMS[form] else []), backend
 
 
+@pytest.mark.parametrize("form", WITH_RESETS)
+def test_what_waits_with_resets(cell: str, form: str, ran: list[str]) -> None:
+    """Resets on the device are followed step by step, without a wait; those on the host cut the rows there."""
+    layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True).to(DEVICE)
+    x = torch.randn(4, STEPS, INPUT).to(DEVICE).requires_grad_()
+    with watching() as waits:
+        output, last = layer(x, **WITH_RESETS[form])
+        (output.sum() + sum(h.sum() for h in as_tuple(last))).backward()
+    assert ran == ["packed" if form == "host-resets" else "scan"]
+    if form.startswith("device"):
+        assert not waits
+    else:
+        assert set(waits) == {"upload"}
+
+
 @pytest.mark.parametrize("backend", WAITS)
 def test_lengths_that_the_device_refuses(backend: str) -> None:
     layer = masked("gru", batch_first=True, backend=backend, enforce_sorted=True).to(DEVICE)
@@ -220,9 +248,10 @@ def test_input_on_the_cpu(backend: str) -> None:
     """Lengths and masks follow the input; the input and hx follow nothing."""
     layer = masked("gru", batch_first=True, backend=backend)
     x = torch.randn(4, STEPS, INPUT)
-    for form in ("device", "device-int32", "device-mask"):
+    forms = {**FORMS, **WITH_RESETS}
+    for form in ("device", "device-int32", "device-mask", "device-resets", "device-resets-mask"):
         found, expected = (
-            outcome(layer, leaf, leaf, **to(d, FORMS[form]))
+            outcome(layer, leaf, leaf, **to(d, forms[form]))
             for d in (DEVICE, "cpu")
             for leaf in [x.clone().requires_grad_()]
         )

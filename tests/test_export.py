@@ -67,6 +67,29 @@ def test_masks_and_states(cell: str, strict: bool) -> None:
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("real", ["lengths", "mask"])
+def test_resets(cell: str, real: str) -> None:
+    class WithResets(Model):
+        def forward(self, x: Tensor, real_steps: Tensor, resets: Tensor) -> Any:  # type: ignore[override]
+            return self.layer(x, **{real: real_steps}, resets=resets)
+
+    layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True)
+    batch, time = Dim("batch"), Dim("time")
+
+    def arguments(n: int, t: int) -> tuple[Tensor, Tensor, Tensor]:
+        given = torch.randint(0, t + 1, (n,)) if real == "lengths" else torch.rand(n, t) > 0.4
+        return torch.randn(n, t, INPUT), given, torch.rand(n, t) < 0.3
+
+    whole = {0: batch, 1: time}
+    sizes = (whole, {0: batch} if real == "lengths" else whole, whole)
+    exported = export(WithResets(layer), arguments(3, 6), dynamic_shapes=sizes).module()
+    for n, t in ((2, 9), (5, 4)):
+        x, given, resets = arguments(n, t)
+        expected = layer(x, **{real: given}, resets=resets)
+        for a, b in zip(flat(exported(x, given, resets)), flat(expected), strict=True):
+            torch.testing.assert_close(a, b)
+
+
 def test_a_fresh_process_runs_it(tmp_path: Any) -> None:
     layer = masked("gru", num_layers=2, bidirectional=True, batch_first=True)
     x, lengths = torch.randn(3, 6, INPUT), torch.tensor([6, 0, 2])

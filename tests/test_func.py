@@ -47,6 +47,34 @@ def test_per_sample_gradients(layer: Any, x: Tensor, batched: bool) -> None:
             torch.testing.assert_close(found[name][n], parameter.grad, msg=name)
 
 
+def test_per_sample_gradients_with_resets(layer: Any, x: Tensor) -> None:
+    weights = dict(layer.named_parameters())
+    resets, mask = torch.rand(4, 5) < 0.4, torch.rand(4, 5) < 0.7
+
+    def loss(weights: dict[str, Tensor], x: Tensor, mask: Tensor, resets: Tensor) -> Tensor:
+        return score(functional_call(layer, weights, (x,), {"mask": mask, "resets": resets}))
+
+    found = vmap(grad(loss), (None, 0, 0, 0))(weights, x, mask, resets)
+    for n in range(4):
+        layer.zero_grad()
+        score(layer(x[n], mask=mask[n], resets=resets[n])).backward()
+        for name, parameter in layer.named_parameters():
+            torch.testing.assert_close(found[name][n], parameter.grad, msg=name)
+
+
+def test_one_vmapped_step_with_resets(layer: Any, x: Tensor) -> None:
+    """As an ensemble acts."""
+    _, state = layer(x)
+    resets = torch.tensor([True, False, True, False])
+
+    def act(x: Tensor, resets: Tensor, *state: Tensor) -> Any:
+        return layer(x, state[0] if len(state) == 1 else state, resets=resets)
+
+    output, _ = vmap(act)(x[:, :1], resets.unsqueeze(1), *as_tuple(state))
+    expected, _ = layer(x[:, :1], state, resets=resets.unsqueeze(1))
+    torch.testing.assert_close(output, expected)
+
+
 def test_vmapped_masks(layer: Any, x: Tensor) -> None:
     mask = torch.rand(4, 5) > 0.4
     output, last = vmap(lambda x, m: layer(x, mask=m))(x, mask)

@@ -111,6 +111,22 @@ def test_without_bias(tmp_path: Any) -> None:
     compare(tmp_path / "model.onnx", layer, "lengths", first)
 
 
+def test_resets_are_refused_in_clear_words() -> None:
+    class WithResets(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = masked("gru", batch_first=True)
+
+        def forward(self, x: Any, resets: Any) -> Any:
+            return self.layer(x, resets=resets)
+
+    with pytest.raises(Exception, match="can't be captured") as refused:
+        torch.onnx.export(
+            WithResets().eval(), (torch.randn(3, 6, INPUT), torch.rand(3, 6) < 0.3), dynamo=True, verbose=False
+        )
+    assert "ONNX's nodes know no resets within a sequence" in str(refused.value)
+
+
 def test_a_projection_is_refused_in_clear_words() -> None:
     layer = masked("lstm-proj", batch_first=True)
     with pytest.raises(Exception, match="can't be captured") as refused:

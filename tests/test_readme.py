@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import doctest
+import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -30,6 +32,11 @@ BLOCKS = [
 def test_code_in_the_docs(code: str) -> None:
     if "dynamo=True" in code and torch_before("2.13"):
         pytest.skip("torch.onnx.export(dynamo=True) of the layer needs torch 2.13; docs/versions.md")
+    needs_tensorflow = re.search(r"import (keras|tensorflow)", code)
+    if needs_tensorflow and os.environ.get("MASKED_RNN_REQUIRE_TENSORFLOW") != "1":
+        missing = [name for name in ("tensorflow", "tf_keras") if importlib.util.find_spec(name) is None]
+        if missing:
+            pytest.skip(f"needs {' and '.join(missing)}: pip install -e '.[reference]'")
     subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
 
 

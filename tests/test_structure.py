@@ -20,7 +20,8 @@ FLOORS = (
     ("_backends/kernels",),
     ("_backends/recurrence", "_backends/double_backward", "_backends/rows", "_backends"),
     ("_call",),
-    ("_states",),
+    ("_forms", "_states"),
+    ("_segments",),
     ("_lengths", "_plan", "_cells"),
     ("_torch",),
 )

@@ -49,6 +49,7 @@ def calling(gru: MaskedGRU, lstm: MaskedLSTM, rnn: MaskedRNN, nested: Tensor) ->
     assert_type(gru(x, torch.zeros(1, 3, 3), lengths=(6, 2, 0)), tuple[Tensor, Tensor])
     assert_type(gru(x, hx=None, lengths=np.array([6, 2, 0]), mask=None), tuple[Tensor, Tensor])
     assert_type(gru(x, mask=mask), tuple[Tensor, Tensor])
+    assert_type(gru(x, lengths=[6, 2, 0], resets=mask), tuple[Tensor, Tensor])
     assert_type(gru(x[0], lengths=4), tuple[Tensor, Tensor])
     assert_type(gru(nested), tuple[Tensor, Tensor])
     assert_type(gru(packed), tuple[PackedSequence, Tensor])
@@ -58,6 +59,7 @@ def calling(gru: MaskedGRU, lstm: MaskedLSTM, rnn: MaskedRNN, nested: Tensor) ->
     assert_type(output, Tensor)
     assert_type(h, Tensor)
     assert_type(lstm(x, (h, c), mask=mask), tuple[Tensor, tuple[Tensor, Tensor]])
+    assert_type(lstm(x, (h, c), resets=mask), tuple[Tensor, tuple[Tensor, Tensor]])
     assert_type(lstm(packed, (h, c)), tuple[PackedSequence, tuple[Tensor, Tensor]])
     assert_type(lstm.forward(x, lengths=[6, 2, 0]), tuple[Tensor, tuple[Tensor, Tensor]])
 

@@ -35,4 +35,6 @@ def run(call: Call) -> tuple[Tensor, States]:
 
 def takes_input_as_it_is(call: Call) -> bool:
     """Whether the kernel reads the call's input as it came: nothing is gathered, and no value read."""
-    return call.packed is not None or (call.data.dim() == 3 and call.lengths is None and call.mask is None)
+    if call.packed is not None:
+        return True
+    return call.data.dim() == 3 and call.lengths is None and call.mask is None and call.resets is None

@@ -13,31 +13,47 @@ from torch.nn import functional as F
 
 from .._cells import STEPS, LayerWeights, States, stack_layers
 from .._plan import Plan, restore_states, sort_states
+from .._segments import resets_at_real_steps
 
 
-def scan(mode: str, x: Tensor, real: Tensor | None, initial: States, weights: LayerWeights) -> tuple[Tensor, States]:
-    """x (T, N, I), real (T, N, 1), initial states (D, N, P) -> output (T, N, D·P), last states (D, N, P).
+def scan(
+    mode: str,
+    x: Tensor,
+    real: Tensor | None,
+    initial: States,
+    weights: LayerWeights,
+    resets: Tensor | None = None,
+) -> tuple[Tensor, States]:
+    """x (T, N, I), real and resets (T, N, 1), initial states (D, N, P) -> output (T, N, D·P), last states (D, N, P).
 
-    Padding may stand anywhere: the state is held across it.
+    Padding may stand anywhere: the state is held across it, and so is a reset.
     """
     step, steps = STEPS[mode], x.size(0)
     zero = torch.zeros((), dtype=x.dtype, device=x.device)
     if real is not None:
         # Clean the input, not only the output: a gradient of zero times a padding of NaN is NaN.
         x = torch.where(real, x, zero)
+    anew = None if resets is None else resets_at_real_steps(resets, real)
     outputs, lasts = [], []
     for d, w in enumerate(weights):
         projected = F.linear(x, w.w_ih, w.b_ih)
         state = tuple(h[d] for h in initial)
         hidden: list[Tensor] = []
+        is_cut = None
+        """Before the step: backwards, where the step after it starts anew."""
         for t in range(steps) if d == 0 else reversed(range(steps)):
-            new = step(projected[t], state, w)
+            if anew is not None and d == 0:
+                is_cut = anew[t]
+            start = state if is_cut is None else tuple(torch.where(is_cut, zero, h) for h in state)
+            new = step(projected[t], start, w)
             if real is None:
                 state = new
                 hidden.append(new[0])
             else:
                 state = tuple(torch.where(real[t], n, s) for n, s in zip(new, state, strict=True))
                 hidden.append(torch.where(real[t], new[0], zero))
+            if anew is not None and d == 1:
+                is_cut = anew[t] if real is None or is_cut is None else torch.where(real[t], anew[t], is_cut)
         if d == 1:
             hidden.reverse()
         outputs.append(torch.stack(hidden) if hidden else projected[..., : initial[0].size(-1)])  # of no step

@@ -11,7 +11,12 @@ from .recurrence import scan
 
 def run(call: Call) -> tuple[Tensor, States]:
     x, real, restore = call.masked()
+    resets = None if call.resets is None else call.resets.unsqueeze(-1).to(x.device)
     output, last = stack_layers(
-        x, call.states, call.weights, lambda x, states, w: scan(call.layer.mode, x, real, states, w), call.dropout
+        x,
+        call.states,
+        call.weights,
+        lambda x, states, w: scan(call.layer.mode, x, real, states, w, resets),
+        call.dropout,
     )
     return restore(output), last

@@ -20,6 +20,8 @@ GATE_ORDER = {"GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2), "RNN_TANH": (0,), "RNN_REL
 
 
 def why_not(call: Call) -> str | None:
+    if call.resets is not None:
+        return "ONNX's nodes know no resets within a sequence"
     return "ONNX's LSTM node has no projection (proj_size)" if call.layer.proj_size else None
 
 

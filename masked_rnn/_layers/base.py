@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypedDict, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypedDict, TypeVar, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from .._call import close_call, open_call
 from .._choice import BACKENDS, run
 from .._torch import dynamo_is_loaded, dynamo_refuses, forward_pre_hooks
+from .keras import read_keras
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,8 +46,8 @@ class Options(TypedDict, total=False):
 DEFAULTS: Options = {"enforce_sorted": False, "flatten_hidden": True, "backend": "auto"}
 
 
-def _run(layer: Any, input: Any, hx: Any, lengths: Any, mask: Any) -> Any:
-    call = open_call(layer, input, hx, lengths, mask)
+def _run(layer: Any, input: Any, hx: Any, lengths: Any, mask: Any, resets: Any) -> Any:
+    call = open_call(layer, input, hx, lengths, mask, resets)
     return close_call(call, *run(call))
 
 
@@ -61,7 +62,7 @@ def _eager_run() -> Any:
     return _run_eagerly
 
 
-def _as_leaf(layer: Any, input: Any, hx: Any, lengths: Any, mask: Any) -> Any:
+def _as_leaf(layer: Any, input: Any, hx: Any, lengths: Any, mask: Any, resets: Any) -> Any:
     """One node in the graph of `torch.fx`, which takes only modules of torch.nn for leaves by itself."""
     path = input.tracer.path_of_module(layer)
     if not path:
@@ -69,7 +70,7 @@ def _as_leaf(layer: Any, input: Any, hx: Any, lengths: Any, mask: Any) -> Any:
             f"torch.fx can't trace into {type(layer).__name__}, as it can't into torch.nn's layers. "
             "Trace a module that holds it: it becomes one node there."
         )
-    return input.tracer.create_proxy("call_module", path, (input, hx, lengths), {"mask": mask})
+    return input.tracer.create_proxy("call_module", path, (input, hx, lengths), {"mask": mask, "resets": resets})
 
 
 def refusing_as_torch_does(init: Init) -> Init:
@@ -107,16 +108,16 @@ class MaskedRNNBase(nn.RNNBase):
         self.flatten_hidden = flatten_hidden
         self.backend = backend
 
-    def _forward(self, input: Any, hx: Any, lengths: Any, mask: Any) -> Any:
+    def _forward(self, input: Any, hx: Any, lengths: Any, mask: Any, resets: Any) -> Any:
         if not torch.compiler.is_compiling():
             if isinstance(input, torch.fx.Proxy):
-                return _as_leaf(self, input, hx, lengths, mask)
+                return _as_leaf(self, input, hx, lengths, mask, resets)
             # Dynamo leaves every nn.RNNBase to run as it is, but would compile, in pieces, the functions that it calls.
             if dynamo_is_loaded():
-                return _eager_run()(self, input, hx, lengths, mask)
+                return _eager_run()(self, input, hx, lengths, mask, resets)
         elif dynamo_refuses():
-            return _eager_run()(self, input, hx, lengths, mask)
-        return _run(self, input, hx, lengths, mask)
+            return _eager_run()(self, input, hx, lengths, mask, resets)
+        return _run(self, input, hx, lengths, mask, resets)
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]
@@ -148,6 +149,60 @@ class MaskedRNNBase(nn.RNNBase):
         )
         _share_weights(layer, source)
         return layer.train(source.training)
+
+    @classmethod
+    def from_keras(cls, layer: Any, *, device: Device = None, **options: Unpack[Options]) -> Self:
+        """A layer with the weights of a built Keras layer of the same kind, or of a Bidirectional of one.
+
+        Keras 3 on any backend and tf_keras are read, and neither is imported. Gates are brought into PyTorch's order,
+        kernels transposed. The layer is ``batch_first``, as Keras is (``time_major=True`` in tf_keras: it is not).
+        What a Keras layer returns is chosen by its ``return_sequences`` and ``return_state``; this one returns output
+        and last state always. Masked steps hold the state in both; their output is zero here, as with Keras's
+        ``zero_output_for_mask=True``. docs/from_tensorflow.md has the two side by side.
+
+        Args:
+            layer: ``GRU`` (:class:`MaskedGRU`), ``LSTM`` (:class:`MaskedLSTM`), ``SimpleRNN`` (:class:`MaskedRNN`),
+                or a ``Bidirectional`` of one with ``merge_mode="concat"``
+            device: Where the parameters are made. Default: torch's
+            options: ``enforce_sorted``, ``flatten_hidden``, ``backend``
+
+        Raises:
+            TypeError: It is no Keras layer of this kind.
+            ValueError: It has no weights yet, or computes what torch.nn's equations can't: ``reset_after=False``,
+                another activation, ``go_backwards`` outside a Bidirectional, unequal halves, another ``merge_mode``,
+                ``stateful``.
+
+        Warns:
+            UserWarning: Its ``dropout`` or ``recurrent_dropout`` is left out.
+
+        Example::
+
+            >>> keras_layer = keras.layers.Bidirectional(keras.layers.GRU(3))  # doctest: +SKIP
+            >>> keras_layer.build((None, None, 4))  # doctest: +SKIP
+            >>> gru = MaskedGRU.from_keras(keras_layer)  # doctest: +SKIP
+        """
+        kind = "SimpleRNN" if cls._torch_layer is nn.RNN else cls._torch_layer.__name__
+        found = read_keras(layer, kind)
+        make: Any = cls
+        made: Self = make(
+            found.input_size,
+            found.hidden_size,
+            bias=found.bias,
+            batch_first=found.batch_first,
+            bidirectional=found.bidirectional,
+            device=device,
+            dtype=found.dtype,
+            **({"nonlinearity": found.nonlinearity} if kind == "SimpleRNN" else {}),
+            **options,
+        )
+        _copy_weights(made, found.weights)
+        return made
+
+
+@torch.no_grad()
+def _copy_weights(layer: MaskedRNNBase, weights: dict[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        getattr(layer, name).copy_(weight)
 
 
 def _share_weights(layer: Any, source: Any) -> None:

@@ -63,7 +63,7 @@ class MaskedGRU(MaskedRNNBase, nn.GRU):
     T is the number of steps in time, N of sequences, I is ``input_size``, H ``hidden_size``, L ``num_layers``, D 2 if
     ``bidirectional`` else 1. Unbatched input leaves N out of every shape.
 
-    Inputs: input, hx, lengths, mask
+    Inputs: input, hx, lengths, mask, resets
         * **input**: :math:`(T, N, I)`, or :math:`(N, T, I)` with ``batch_first=True``; unbatched :math:`(T, I)`; a
           :class:`~torch.nn.utils.rnn.PackedSequence`; or a jagged nested tensor :math:`(N, j, I)`.
         * **hx**: the initial state, :math:`(L \cdot D, N, H)` or flattened :math:`(N, L \cdot D \cdot H)` as the layer
@@ -73,6 +73,9 @@ class MaskedGRU(MaskedRNNBase, nn.GRU):
           input, which has its own.
         * **mask**: in the place of lengths, a bool tensor shaped as the input without its last dimension, True at real
           steps. Padding may stand anywhere: the state is held across it.
+        * **resets**: a bool tensor shaped as a mask, True where the state starts anew, from zeros, before the step: one
+          row may hold several episodes, and each gives what it would give alone. A reset at padding counts at the next
+          real step (docs/resets.md). None for packed or nested input.
 
         Without lengths and mask, every step is real. Padding is never read, NaN included; its gradient is exactly zero.
 
@@ -101,9 +104,9 @@ class MaskedGRU(MaskedRNNBase, nn.GRU):
 
     Raises:
         ValueError: A length is below 0 or above T. There are too few lengths, too many, or unsorted ones under
-            ``enforce_sorted``. Lengths come with a mask, or either with packed or nested input. The mask has another
-            shape. The input has another rank or dtype. A forced backend can't run the call.
-        TypeError: Lengths are not integers, the mask is not a bool tensor, or either stands in the place of hx. The
+            ``enforce_sorted``. Lengths come with a mask, or any of these with packed or nested input. The mask or the
+            resets have another shape. The input has another rank or dtype. A forced backend can't run the call.
+        TypeError: Lengths are not integers, mask or resets are not a bool tensor, or one stands in the place of hx. The
             input is no tensor.
         RuntimeError: The input is not I wide, or has no steps and no lengths. hx has another shape or dtype. A length
             is out of range, where lengths and input are on a GPU: they are checked there, without waiting.
@@ -152,15 +155,27 @@ class MaskedGRU(MaskedRNNBase, nn.GRU):
 
     @overload
     def forward(
-        self, input: Tensor, hx: Tensor | None = None, lengths: Lengths = None, *, mask: Tensor | None = None
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        lengths: Lengths = None,
+        *,
+        mask: Tensor | None = None,
+        resets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...
     @overload
     def forward(
-        self, input: PackedSequence, hx: Tensor | None = None, lengths: None = None, *, mask: None = None
+        self,
+        input: PackedSequence,
+        hx: Tensor | None = None,
+        lengths: None = None,
+        *,
+        mask: None = None,
+        resets: None = None,
     ) -> tuple[PackedSequence, Tensor]: ...
-    def forward(self, input: Any, hx: Any = None, lengths: Any = None, *, mask: Any = None) -> Any:
+    def forward(self, input: Any, hx: Any = None, lengths: Any = None, *, mask: Any = None, resets: Any = None) -> Any:
         """The output, zero at padding, and each sequence's last state. Without lengths or mask all is real."""
-        return self._forward(input, hx, lengths, mask)
+        return self._forward(input, hx, lengths, mask, resets)
 
     @classmethod
     def from_gru(cls, gru: nn.GRU, **options: Unpack[Options]) -> Self:

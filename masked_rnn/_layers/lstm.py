@@ -64,7 +64,7 @@ class MaskedLSTM(MaskedRNNBase, nn.LSTM):
     T is the number of steps in time, N of sequences, I is ``input_size``, H ``hidden_size``, L ``num_layers``, D 2 if
     ``bidirectional`` else 1, P ``proj_size`` if it is above 0 else H. Unbatched input leaves N out of every shape.
 
-    Inputs: input, hx, lengths, mask
+    Inputs: input, hx, lengths, mask, resets
         * **input**: :math:`(T, N, I)`, or :math:`(N, T, I)` with ``batch_first=True``; unbatched :math:`(T, I)`; a
           :class:`~torch.nn.utils.rnn.PackedSequence`; or a jagged nested tensor :math:`(N, j, I)`.
         * **hx**: the initial states, a pair: h :math:`(L \cdot D, N, P)` and c :math:`(L \cdot D, N, H)`. Each may be
@@ -74,6 +74,9 @@ class MaskedLSTM(MaskedRNNBase, nn.LSTM):
           input, which has its own.
         * **mask**: in the place of lengths, a bool tensor shaped as the input without its last dimension, True at real
           steps. Padding may stand anywhere: the state is held across it.
+        * **resets**: a bool tensor shaped as a mask, True where the state starts anew, from zeros, before the step: one
+          row may hold several episodes, and each gives what it would give alone. A reset at padding counts at the next
+          real step (docs/resets.md). None for packed or nested input.
 
         Without lengths and mask, every step is real. Padding is never read, NaN included; its gradient is exactly zero.
 
@@ -103,9 +106,9 @@ class MaskedLSTM(MaskedRNNBase, nn.LSTM):
 
     Raises:
         ValueError: A length is below 0 or above T. There are too few lengths, too many, or unsorted ones under
-            ``enforce_sorted``. Lengths come with a mask, or either with packed or nested input. The mask has another
-            shape. The input has another rank or dtype. A forced backend can't run the call.
-        TypeError: Lengths are not integers, the mask is not a bool tensor, or either stands in the place of hx. The
+            ``enforce_sorted``. Lengths come with a mask, or any of these with packed or nested input. The mask or the
+            resets have another shape. The input has another rank or dtype. A forced backend can't run the call.
+        TypeError: Lengths are not integers, mask or resets are not a bool tensor, or one stands in the place of hx. The
             input is no tensor.
         RuntimeError: The input is not I wide, or has no steps and no lengths. hx has another shape or dtype. A length
             is out of range, where lengths and input are on a GPU: they are checked there, without waiting.
@@ -158,14 +161,21 @@ class MaskedLSTM(MaskedRNNBase, nn.LSTM):
         lengths: Lengths = None,
         *,
         mask: Tensor | None = None,
+        resets: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
     @overload
     def forward(
-        self, input: PackedSequence, hx: tuple[Tensor, Tensor] | None = None, lengths: None = None, *, mask: None = None
+        self,
+        input: PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        lengths: None = None,
+        *,
+        mask: None = None,
+        resets: None = None,
     ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...
-    def forward(self, input: Any, hx: Any = None, lengths: Any = None, *, mask: Any = None) -> Any:
+    def forward(self, input: Any, hx: Any = None, lengths: Any = None, *, mask: Any = None, resets: Any = None) -> Any:
         """The output, zero at padding, and each sequence's last states (h, c). Without lengths or mask all is real."""
-        return self._forward(input, hx, lengths, mask)
+        return self._forward(input, hx, lengths, mask, resets)
 
     @classmethod
     def from_lstm(cls, lstm: nn.LSTM, **options: Unpack[Options]) -> Self:

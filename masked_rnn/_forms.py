@@ -1,0 +1,131 @@
+"""What came in: the forms of input, and what says which of its steps are real, each checked.
+
+T time, N batch, I input, R rows of a packed batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from ._cells import LayerWeights
+from ._lengths import check_lengths, check_marks, is_on_host, values_can_be_read
+from ._torch import is_autocast_on, is_traced, ragged_dim
+
+
+class Opened(NamedTuple):
+    """What the form of an input says."""
+
+    form: str
+    data: Tensor
+    batch: int
+    steps: int
+    batch_first: bool
+    lengths: Tensor | None = None
+
+
+def open_padded(layer: Any, input: Any) -> Opened:
+    if not isinstance(input, Tensor):
+        raise TypeError(
+            f"{type(layer).__name__}: expected input to be a tensor or a PackedSequence, got {type(input).__name__}"
+        )
+    if input.dim() not in (2, 3):
+        raise ValueError(f"{type(layer).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
+    form = "padded" if input.dim() == 3 else "unbatched"
+    data = input if form == "padded" else input.unsqueeze(0 if layer.batch_first else 1)
+    batch, steps = data.shape[:2] if layer.batch_first else (data.shape[1], data.shape[0])
+    return Opened(form, data, batch, steps, layer.batch_first)
+
+
+def open_packed(input: PackedSequence) -> Opened:
+    data, batch_sizes, order, _ = input
+    if data.dim() != 2:
+        raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
+    batch: Any = batch_sizes[0] if order is None else order.size(0)
+    return Opened("packed", data, batch if is_traced() else int(batch), batch_sizes.size(0), False)
+
+
+def open_nested(input: Any) -> Opened:
+    if input.layout != torch.jagged:
+        raise ValueError(
+            "a nested input must have the jagged layout, got a strided one. "
+            "Use torch.nested.nested_tensor(..., layout=torch.jagged)."
+        )
+    if is_traced():
+        raise ValueError("torch.jit.trace can't record a nested tensor's lengths. Give padded input and lengths.")
+    if input.dim() != 3 or ragged_dim(input) != 1:
+        raise ValueError(f"a nested input must be of shape (N, j, I) with time ragged, got {tuple(input.shape)}")
+    lengths = input.lengths()
+    lengths = input.offsets().diff() if lengths is None else lengths
+    return Opened("nested", input.values(), lengths.size(0), 0, True, lengths)
+
+
+def check_input(layer: Any, weights: list[LayerWeights], data: Tensor) -> None:
+    """What `nn.RNNBase.check_input` refuses, by the weights that the call runs with."""
+    dtype = weights[0][0].w_ih.dtype
+    if data.dtype != dtype and not is_autocast_on(data.device.type):
+        cure = f" Use input.to({dtype})." if data.is_floating_point() else ""  # whole numbers may be ids to embed
+        raise ValueError(f"input must have the type {dtype}, got type {data.dtype}.{cure}")
+    if data.size(-1) != layer.input_size:
+        raise RuntimeError(
+            f"input.size(-1) must be equal to input_size. Expected {layer.input_size}, got {data.size(-1)}"
+        )
+
+
+def refuse_twice(form: str, lengths: Any, mask: Any, resets: Any) -> None:
+    kind = "a PackedSequence" if form == "packed" else "a nested tensor"
+    if resets is not None:
+        raise ValueError(
+            f"resets mark steps of a padded batch, but the input is {kind}. Give padded input with lengths, or give "
+            "each segment between resets as a sequence of its own."
+        )
+    for name, given in (("lengths", lengths), ("mask", mask)):
+        if given is not None:
+            raise ValueError(
+                f"{kind} carries its own lengths: {name} must be None, but {name} was given too. Leave it out."
+            )
+
+
+def open_lengths(opened: Opened, lengths: Any, mask: Any) -> tuple[Tensor | None, Tensor | None]:
+    """The lengths, None where no row is padded as far as can be seen; or the mask, (T, N)."""
+    form, data, batch, steps, batch_first, _ = opened
+    layout = f"batch_first={batch_first}"
+    if lengths is not None and mask is not None:
+        raise ValueError("lengths and mask say the same thing: give one of them, not both.")
+    if lengths is not None:
+        if form == "unbatched" and isinstance(lengths, int) and not isinstance(lengths, bool):
+            lengths = [lengths]
+        lengths = check_lengths(lengths, batch, steps, data.device, layout)
+        whole = is_on_host(lengths) and values_can_be_read(lengths) and bool((lengths == steps).all())
+        return None if whole else lengths, None
+    if mask is not None:
+        return None, _open_marks("mask", mask, opened).to(data.device)
+    if steps == 0:
+        raise RuntimeError(
+            "Expected sequence length to be larger than 0 in RNN: the input has no time steps. "
+            "Give lengths (all 0) to run a batch of empty sequences."
+        )
+    return None, None
+
+
+def _open_marks(name: str, marks: Any, opened: Opened) -> Tensor:
+    """A mask or resets, (T, N)."""
+    form, data, _, steps, batch_first, _ = opened
+    shape = (steps,) if form == "unbatched" else tuple(data.shape[:2])
+    checked = check_marks(name, marks, shape, f"batch_first={batch_first}")
+    time_first: Tensor = checked.unsqueeze(-1) if form == "unbatched" else checked.t() if batch_first else checked
+    return time_first
+
+
+def open_resets(opened: Opened, given: Any) -> Tensor | None:
+    """None where the state starts anew nowhere, as far as can be seen."""
+    resets = _open_marks("resets", given, opened)
+    device = opened.data.device
+    if device.type == "cpu":
+        resets = resets.cpu()
+    if not values_can_be_read(resets):
+        return resets.to(device)
+    return None if is_on_host(resets) and not bool(resets.any()) else resets

@@ -1,0 +1,113 @@
+"""Rows cut where their state starts anew: each segment is a sequence of its own, and runs beside the others.
+
+T time, N batch, S segments, R real steps, P state, L layers, D directions.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._plan import Array, Plan, plan_listed, real_mask, real_rows
+
+
+class Move(NamedTuple):
+    """Some of a batch's rows, and the segments that their states go to or come from."""
+
+    rows: Tensor
+    segments: Tensor
+
+
+Moves = tuple[Move, ...]
+"""Each direction's."""
+
+
+class Segments:
+    """The segments of a padded batch, and how states go in and come out.
+
+    Forwards, a row's first segment starts from the row's state, unless it starts anew itself; the last leaves its own.
+    Backwards, the last one starts from it, and the first leaves its own.
+    """
+
+    def __init__(
+        self,
+        resets: Tensor,
+        lengths: Tensor | None,
+        mask: Tensor | None,
+        directions: int,
+        batch_first: bool,
+        device: torch.device,
+    ) -> None:
+        """resets and mask (T, N), lengths (N,); neither of the two: every step is real. All on the CPU."""
+        real = torch.ones_like(resets) if mask is None else mask
+        real = real if lengths is None else real_mask(lengths, resets.size(0)).squeeze(-1)
+        row, time = real.numpy().T.nonzero()
+        anew = resets_at_real_steps(resets, real).numpy()[time, row]
+        opens = np.append(True, row[1:] != row[:-1])[: len(row)]
+        begins = (opens | anew).nonzero()[0]
+        first, anew = opens[begins], anew[begins]
+        last = np.append(first[1:], True)[: len(first)]
+        self.lengths: Array = np.diff(np.append(begins, len(row)))
+        self.plan: Plan = plan_listed(self.lengths, real_rows(real.numpy(), batch_first), real.numel(), device)
+
+        def move(where: Array) -> Move:
+            segments = where.nonzero()[0]
+            return Move(*(torch.from_numpy(t).to(device) for t in (row[begins[segments]], segments)))
+
+        starts, ends = move(first), move(last)
+        self._enter: Moves = (move(first & ~anew), ends)[:directions]
+        self._leave: Moves = (ends, starts)[:directions]
+
+    def initial(self, states: Tensor) -> Tensor:
+        """(L·D, N, P) -> (L·D, S, P), zero where a segment starts anew."""
+        return self._to_segments(states, self._enter)
+
+    def last(self, states: Tensor, initial: Tensor) -> Tensor:
+        """The segments' last states (L·D, S, P) -> the rows' (L·D, N, P); a row without steps keeps its initial one."""
+        return self._to_rows(states, initial, self._leave)
+
+    def initial_gradient(self, grad: Tensor, d_last: Tensor) -> Tensor:
+        """The inverse of `initial`, for gradients: a row without steps has that of its last state."""
+        rest = d_last.index_fill(1, self._leave[0].rows, 0)  # all that have a step
+        return self._to_rows(grad, rest, self._enter)
+
+    def last_gradient(self, d_last: Tensor) -> Tensor:
+        """The inverse of `last`."""
+        return self._to_segments(d_last, self._leave)
+
+    def _to_segments(self, states: Tensor, moves: Moves) -> Tensor:
+        D = len(moves)
+        shape = (states.size(0) // D, len(self.lengths), states.size(2))
+        return _interleave(
+            [
+                states.new_zeros(shape).index_copy(1, move.segments, states[d::D].index_select(1, move.rows))
+                for d, move in enumerate(moves)
+            ]
+        )
+
+    def _to_rows(self, states: Tensor, onto: Tensor, moves: Moves) -> Tensor:
+        D = len(moves)
+        return _interleave(
+            [
+                onto[d::D].index_copy(1, move.rows, states[d::D].index_select(1, move.segments))
+                for d, move in enumerate(moves)
+            ]
+        )
+
+
+def _interleave(directions: list[Tensor]) -> Tensor:
+    """Each (L, N, P) -> (L·D, N, P)."""
+    return directions[0] if len(directions) == 1 else torch.stack(directions, 1).flatten(0, 1)
+
+
+def resets_at_real_steps(resets: Tensor, real: Tensor | None) -> Tensor:
+    """Where a real step starts anew: a reset at padding counts at the next real step. All with time first."""
+    if real is None or resets.numel() == 0:
+        return resets
+    seen = resets.to(torch.int64).cumsum(0)
+    before = torch.where(real, seen, 0).cummax(0).values
+    is_first = torch.arange(real.size(0), device=real.device).eq(0).view(-1, *[1] * (real.dim() - 1))
+    return real & (seen > torch.where(is_first, 0, before.roll(1, 0)))
