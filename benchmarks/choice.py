@@ -44,7 +44,7 @@ def compare(name: str, learns: bool, kind: str, batch: int, steps: int, hidden: 
                 output.sum().backward()
 
     with torch.set_grad_enabled(learns):
-        chosen = choose(open_call(layers["auto"], x, None, lengths, None)).name
+        chosen = choose(open_call(layers["auto"], x, None, lengths, None, None)).name
     contenders = {backend: layers[backend] for backend in ("padded", "bptt")}
     for layer in contenders.values():
         run(layer)

@@ -229,8 +229,8 @@ def test_full_lengths_are_no_lengths(cell: str) -> None:
     from masked_rnn._call import open_call
 
     layer = masked(cell, batch_first=True)
-    assert open_call(layer, X, None, [6, 6, 6], None).lengths is None
-    assert open_call(layer, X, None, [6, 6, 5], None).lengths is not None
+    assert open_call(layer, X, None, [6, 6, 6], None, None).lengths is None
+    assert open_call(layer, X, None, [6, 6, 5], None, None).lengths is not None
 
 
 @pytest.mark.skipif(not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()), reason="no MKL")

@@ -143,6 +143,25 @@ def test_one_graph_for_every_size(cell: str, compiler: str, given: str, with_hx:
     assert "masked_rnn.layer" in targets
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.usefixtures("allow_rnn")
+def test_the_initial_states_gradient_with_resets(cell: str, bidirectional: bool) -> None:
+    """Of a row that drops it, of one that does not, and of one without steps."""
+    layer = masked(cell, bidirectional=bidirectional, batch_first=True)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    resets = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 1, 1]], dtype=torch.bool)
+    x, states, pulled = torch.randn(3, 3, INPUT), random_states(layer, 3, torch.float32), cotangents(layer, 3, 3)
+    found = []
+    for function in (compiled, layer):
+        leaves = [h.clone().requires_grad_() for h in states]
+        output, last = function(x, leaves[0] if len(leaves) == 1 else leaves, lengths=[3, 2, 0], resets=resets)
+        pairs = zip(
+            (output, *as_tuple(last)), (pulled[0], *(c.transpose(0, 1).flatten(1) for c in pulled[1:])), strict=True
+        )
+        found.append(torch.autograd.grad(sum((t * c).sum() for t, c in pairs), leaves))
+    close(*found)
+
+
 @pytest.mark.usefixtures("allow_rnn")
 def test_static_shapes_and_no_gradient(cell: str) -> None:
     layer = masked(cell, bidirectional=True, batch_first=True)
