@@ -101,7 +101,8 @@ def choose(call: Call) -> Backend:
     reason = why_not(name, call, mode)
     if reason:
         cure = "Use backend='auto', which takes one that can." if preferred(call, mode) != name else ""
-        raise ValueError(f"backend={name!r} can't run this call: {reason}. {cure}".rstrip())
+        what = "no backend can" if wanted == "auto" else f"backend={name!r} can't"
+        raise ValueError(f"{what} run this call: {reason}. {cure}".rstrip())
     if _has_no_step(name, call, mode):
         # No kernel takes such a call. `bptt` returns at once; `scan` does without reading anything.
         name = "bptt" if mode.readable else "scan"
@@ -126,12 +127,9 @@ def preferred(call: Call, mode: Mode) -> str:
         return "packed" if call.packed is not None else "padded"
     if call.data.device.type == "cpu":
         return "padded" if _suits_kernel(call) and not _why_no_lstm_kernel(call) else "bptt"
-    if call.resets is not None and not is_on_host(call.resets):
-        return "scan"
-    on_device = any(t is not None and not is_on_host(t) for t in (call.lengths, call.mask))
-    if call.resets is not None:
-        return "scan" if on_device else "packed"
-    return "padded" if on_device and call.form != "nested" else "packed"
+    if all(t is None or is_on_host(t) for t in (call.lengths, call.mask, call.resets)) or call.form == "nested":
+        return "packed"
+    return "padded" if call.resets is None else "scan"
 
 
 def _suits_kernel(call: Call) -> bool:

@@ -157,11 +157,12 @@ def test_elsewhere_the_lengths_place_decides(lengths_on: str | None, expected: s
         tensor.where = device
         return tensor
 
-    for given in ("lengths", "mask"):
-        call: Any = SimpleNamespace(data=on("cuda"), lengths=None, mask=None, form="padded", packed=None, states=())
+    for given in ("lengths", "mask", "resets"):
+        nothing = {"lengths": None, "mask": None, "resets": None, "packed": None}
+        call: Any = SimpleNamespace(data=on("cuda"), form="padded", states=(), **nothing)
         setattr(call, given, on(lengths_on))
         mode = _choice.Mode(only_scan=None, traced=False, readable=True)
-        assert _choice.preferred(call, mode) == expected
+        assert _choice.preferred(call, mode) == ("scan" if given == "resets" and expected == "padded" else expected)
 
 
 @pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "dual"])
