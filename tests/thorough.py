@@ -1,0 +1,173 @@
+"""Hostile input at scale: random calls of every kind, each equal to the oracle or raising a documented error.
+
+    python -m pytest tests/thorough.py --dist load
+
+makes 20,000 calls that are right and 2,500 that are wrong (some minutes). Not part of the suite: nothing collects this
+file by itself. MASKED_RNN_CALLS sets how many calls that are right each of the ten tests makes.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import BACKENDS, CELLS, INPUT, Run, as_hx, as_tuple, call, cotangents, masked, oracle, random_states
+
+from masked_rnn._backends.bptt import choice
+
+CALLS = int(os.environ.get("MASKED_RNN_CALLS", "2000"))
+COMMON: dict[str, Any] = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+LOOPS = ["ops", "compiled"]
+
+
+@pytest.fixture(scope="module", params=LOOPS)
+def loops(request: pytest.FixtureRequest) -> Any:
+    compiled = choice.compiled_loops()
+    if request.param == "compiled" and isinstance(compiled, str):
+        pytest.skip(compiled)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "ops":
+            patch.setattr(choice, "compiled_loops", lambda: "not wanted here")
+        yield request.param
+
+
+def draw_layer(draw: st.DrawFn, cell: str) -> Any:
+    options = {
+        "num_layers": draw(st.integers(1, 3)),
+        "bidirectional": draw(st.booleans()),
+        "bias": draw(st.booleans()),
+        "batch_first": draw(st.booleans()),
+        "flatten_hidden": draw(st.booleans()),
+        "backend": draw(st.sampled_from(["auto", *BACKENDS])),
+    }
+    sizes = (INPUT, draw(st.sampled_from([3, 4, 17, 33])))
+    layer = masked(cell, *sizes, **options).to(draw(st.sampled_from([torch.float64, torch.float32])))
+    # Weights ten times as large make a layer chaotic: it is compared in float64 alone.
+    scale = draw(st.sampled_from([1.0, 1e-3, 10.0] if layer.weight_ih_l0.dtype == torch.float64 else [1.0, 1e-3]))
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(scale)
+    return layer
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_calls_that_are_right(cell: str, loops: str) -> None:
+    @settings(max_examples=CALLS, **COMMON)
+    @given(st.data(), st.integers(0, 2**32 - 1))
+    def run(data: st.DataObject, seed: int) -> None:
+        torch.manual_seed(seed)
+        random = np.random.default_rng(seed)
+        draw = data.draw
+        layer = draw_layer(draw, cell)
+        dtype = layer.weight_ih_l0.dtype
+        batch, steps = draw(st.integers(0, 7)), draw(st.integers(0, 14))
+        arguments: dict[str, Any] = {}
+        mask = torch.ones(batch, steps, dtype=torch.bool)
+        kind = draw(st.sampled_from(["lengths", "mask", "neither"] if steps else ["lengths", "mask"]))
+        if kind == "lengths":
+            lengths = torch.from_numpy(random.integers(0, steps + 1, batch))
+            mask = torch.arange(steps) < lengths.view(-1, 1)
+            as_given = draw(st.sampled_from([torch.as_tensor, list, np.array]))
+            arguments["lengths"] = as_given(lengths.tolist()) if batch else lengths
+        elif kind == "mask":
+            mask = torch.from_numpy(random.random((batch, steps)) < draw(st.sampled_from([0.0, 0.3, 0.8, 1.0])))
+            arguments["mask"] = mask
+        resets = None
+        if draw(st.booleans()):
+            resets = torch.from_numpy(random.random((batch, steps)) < draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])))
+            arguments["resets"] = resets
+        scale = draw(st.sampled_from([1.0, 1e-6, 30.0]))
+        garbage = draw(st.sampled_from([0.0, torch.nan, torch.inf, -torch.inf, 1e30]))
+        x = (scale * torch.randn(batch, steps, INPUT, dtype=torch.float64)).to(dtype)
+        states = [h.to(dtype) for h in random_states(layer, batch)]
+        with_hx = draw(st.booleans())
+        first = states if with_hx else [torch.zeros_like(h) for h in states]
+        pulled = [c.to(dtype) for c in cotangents(layer, batch, steps)]
+        # Empty batches have nothing that the oracle could join.
+        expected = oracle(layer, x, mask, first, pulled, resets) if batch else None
+        dirty = torch.where(mask.unsqueeze(-1), x, garbage)
+        found = call(layer, dirty, states if with_hx else None, pulled, **arguments)
+        assert found.output.dtype == dtype
+        if expected is None:
+            assert found.output.shape == pulled[0].shape
+            return
+        padded = found.output[~mask], found.gradients["x"][~mask]
+        assert all(t.eq(0).all() for t in padded)
+        assert_near(found, expected, 1e-10 if dtype == torch.float64 else 2e-4)
+
+    run()
+
+
+def assert_near(found: Run, expected: Run, tolerance: float) -> None:
+    """Relative to each tensor's largest element, or to 1e-5: a saturated gate's gradient has lost its digits in torch
+    too. Small values are test_scale's. What overflows in float32 alone is not compared."""
+    pairs = [(found.output, expected.output), *zip(found.states, expected.states, strict=True)]
+    pairs += [(gradient, expected.gradients[name]) for name, gradient in found.gradients.items()]
+    for own, truth in pairs:
+        assert not own.isnan().any()
+        largest = truth.abs().max().item() if truth.numel() else 0.0
+        if largest < 1e30:
+            torch.testing.assert_close(own.double(), truth, rtol=0, atol=tolerance * max(largest, 1e-5))
+
+
+WRONG: list[Any] = [
+    lambda x: {"lengths": [x.size(1) + 1] * x.size(0)},
+    lambda x: {"lengths": [-1] * x.size(0)},
+    lambda x: {"lengths": [1] * (x.size(0) + 1)},
+    lambda x: {"lengths": [0.5] * x.size(0)},
+    lambda x: {"lengths": [True] * x.size(0)},
+    lambda x: {"lengths": "abc"},
+    lambda x: {"lengths": [None] * x.size(0)},
+    lambda x: {"lengths": torch.ones(x.size(0), 2, dtype=torch.int64)},
+    lambda x: {"lengths": object()},
+    lambda x: {"mask": torch.ones(x.size(0), x.size(1) + 1, dtype=torch.bool)},
+    lambda x: {"mask": torch.ones(x.size(0), x.size(1))},
+    lambda x: {"mask": [[True]]},
+    lambda x: {"resets": torch.ones(x.size(0), x.size(1) + 1, dtype=torch.bool)},
+    lambda x: {"resets": torch.ones(x.size(0), x.size(1), dtype=torch.int64)},
+    lambda x: {"resets": np.ones((x.size(0), x.size(1)), bool)},
+    lambda x: {"lengths": [1] * x.size(0), "mask": torch.ones(x.size(0), x.size(1), dtype=torch.bool)},
+    lambda x: {"hx": [1] * x.size(0)},
+    lambda x: {"hx": torch.ones(x.size(0), dtype=torch.int64)},
+    lambda x: {"hx": torch.ones(7, 7, 7)},
+    lambda x: {"hx": "state"},
+    lambda x: {"input": x.unsqueeze(0)},
+    lambda x: {"input": x.long()},
+    lambda x: {"input": x[..., :-1]},
+    lambda x: {"input": x.tolist()},
+    lambda x: {"input": None},
+]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_calls_that_are_wrong(cell: str) -> None:
+    @settings(max_examples=max(1, CALLS // 4), **COMMON)
+    @given(st.data())
+    def run(data: st.DataObject) -> None:
+        layer = draw_layer(data.draw, cell)
+        layer.batch_first = True
+        x = torch.randn(
+            data.draw(st.integers(1, 5)), data.draw(st.integers(1, 6)), INPUT, dtype=layer.weight_ih_l0.dtype
+        )
+        wrong = data.draw(st.sampled_from(WRONG))(x)
+        with pytest.raises((ValueError, TypeError, RuntimeError)) as error:
+            layer(wrong.pop("input", x), **wrong)
+        assert len(str(error.value)) > 20
+
+    run()
+
+
+def test_the_oracle_can_fail() -> None:
+    """The comparison sees a state that runs through padding."""
+    layer = masked("gru", batch_first=True).double()
+    x, mask = torch.randn(2, 4, INPUT, dtype=torch.float64), torch.tensor([[1, 1, 0, 0], [1] * 4]).bool()
+    states, pulled = random_states(layer, 2), cotangents(layer, 2, 4)
+    expected = oracle(layer, x, mask, states, pulled)
+    with pytest.raises(AssertionError):
+        assert_near(call(layer, x, states, pulled), expected, 1e-10)
+    assert as_tuple(as_hx(states))[0].shape == (1, 2, 3)
