@@ -47,7 +47,7 @@ def draw_layer(draw: st.DrawFn, cell: str) -> Any:
     }
     sizes = (INPUT, draw(st.sampled_from([3, 4, 17, 33])))
     layer = masked(cell, *sizes, **options).to(draw(st.sampled_from([torch.float64, torch.float32])))
-    # Weights ten times as large make a layer chaotic: it is compared in float64 alone.
+    # Ten times the weights make a layer chaotic, and inputs of 30 saturate it: compared in float64 alone.
     scale = draw(st.sampled_from([1.0, 1e-3, 10.0] if layer.weight_ih_l0.dtype == torch.float64 else [1.0, 1e-3]))
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -81,7 +81,7 @@ def test_calls_that_are_right(cell: str, loops: str) -> None:
         if draw(st.booleans()):
             resets = torch.from_numpy(random.random((batch, steps)) < draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])))
             arguments["resets"] = resets
-        scale = draw(st.sampled_from([1.0, 1e-6, 30.0]))
+        scale = draw(st.sampled_from([1.0, 1e-6, 30.0] if dtype == torch.float64 else [1.0, 1e-6]))
         garbage = draw(st.sampled_from([0.0, torch.nan, torch.inf, -torch.inf, 1e30]))
         x = (scale * torch.randn(batch, steps, INPUT, dtype=torch.float64)).to(dtype)
         states = [h.to(dtype) for h in random_states(layer, batch)]
