@@ -242,7 +242,7 @@ def open_call(layer: Any, input: Any, hx: Any, lengths: Any, mask: Any, resets: 
 
 def _anew(resets: Tensor, lengths: Tensor | None, mask: Tensor | None, device: torch.device) -> Tensor:
     """(N,): of a batch of one step, which rows drop their initial state."""
-    anew = resets[0].to(device)
+    anew = resets[0].to(device, copy=True)  # what autograd saves must not change with the caller's tensor
     if lengths is not None:
         anew = anew & (lengths.to(device) > 0)
     return anew if mask is None else anew & mask[0]

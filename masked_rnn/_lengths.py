@@ -171,7 +171,7 @@ def _whole(lengths: Tensor, steps: int) -> Tensor:
 def _cure(lengths: Tensor, steps: int) -> str:
     """What to write instead, where that is sure to be right."""
     if lengths.dtype == torch.bool:
-        return " If it marks real steps, give it as mask."
+        return " If it marks real steps, give it as mask; if it marks where the state starts anew, as resets."
     if lengths.is_complex() or not values_can_be_read(lengths) or not lengths.numel():
         return ""
     are_whole = bool((lengths == lengths.round()).all())

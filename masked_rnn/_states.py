@@ -42,12 +42,17 @@ def forget(states: States, anew: Tensor, directions: int) -> States:
 def _refuse_lengths_as_hx(form: str, hx: Any) -> None:
     if isinstance(hx, Tensor) and hx.is_floating_point():
         return
-    is_mask = isinstance(hx, Tensor) and hx.dtype == torch.bool
-    if is_mask or look_like_lengths(hx):
-        what, name = ("a bool tensor", "a mask") if is_mask else ("whole numbers", "lengths")
+    given = hx[0] if isinstance(hx, tuple | list) and hx else hx
+    if isinstance(given, Tensor) and given.dtype == torch.bool:
+        marks = "mask=... if it marks real steps, resets=... if it marks where the state starts anew"
+        cure = "Padded input takes marks of its steps" if form in ("packed", "nested") else "Pass"
+        raise TypeError(f"the second argument, hx, is the initial state, but got a bool tensor. {cure}: {marks}.")
+    if look_like_lengths(hx):
         carries = form in ("packed", "nested")
-        cure = f"{form} input carries its lengths: leave them out" if carries else f"pass {name.split()[-1]}=..."
-        raise TypeError(f"the second argument, hx, is the initial state, but got {what}. If they are {name}, {cure}.")
+        cure = f"{form} input carries its lengths: leave them out" if carries else "pass lengths=..."
+        raise TypeError(
+            f"the second argument, hx, is the initial state, but got whole numbers. If they are lengths, {cure}."
+        )
 
 
 def _state_widths(layer: Any) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from masked_rnn import MaskedGRU
 from masked_rnn._backends import kernels, padded
+from masked_rnn._capture import operator
 
 SIZES = [(3, 6), (4, 5), (2, 9), (5, 7), (3, 12)]
 
@@ -141,6 +142,19 @@ def test_one_graph_for_every_size(cell: str, compiler: str, given: str, with_hx:
     assert counter.frame_count <= 3
     targets = {str(node.target) for graph in counter.graphs for node in graph.graph.nodes}
     assert "masked_rnn.layer" in targets
+
+
+@pytest.mark.parametrize("anew", [False, True])
+@pytest.mark.usefixtures("allow_rnn")
+def test_a_gradient_that_is_computed_anew_has_every_digit(cell: str, anew: bool) -> None:
+    """Of few steps: the kernel runs once more in the gradient, and in float32."""
+    layer = masked(cell, batch_first=True)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x, hx, pulled = arguments(layer, 3, 1, with_hx=True)
+    more = {"resets": torch.tensor([[True], [False], [True]])} if anew else {}
+    found, expected = run(compiled, layer, x, hx, pulled, **more), run(layer, layer, x, hx, pulled, **more)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
@@ -317,6 +331,22 @@ def test_a_length_out_of_range_is_refused_when_it_runs(cell: str, length: int) -
     compiled(x, lengths=torch.tensor([1, 2, 3]))
     with pytest.raises(ValueError, match=rf"lengths\[1\] = {length}, .*Expected 0 <= length <= 6"):
         compiled(x, lengths=torch.tensor([1, length, 3]))
+
+
+@pytest.mark.parametrize("with_resets", [False, True])
+def test_the_device_forms_gradient_has_every_digit(cell: str, with_resets: bool) -> None:
+    """What runs on an accelerator, run here."""
+    layer = masked(cell)
+    x, states = torch.randn(6, 3, INPUT), random_states(layer, 3, torch.float32)
+    resets = torch.rand(6, 3) < 0.3 if with_resets else None
+    weights = [p.detach() for p in layer.parameters()]
+    grads = [torch.randn(6, 3, layer.proj_size or 3), *(torch.randn_like(h) for h in states)]
+    called = (torch.tensor([6, 2, 5]), resets, states, weights, grads, layer.mode, 1, False, True, True)
+    found = operator._recomputed(x, *called)
+    double = [[t.double() for t in group] for group in (states, weights, grads)]
+    expected = operator._recomputed(x.double(), *called[:2], *double, *called[5:])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-4)
 
 
 def test_the_operator_keeps_torchs_rules(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:

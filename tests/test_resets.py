@@ -328,3 +328,32 @@ def test_the_result_is_the_callers_own(cell: str, backend: str) -> None:
     for h in as_tuple(last):
         h.mul_(2)
     (output.sum() + sum(h.sum() for h in as_tuple(last))).backward()
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_resets_may_change_after_the_call(cell: str, backend: str, steps: int) -> None:
+    """As one buffer that is filled while acting does."""
+    layer = masked(cell, backend=backend, batch_first=True).double()
+    x, state = torch.randn(2, 3 * steps, INPUT, dtype=torch.float64), None
+    buffer, outputs = torch.zeros(2, steps, dtype=torch.bool), []
+    for start in range(0, 3 * steps, steps):
+        output, state = layer(x[:, start : start + steps], state, resets=buffer)
+        outputs.append(output)
+        buffer.logical_not_()
+    found = torch.autograd.grad(torch.cat(outputs, 1).square().sum(), list(layer.parameters()))
+    resets = torch.zeros(2, 3 * steps, dtype=torch.bool)
+    resets[:, steps : 2 * steps] = True
+    expected = torch.autograd.grad(layer(x, resets=resets)[0].square().sum(), list(layer.parameters()))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_where_the_state_should_be() -> None:
+    layer, starts = masked("gru", batch_first=True), torch.zeros(2, 3, dtype=torch.bool)
+    x = torch.randn(2, 3, INPUT)
+    for misplaced in ((starts,), (None, starts)):
+        with pytest.raises(TypeError, match="resets"):
+            layer(x, *misplaced)
+    with pytest.raises(TypeError, match=r"resets=\.\.\."):
+        masked("lstm", batch_first=True)(x, (starts, starts))

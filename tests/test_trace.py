@@ -13,6 +13,8 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from masked_rnn import MaskedGRU
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit.trace"),
@@ -188,3 +190,21 @@ def test_fake_tensors(cell: str, given: str, backend: str) -> None:
             assert output.shape[-1] == 2 * (layer.proj_size or 3)
             output.sum().backward()
             assert all(p.grad is not None and p.grad.shape == p.shape for p in layer.parameters())
+
+
+def test_fx_of_a_subclass_that_knows_no_resets() -> None:
+    class Older(MaskedGRU):
+        def forward(self, input: Any, hx: Any = None, lengths: Any = None, *, mask: Any = None) -> Any:
+            return super().forward(input, hx, lengths, mask=mask)
+
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Older(INPUT, 3, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = self.layer(x)[0]
+            return output
+
+    model, x = Holder(), torch.randn(2, 5, INPUT)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))

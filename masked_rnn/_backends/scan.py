@@ -11,7 +11,7 @@ from .recurrence import scan
 
 def run(call: Call) -> tuple[Tensor, States]:
     x, real, restore = call.masked()
-    resets = None if call.resets is None else call.resets.unsqueeze(-1).to(x.device)
+    resets = None if call.resets is None else call.resets.unsqueeze(-1).to(x.device, copy=True)
     output, last = stack_layers(
         x,
         call.states,

@@ -70,7 +70,9 @@ def _as_leaf(layer: Any, input: Any, hx: Any, lengths: Any, mask: Any, resets: A
             f"torch.fx can't trace into {type(layer).__name__}, as it can't into torch.nn's layers. "
             "Trace a module that holds it: it becomes one node there."
         )
-    return input.tracer.create_proxy("call_module", path, (input, hx, lengths), {"mask": mask, "resets": resets})
+    # A subclass's own forward need not know resets.
+    more = {"mask": mask} if resets is None else {"mask": mask, "resets": resets}
+    return input.tracer.create_proxy("call_module", path, (input, hx, lengths), more)
 
 
 def refusing_as_torch_does(init: Init) -> Init:

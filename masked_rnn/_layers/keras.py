@@ -36,8 +36,10 @@ def read_keras(layer: Any, kind: str) -> KerasLayer:
     halves = [layer.forward_layer, layer.backward_layer] if both else [layer]
     for half in halves:
         if kind not in _kinds(half):
-            inside = f"a Bidirectional of {type(half).__name__}" if both else f"{type(half).__name__}"
-            raise TypeError(f"expected a Keras {kind}, or a Bidirectional of one, got {inside}.")
+            name = f"{type(half).__module__.split('.')[0]}'s {type(half).__name__}"
+            raise TypeError(
+                f"expected a Keras {kind}, or a Bidirectional of one, got {'a Bidirectional of ' * both}{name}."
+            )
     if not all(half.built for half in halves):
         raise ValueError("the Keras layer has no weights yet: call it once, or build((None, None, features)).")
     configs = [half.get_config() for half in halves]
@@ -49,11 +51,16 @@ def read_keras(layer: Any, kind: str) -> KerasLayer:
             "Flip each sequence within its own length, or use a Bidirectional."
         )
     config = configs[0]
-    _check(config, kind)
+    for each in configs:
+        _check(each, kind)
     weights: dict[str, Tensor] = {}
     for half, suffix in zip(halves, ("_l0", "_l0_reverse"), strict=False):
         weights.update(_weights(half.get_weights(), kind, config["use_bias"], suffix))
     first = weights["weight_ih_l0"]
+    if len({weight.dtype for weight in weights.values()}) > 1:
+        raise ValueError(
+            "the Bidirectional's halves have weights of different dtypes. torch.nn's layers have one for both."
+        )
     return KerasLayer(
         input_size=first.size(1),
         hidden_size=config["units"],
