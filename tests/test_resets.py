@@ -357,3 +357,11 @@ def test_where_the_state_should_be() -> None:
             layer(x, *misplaced)
     with pytest.raises(TypeError, match=r"resets=\.\.\."):
         masked("lstm", batch_first=True)(x, (starts, starts))
+
+
+def test_on_the_cpu_auto_cuts_rows_for_bptt(ran: list[str]) -> None:
+    """Also where PyTorch's kernel would run without resets: it would have to pad the segments."""
+    resets = marks([[0, 0, 1], [0, 1, 0]])
+    for cell in CELLS:
+        masked(cell, batch_first=True)(torch.randn(2, 3, INPUT), resets=resets)
+    assert set(ran) == {"bptt"}
