@@ -1,6 +1,6 @@
 """What came in: the forms of input, and what says which of its steps are real, each checked.
 
-T time, N batch, I input, R rows of a packed batch.
+T time, N batch, I input.
 """
 
 from __future__ import annotations
@@ -123,9 +123,6 @@ def _open_marks(name: str, marks: Any, opened: Opened) -> Tensor:
 def open_resets(opened: Opened, given: Any) -> Tensor | None:
     """None where the state starts anew nowhere, as far as can be seen."""
     resets = _open_marks("resets", given, opened)
-    device = opened.data.device
-    if device.type == "cpu":
-        resets = resets.cpu()
     if not values_can_be_read(resets):
-        return resets.to(device)
+        return resets.to(opened.data.device)
     return None if is_on_host(resets) and not bool(resets.any()) else resets

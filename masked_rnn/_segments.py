@@ -42,10 +42,10 @@ class Segments:
         device: torch.device,
     ) -> None:
         """resets and mask (T, N), lengths (N,); neither of the two: every step is real. All on the CPU."""
-        real = torch.ones_like(resets) if mask is None else mask
-        real = real if lengths is None else real_mask(lengths, resets.size(0)).squeeze(-1)
+        marks = mask if lengths is None else real_mask(lengths, resets.size(0)).squeeze(-1)
+        real = torch.ones_like(resets) if marks is None else marks
         row, time = real.numpy().T.nonzero()
-        anew = resets_at_real_steps(resets, real).numpy()[time, row]
+        anew = resets_at_real_steps(resets, marks).numpy()[time, row]
         opens = np.append(True, row[1:] != row[:-1])[: len(row)]
         begins = (opens | anew).nonzero()[0]
         first, anew = opens[begins], anew[begins]

@@ -9,7 +9,7 @@ import ctypes
 import operator
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, reduce, wraps
@@ -43,8 +43,8 @@ def _loaded(module: str, name: str) -> Any:
 _SKIPPED_KEYS = ("ADInplaceOrView", "AutocastCPU", "AutocastCUDA", "AutocastXPU", "AutocastMPS")
 
 
-def _skipped_keys() -> Any:
-    known = [key for name in _SKIPPED_KEYS if (key := _find(f"_C.DispatchKey.{name}")) is not None]
+def _key_set(names: Sequence[str]) -> Any:
+    known = [key for name in names if (key := _find(f"_C.DispatchKey.{name}")) is not None]
     key_set = _find("_C.DispatchKeySet")
     return reduce(operator.or_, map(key_set, known)) if key_set is not None and known else None
 
@@ -55,7 +55,11 @@ def below_autograd(function: Callable[Arguments, Result]) -> Callable[Arguments,
     For functions whose gradients are computed by hand: skipping those layers of the dispatcher makes each small op
     cheaper, and a backward that is called under autocast must not be cast.
     """
-    below, exclude, keys = _find("_C._AutoDispatchBelowAutograd"), _find("_C._ExcludeDispatchKeyGuard"), _skipped_keys()
+    below, exclude, keys = (
+        _find("_C._AutoDispatchBelowAutograd"),
+        _find("_C._ExcludeDispatchKeyGuard"),
+        _key_set(_SKIPPED_KEYS),
+    )
 
     @wraps(function)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
@@ -76,12 +80,12 @@ def _in_fresh_thread(function: Callable[[], Result]) -> Result:
 
 
 def with_autograd(function: Callable[[], Result]) -> Result:
-    """Call a function with autograd on where it is off: in the kernel of an operator."""
-    names = ("_ForceDispatchKeyGuard", "_dispatch_tls_local_include_set", "DispatchKeySet", "DispatchKey.Undefined")
-    force, included, key_set, undefined = (_find(f"_C.{name}") for name in names)
-    if force is None or included is None or key_set is None or undefined is None:
+    """Call a function with autograd on where it is off, and autocast off: in the kernel of an operator."""
+    force, included = _find("_C._ForceDispatchKeyGuard"), _find("_C._dispatch_tls_local_include_set")
+    autocast = _key_set([key for key in _SKIPPED_KEYS if key.startswith("Autocast")])
+    if force is None or included is None or autocast is None:
         return _in_fresh_thread(function)
-    with force(included(), key_set(undefined)):
+    with force(included(), autocast):
         return function()
 
 

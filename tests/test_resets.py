@@ -28,6 +28,8 @@ from test_properties import SETTINGS, cases, close
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
+from masked_rnn import _choice
+
 STEPS = 6
 REAL: dict[str, Any] = {
     "every step": None,
@@ -365,3 +367,14 @@ def test_on_the_cpu_auto_cuts_rows_for_bptt(ran: list[str]) -> None:
     for cell in CELLS:
         masked(cell, batch_first=True)(torch.randn(2, 3, INPUT), resets=resets)
     assert set(ran) == {"bptt"}
+
+
+def test_packed_needs_no_kernel_over_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments come packed, though no lengths are given: oneDNN's LSTM under autocast is not asked for."""
+    monkeypatch.setattr(_choice, "lstm_kernel_runs", lambda _dtype: False)
+    layer, x = masked("lstm", backend="packed", batch_first=True), torch.randn(2, 3, INPUT)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = layer(x, resets=marks([[0, 0, 1], [0, 1, 0]]))
+        with pytest.raises(ValueError, match="no LSTM kernel"):
+            layer(x)
+    assert output.shape == (2, 3, 3)

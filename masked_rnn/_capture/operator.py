@@ -257,11 +257,7 @@ def _recomputed(
         found = torch.autograd.grad((output, *last), wanted, list(grads), allow_unused=True, materialize_grads=True)
         return [g.clone(memory_format=torch.contiguous_format) for g in found]
 
-    def run_in_own_dtype() -> list[Tensor]:
-        with torch.autocast(x.device.type, enabled=False):  # which `with_autograd` switches on
-            return run()
-
-    return with_autograd(run_in_own_dtype)
+    return with_autograd(run)
 
 
 def _fake_forward(
