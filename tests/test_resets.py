@@ -26,6 +26,7 @@ from oracle import (
 )
 from test_properties import SETTINGS, cases, close
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_sequence
 
 from masked_rnn import _choice
@@ -378,3 +379,25 @@ def test_packed_needs_no_kernel_over_padding(monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(ValueError, match="no LSTM kernel"):
             layer(x)
     assert output.shape == (2, 3, 3)
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_without_values(cell: str, backend: str) -> None:
+    """On the meta device, and recorded by make_fx: followed step by step, or refused."""
+    layer = masked(cell, backend=backend, batch_first=True)
+    x, resets = torch.randn(2, 3, INPUT), marks([[0, 0, 1], [0, 1, 0]])
+
+    def run(x: Tensor, resets: Tensor) -> Tensor:
+        output: Tensor = layer(x, resets=resets)[0]
+        return output
+
+    if backend in ("packed", "padded", "bptt"):
+        with pytest.raises(
+            ValueError, match=f"backend='{backend}' can't run this call: it reads resets, which have no"
+        ):
+            make_fx(run)(x, resets)
+        return
+    others = marks([[1, 1, 0], [0, 0, 0]])
+    torch.testing.assert_close(make_fx(run)(x, resets)(x, others), run(x, others))
+    layer = layer.to("meta")
+    assert run(x.to("meta"), resets.to("meta")).shape == (2, 3, layer.proj_size or 3)
