@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Array = np.ndarray[Any, np.dtype[Any]]
+from ._torch import Array, as_array
 
 
 class Plan:
@@ -143,7 +143,7 @@ def plan_padded(
 
 def plan_masked(mask: Tensor, batch_first: bool, device: torch.device, *, is_sorted: bool = False) -> Plan:
     """The plan of a padded batch, by its mask (T, N)."""
-    real = mask.numpy()
+    real = as_array(mask)
     return plan_listed(real.sum(0), real_rows(real, batch_first), real.size, device, is_sorted=is_sorted)
 
 
@@ -172,7 +172,7 @@ def plan_rows(
     rows: Array | None = None,
 ) -> Plan:
     """The plan of a batch whose row `(n, t)` lies at `starts[n] + stride * t`; or, where `rows` lists them, there."""
-    counts, batch, order = lengths.numpy(), lengths.size(0), None
+    counts, batch, order = as_array(lengths), lengths.size(0), None
     if not is_sorted:
         order = np.argsort(-counts, kind="stable")
         counts = counts[order]

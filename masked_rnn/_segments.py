@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._plan import Array, Plan, plan_listed, real_mask, real_rows
+from ._plan import Plan, plan_listed, real_mask, real_rows
+from ._torch import Array, as_array
 
 
 class Move(NamedTuple):
@@ -44,14 +45,14 @@ class Segments:
         """resets and mask (T, N), lengths (N,); neither of the two: every step is real. All on the CPU."""
         marks = mask if lengths is None else real_mask(lengths, resets.size(0)).squeeze(-1)
         real = torch.ones_like(resets) if marks is None else marks
-        row, time = real.numpy().T.nonzero()
-        anew = resets_at_real_steps(resets, marks).numpy()[time, row]
+        row, time = as_array(real).T.nonzero()
+        anew = as_array(resets_at_real_steps(resets, marks))[time, row]
         opens = np.append(True, row[1:] != row[:-1])[: len(row)]
         begins = (opens | anew).nonzero()[0]
         first, anew = opens[begins], anew[begins]
         last = np.append(first[1:], True)[: len(first)]
         self.lengths: Array = np.diff(np.append(begins, len(row)))
-        self.plan: Plan = plan_listed(self.lengths, real_rows(real.numpy(), batch_first), real.numel(), device)
+        self.plan: Plan = plan_listed(self.lengths, real_rows(as_array(real), batch_first), real.numel(), device)
 
         def move(where: Array) -> Move:
             segments = where.nonzero()[0]

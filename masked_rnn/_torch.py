@@ -16,11 +16,21 @@ from functools import cache, reduce, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
+Array = np.ndarray[Any, np.dtype[Any]]
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+
+
+def as_array(tensor: Tensor) -> Array:
+    """To read a tensor that may be a caller's. `Tensor.numpy` would keep its storage from ever being resized, which
+    fully_shard does with weights."""
+    array: Array = np.from_dlpack(tensor.detach())
+    array.flags.writeable = False  # it is or not, by the release
+    return array
 
 
 def _find(path: str) -> Any:

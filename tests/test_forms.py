@@ -245,3 +245,16 @@ def test_another_default_device(cell: str, backend: str, form: str) -> None:
         found = layer(given, **more)[1]
     for a, b in zip(as_tuple(found), as_tuple(expected), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("given", ["lengths", "mask", "resets"])
+def test_what_was_given_can_be_resized_after_the_call(cell: str, backend: str, given: str) -> None:
+    """As fully_shard does with weights; `Tensor.numpy` would keep their storage from it for good."""
+    layer = masked(cell, batch_first=True, backend=backend)
+    x = torch.randn(3, 5, INPUT, requires_grad=True)
+    marks = torch.rand(3, 5) < 0.6
+    values = {"lengths": torch.tensor([5, 2, 0]), "mask": marks, "resets": marks}
+    output, _ = layer(x, **{given: values[given]})
+    output.sum().backward()
+    for tensor in (x, values[given], *layer.parameters()):
+        assert tensor.untyped_storage().resizable()

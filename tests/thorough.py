@@ -9,6 +9,7 @@ file by itself. MASKED_RNN_CALLS sets how many calls that are right each of the 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import BACKENDS, CELLS, INPUT, Run, call, cotangents, masked, oracle, random_states
+from torch import Tensor
 
 from masked_rnn._backends.bptt import choice
 
@@ -98,21 +100,32 @@ def test_calls_that_are_right(cell: str, loops: str) -> None:
             return
         padded = found.output[~mask], found.gradients["x"][~mask]
         assert all(t.eq(0).all() for t in padded)
-        assert_near(found, expected, 1e-10 if dtype == torch.float64 else 2e-4)
+        try:
+            assert_near(found, expected)
+        except AssertionError:  # a chaotic layer, or a wrong value: the oracle itself tells, from input a bit away
+            close = x.double() * (1 + torch.finfo(dtype).eps * torch.randn_like(x, dtype=torch.float64))
+            assert_near(found, expected, oracle(layer, close, mask, first, pulled, resets))
 
     run()
 
 
-def assert_near(found: Run, expected: Run, tolerance: float) -> None:
-    """Relative to each tensor's largest element, or to 1e-5: a saturated gate's gradient has lost its digits in torch
-    too. Small values are test_scale's. What overflows in float32 alone is not compared."""
-    pairs = [(found.output, expected.output), *zip(found.states, expected.states, strict=True)]
-    pairs += [(gradient, expected.gradients[name]) for name, gradient in found.gradients.items()]
-    for own, truth in pairs:
+def assert_near(found: Run, expected: Run, close: Run | None = None) -> None:
+    """Relative to each tensor's largest element, with a floor: a saturated gate's gradient has lost its digits in torch
+    too. `close` is what input a rounding away gives: its distance, 300 times over, is allowed as well. Small values are
+    test_scale's. What overflows in float32 alone is not compared."""
+    tolerance, floor = (1e-10, 1e-13) if found.output.dtype == torch.float64 else (2e-4, 2e-9)
+    runs = (tensors(run, found.gradients) for run in (found, expected, close or expected))
+    for own, truth, near in zip(*runs, strict=True):
         assert not own.isnan().any()
         largest = truth.abs().max().item() if truth.numel() else 0.0
         if largest < 1e30:
-            torch.testing.assert_close(own.double(), truth, rtol=0, atol=tolerance * max(largest, 1e-5))
+            spread = (near - truth).abs().max().item() if truth.numel() else 0.0
+            atol = max(tolerance * largest, floor, 300 * spread)
+            torch.testing.assert_close(own.double(), truth, rtol=0, atol=atol)
+
+
+def tensors(run: Run, names: Iterable[str]) -> list[Tensor]:
+    return [run.output, *run.states, *(run.gradients[name] for name in names)]
 
 
 WRONG: list[Any] = [
@@ -169,4 +182,4 @@ def test_the_oracle_can_fail() -> None:
     states, pulled = random_states(layer, 2), cotangents(layer, 2, 4)
     expected = oracle(layer, x, mask, states, pulled)
     with pytest.raises(AssertionError):
-        assert_near(call(layer, x, states, pulled), expected, 1e-10)
+        assert_near(call(layer, x, states, pulled), expected)

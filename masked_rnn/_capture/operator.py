@@ -26,7 +26,7 @@ from .._cells import LayerWeights, States, flatten_weights, group_weights, stack
 from .._lengths import check_range
 from .._plan import Plan, move_to_front, plan_full, plan_padded, real_mask
 from .._segments import Segments, resets_at_real_steps
-from .._torch import unsafe_view, with_autograd
+from .._torch import as_array, unsafe_view, with_autograd
 
 CPU = torch.device("cpu")
 
@@ -179,7 +179,7 @@ def _plan(
     batch, steps = x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
     if resets is not None:
         counts = None if lengths is None else tuple(lengths.tolist())
-        segments = _segments_of(resets.numpy().tobytes(), counts, batch, steps, directions, batch_first)
+        segments = _segments_of(as_array(resets).tobytes(), counts, batch, steps, directions, batch_first)
         return segments.plan, segments
     if lengths is None:
         return plan_full(batch, steps, batch_first, x.device), None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...._cells import LayerWeights, States, Weights
 from ...._plan import Chunk
-from ...._torch import below_autograd
+from ...._torch import as_array, below_autograd
 from .. import loops
 from ..cells import Cell
 from ..products import input_biases
@@ -142,7 +142,7 @@ def backward(
 def prepare(dtype: torch.dtype) -> None:
     """Compile all for a dtype, or read it from Numba's cache."""
     bits = torch.finfo(dtype).bits
-    products.pack(np.zeros((1, 1), f"float{bits}"), True, np.zeros((1, 1, 1), f"float{bits}"))
+    products.pack(as_array(torch.zeros(1, 1, dtype=dtype)), True, np.zeros((1, 1, 1), f"float{bits}"))
     for name in ("forward", "backward", "weight_gradients"):
         threads.entry(f"{name}{bits}")
 
@@ -232,7 +232,7 @@ class _Layer:
         wide = TILE_BYTES // self.itemsize
         packed = found[0].new_empty(len(found), -(-columns // wide), depth, wide)
         for weight, out in zip(found, packed.numpy(), strict=True):
-            products.pack(weight.numpy(), transposed, out)
+            products.pack(as_array(weight), transposed, out)
         self.alive.append(packed)
         return packed.data_ptr()
 

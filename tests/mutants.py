@@ -1,0 +1,355 @@
+"""Mutation testing: one fault after another is put into the package; which does the suite see?
+
+    python -m pip install -e ".[test,fast,mutants]"
+    python tests/mutants.py                             # every mutant of every file: days
+    python tests/mutants.py --sample 20 --seconds 40    # 20 of each file, 40 seconds of tests for each: some hours
+    python tests/mutants.py masked_rnn/_plan.py         # every mutant of one file
+    python tests/mutants.py --again --seconds 600       # those that survived, against more of the suite
+
+Mutants are cosmic-ray's: another operator, comparison, number, keyword or exception, a decorator or a loop left out. Of
+the many that replace one operator, one is drawn. Those that change annotations alone are none.
+
+Each mutant is run against the tests that pass through its line (pytest-cov notes that first, in one run of the suite),
+the quickest case of each test function first, until one fails. What the compiled loops do is hidden from it: for
+their files tests/test_compiled.py comes first. A mutant that hangs is killed. Results go to
+build/mutants/results.jsonl, and what is there is not run again. Works where processes fork (Linux, macOS).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "mutants"
+COVERAGE, DURATIONS, RESULTS = BUILD / "coverage", BUILD / "durations.json", BUILD / "results.jsonl"
+FIRST = {"masked_rnn/_backends/bptt/compiled": "tests/test_compiled.py"}
+"""Tests of what coverage can't see."""
+
+
+@dataclass
+class Mutant:
+    file: str
+    operator: str
+    occurrence: int
+    line: int
+    source: str
+    """what the file was, as a digest"""
+    diff: str = ""
+    verdict: str = ""
+    """killed, survived, or no test: none passes through the line"""
+    seconds: float = 0.0
+
+    @property
+    def key(self) -> tuple[str, str, int, str]:
+        return self.file, self.operator, self.occurrence, self.source
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Put faults into the package and see whether the suite finds them.")
+    parser.add_argument("files", nargs="*", help="of the package; all if none is named")
+    parser.add_argument("--sample", type=int, help="mutants of each file, drawn by the seed; all if it is not given")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="of tests for one mutant, as they last unhurt"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--again", action="store_true", help="only mutants that survived so far")
+    parser.add_argument("--report", action="store_true", help="run nothing: print the table and who survived")
+    args = parser.parse_args()
+
+    BUILD.mkdir(parents=True, exist_ok=True)
+    results = read_results()
+    if not args.report:
+        if not DURATIONS.exists():
+            observe(args.jobs)
+        files = args.files or sorted(str(path.relative_to(ROOT)) for path in (ROOT / "masked_rnn").rglob("*.py"))
+        if args.again:
+            queue = [m for m in results.values() if m.verdict != "killed" and m.file in files]
+        else:
+            drawn = [m for file in files for m in draw_mutants(file, args.sample, args.seed)]
+            queue = [m for m in drawn if m.key not in results]
+        run_all(queue, args.seconds, args.jobs, results)
+    report(results)
+
+
+def read_results() -> dict[tuple[str, str, int, str], Mutant]:
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    mutants = [Mutant(**json.loads(line)) for line in lines]
+    # The latest line counts, and none of a file that has changed since.
+    return {m.key: m for m in mutants if (ROOT / m.file).exists() and m.source == digest(m.file)}
+
+
+def digest(file: str) -> str:
+    return hashlib.sha256((ROOT / file).read_bytes()).hexdigest()[:12]
+
+
+# Which mutants there are
+
+
+def draw_mutants(file: str, count: int | None, seed: int) -> list[Mutant]:
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.mutating import MutationVisitor
+    from cosmic_ray.plugins import get_operator, operator_names
+
+    source = (ROOT / file).read_text()
+    places: dict[tuple[Any, str], list[Mutant]] = defaultdict(list)
+    nodes = list(ast_nodes(get_ast(source)))
+    for name in operator_names():
+        kind = name.split("_")[0]
+        if kind in ("core/VariableReplacer", "core/VariableInserter"):  # need to be told a variable
+            continue
+        positions = [position for node in nodes for position in get_operator(name)().mutation_positions(node)]
+        for occurrence, (start, end) in enumerate(positions):
+            places[(start, end), kind].append(Mutant(file, name, occurrence, start[0], digest(file)))
+    draw = random.Random(f"{seed} {file}")
+    candidates = [draw.choice(places[place]) for place in sorted(places, key=str)]
+    draw.shuffle(candidates)
+    mutants: list[Mutant] = []
+    unhurt = what_runs(source)
+    for mutant in candidates:
+        if len(mutants) == count:
+            break
+        mutated = MutationVisitor.mutate_code(source, get_operator(mutant.operator)(), mutant.occurrence)
+        try:
+            changes = what_runs(mutated) != unhurt
+        except SyntaxError:
+            continue
+        if changes:
+            lines = difflib.unified_diff(source.splitlines(), mutated.splitlines(), lineterm="", n=0)
+            mutant.diff = "\n".join(line for line in lines if not line.startswith(("---", "+++", "@@")))
+            mutants.append(mutant)
+    return mutants
+
+
+class _WhatRuns(ast.NodeTransformer):
+    """Without annotations, which nothing evaluates, and what only type checkers read."""
+
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        node.annotation = None
+        return node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        node.returns = None
+        self.generic_visit(node)
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AnnAssign:
+        node.annotation = ast.Constant(None)
+        self.generic_visit(node)
+        return node
+
+    def visit_If(self, node: ast.If) -> ast.If | None:
+        self.generic_visit(node)
+        return None if ast.unparse(node.test) == "TYPE_CHECKING" else node
+
+
+def what_runs(source: str) -> str:
+    return ast.dump(_WhatRuns().visit(ast.parse(source)))
+
+
+# Which tests a mutant meets
+
+
+class Durations:
+    """A plugin of pytest: how long each test that passes lasts."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when == "call" and report.passed:
+            self.seconds[report.nodeid] = report.duration
+
+
+def observe(jobs: int) -> None:
+    print("one run of the suite, to see which test passes through which line", flush=True)
+    import pytest
+
+    os.environ["COVERAGE_FILE"] = str(COVERAGE)
+    enter(ROOT)
+    watch = Durations()
+    pytest.main(["-n", str(jobs), "--cov=masked_rnn", "--cov-context=test", "--cov-report="], plugins=[watch])
+    DURATIONS.write_text(json.dumps(watch.seconds))
+
+
+class Tests:
+    """Which tests pass through a line, the quickest case of each function first."""
+
+    def __init__(self) -> None:
+        from coverage import CoverageData
+
+        self.seconds: dict[str, float] = json.loads(DURATIONS.read_text())
+        self.data = CoverageData(str(COVERAGE))
+        self.data.read()
+
+    def through(self, mutant: Mutant, seconds: float) -> list[str]:
+        lines = self.data.contexts_by_lineno(str(ROOT / mutant.file))
+        of_line = {c.split("|")[0] for c in lines.get(mutant.line, []) if c}
+        of_file = {c.split("|")[0] for contexts in lines.values() for c in contexts if c}
+        found = (of_line or of_file) & set(self.seconds)
+        first = next((test for folder, test in FIRST.items() if mutant.file.startswith(folder)), None)
+        if first:
+            found = set(self.seconds)
+        ordered = self.in_turns(found)
+        if first:
+            ordered.sort(key=lambda test: not test.startswith(first))
+        chosen, total = [], 0.0
+        for test in ordered:
+            total += self.seconds[test]
+            if total > seconds and chosen:
+                break
+            chosen.append(test)
+        return chosen
+
+    def in_turns(self, tests: set[str]) -> list[str]:
+        """One case of each test function, then a second of each, …: the quickest first in each turn."""
+        functions: dict[str, list[str]] = defaultdict(list)
+        for test in sorted(tests, key=lambda test: self.seconds[test]):
+            functions[test.split("[")[0]].append(test)
+        turns = [(turn, self.seconds[test], test) for own in functions.values() for turn, test in enumerate(own)]
+        return [test for _, _, test in sorted(turns)]
+
+
+class InOrder:
+    """A plugin of pytest: these tests alone, in this order."""
+
+    def __init__(self, tests: list[str]) -> None:
+        self.place = {test: place for place, test in enumerate(tests)}
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        items[:] = sorted((i for i in items if i.nodeid in self.place), key=lambda item: self.place[item.nodeid])
+
+
+# A mutant's run
+
+
+def run_all(queue: list[Mutant], seconds: float, jobs: int, results: dict[tuple[str, str, int, str], Mutant]) -> None:
+    # What every run needs is imported once, here; a run is a fork of this process. Not masked_rnn.
+    import hypothesis  # noqa: F401
+    import onnx  # noqa: F401
+    import onnxruntime  # noqa: F401
+    import pytest  # noqa: F401
+    import torch._dynamo  # noqa: F401
+
+    tests = Tests()
+    folders = [copy_of_the_tree(BUILD / f"tree{job}") for job in range(jobs)]
+    running: dict[int, tuple[Mutant, Path, float, float]] = {}
+    waiting = iter(queue)
+    done = 0
+
+    def finish(mutant: Mutant, verdict: str, took: float) -> None:
+        nonlocal done
+        done += 1
+        mutant.verdict, mutant.seconds = verdict, round(took, 1)
+        results[mutant.key] = mutant
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(asdict(mutant)) + "\n")
+        print(f"{done}/{len(queue)} {verdict:8} {took:5.0f}s {mutant.file}:{mutant.line} {mutant.operator}", flush=True)
+
+    while True:
+        while folders and (mutant := next(waiting, None)):
+            chosen = tests.through(mutant, seconds)
+            if not chosen:
+                finish(mutant, "no test", 0)
+                continue
+            folder = folders.pop()
+            limit = 120 + 5 * sum(tests.seconds[test] for test in chosen)
+            running[start(mutant, folder, chosen, done)] = mutant, folder, time.monotonic(), limit
+        if not running:
+            return
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid == 0:
+            for child, (_, _, began, limit) in running.items():
+                if time.monotonic() - began > limit:
+                    os.killpg(child, signal.SIGKILL)
+            time.sleep(0.05)
+        else:
+            mutant, folder, began, _ = running.pop(pid)
+            shutil.copy2(ROOT / mutant.file, folder / mutant.file)
+            folders.append(folder)
+            finish(mutant, "survived" if status == 0 else "killed", time.monotonic() - began)
+
+
+def copy_of_the_tree(folder: Path) -> Path:
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+def start(mutant: Mutant, folder: Path, chosen: list[str], number: int) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.setpgrp()
+        log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os._exit(run(mutant, folder, chosen, number))
+    finally:
+        os._exit(99)
+
+
+def run(mutant: Mutant, folder: Path, chosen: list[str], number: int) -> int:
+    import pytest
+    from cosmic_ray.mutating import MutationVisitor
+    from cosmic_ray.plugins import get_operator
+
+    target = folder / mutant.file
+    target.write_text(
+        MutationVisitor.mutate_code(target.read_text(), get_operator(mutant.operator)(), mutant.occurrence)
+    )
+    os.utime(target, (number, number))  # no bytecode of another mutant is of this time
+    enter(folder)
+    files = sorted({test.split("::")[0] for test in chosen})
+    return pytest.main(["-x", "-n", "0", "-p", "no:cacheprovider", "-p", "no:cov", *files], plugins=[InOrder(chosen)])
+
+
+def enter(tree: Path) -> None:
+    """The package is that of this tree from here on, in processes that are started as well."""
+    os.chdir(tree)
+    os.environ["PYTHONPATH"] = str(tree)
+    sys.path.insert(0, str(tree))
+
+
+def report(results: dict[tuple[str, str, int, str], Mutant]) -> None:
+    mutants = sorted(results.values(), key=lambda m: (m.file, m.line))
+    counts = Counter((m.file, m.verdict == "killed") for m in mutants)
+    print("\n| file | killed | of | |\n|---|---|---|---|")
+    for file, killed, total in rows(counts):
+        print(f"| `{file}` | {killed} | {total} | {killed / total:.0%} |")
+    for mutant in mutants:
+        if mutant.verdict != "killed":
+            print(f"\n{mutant.verdict}: {mutant.file}:{mutant.line} {mutant.operator}\n{mutant.diff}")
+
+
+def rows(counts: Counter[tuple[str, bool]]) -> Iterator[tuple[str, int, int]]:
+    files = sorted({file for file, _ in counts})
+    for file in files:
+        yield file.removeprefix("masked_rnn/"), counts[file, True], counts[file, True] + counts[file, False]
+    if files:
+        killed = sum(count for (_, dead), count in counts.items() if dead)
+        yield "all", killed, sum(counts.values())
+
+
+if __name__ == "__main__":
+    main()
