@@ -33,7 +33,7 @@ from ._plan import (
 )
 from ._segments import Segments
 from ._states import forget, open_states
-from ._torch import is_traced, jagged_like
+from ._torch import is_traced, jagged_like, unsafe_view
 
 Restore = Callable[[Tensor], Tensor]
 """Brings an output into the layout that its input had."""
@@ -145,13 +145,18 @@ class Call:
             return plan_padded(self.lengths.cpu(), self.steps, self.batch_first, device, is_sorted=is_sorted)
         return plan_full(self.batch, self.steps, self.batch_first, device)
 
+    def is_plain(self) -> bool:
+        """Whether this is a padded batch that runs whole: no row is moved, and no value read."""
+        every_step = self.lengths is None and self.mask is None and self.resets is None
+        return self.data.dim() == 3 and every_step
+
     def rows(self) -> Tensor:
         """The input as rows, in the order in which the plan's index counts them."""
         return self.data if self.data.dim() == 2 else self.data.flatten(0, 1)
 
     def from_rows(self, output: Tensor) -> Tensor:
-        """The output, as the input lies."""
-        return output if self.data.dim() == 2 else output.unflatten(0, self.data.shape[:2])
+        """The output, as the input lies. It is memory of its own, which its caller may change in place."""
+        return output if self.data.dim() == 2 else unsafe_view(output, [*self.data.shape[:2], output.size(-1)])
 
     def padded(self) -> tuple[Tensor, Tensor | None, Restore]:
         """The input (T, N, I), padding last; the lengths (N,), None where all are T; how to bring an output back."""

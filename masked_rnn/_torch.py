@@ -109,7 +109,7 @@ def _without_views(result: Any) -> Any:
     return result
 
 
-unsafe_view: Callable[[Tensor, list[int]], Tensor] = _find("ops.aten._unsafe_view") or (
+unsafe_view: Callable[[Tensor, list[int]], Tensor] = _find("ops.aten._unsafe_view.default") or (
     lambda tensor, shape: tensor.reshape(shape).clone()
 )
 """The same memory in another shape, but no view in autograd's eyes: its caller may change it in place."""

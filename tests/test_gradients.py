@@ -287,3 +287,43 @@ def test_a_kernel_that_differentiates_once(
         assert torch.equal(layer(x, **given)[0], noisy)
     (dx,) = torch.autograd.grad(noisy.square().sum(), x, create_graph=True)
     dx.square().sum().backward()
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("given", [{}, {"lengths": [5, 2, 0]}, {"lengths": [5, 5, 5]}], ids=str)
+def test_an_output_that_is_changed_in_place(
+    cell: str, backend: str, batch_first: bool, dtype: torch.dtype, given: dict[str, Any]
+) -> None:
+    """The gradient is right, or autograd refuses: no saved value changes without its knowing."""
+    layer = masked(cell, batch_first=batch_first, backend=backend).to(dtype)
+    x = torch.randn(3, 5, INPUT, dtype=dtype) if batch_first else torch.randn(5, 3, INPUT, dtype=dtype)
+
+    def gradients(in_place: bool) -> list[Tensor]:
+        output, _ = layer(x, **given)
+        doubled = output.mul_(2).add_(1) if in_place else output * 2 + 1
+        return list(torch.autograd.grad((doubled**2).sum(), layer.parameters()))
+
+    expected = gradients(False)
+    try:
+        found = gradients(True)
+    except RuntimeError:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            gradients(True)
+    else:
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("steps", [1, 4, 9])
+@pytest.mark.parametrize("given", [{}, {"lengths": [1, 1, 0]}, {"lengths": "full"}, {"mask": True}], ids=str)
+def test_auto_returns_no_view_on_a_cpu(cell: str, batch_first: bool, steps: int, given: dict[str, Any]) -> None:
+    """fully_shard loses the gradients of a view that is changed in place. Where nn.LSTM returns one, so does this."""
+    layer = masked(cell, batch_first=batch_first)
+    x = torch.randn(3, steps, INPUT) if batch_first else torch.randn(steps, 3, INPUT)
+    if "mask" in given:
+        given = {"mask": torch.rand(x.shape[:2]) < 0.7}
+    elif given.get("lengths") == "full":
+        given = {"lengths": [steps] * 3}
+    output, _ = layer(x, **given)
+    assert output._is_view() <= (cell.startswith("lstm") and batch_first)

@@ -35,6 +35,4 @@ def run(call: Call) -> tuple[Tensor, States]:
 
 def takes_input_as_it_is(call: Call) -> bool:
     """Whether the kernel reads the call's input as it came: nothing is gathered, and no value read."""
-    if call.packed is not None:
-        return True
-    return call.data.dim() == 3 and call.lengths is None and call.mask is None and call.resets is None
+    return call.packed is not None or call.is_plain()

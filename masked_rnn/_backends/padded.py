@@ -20,13 +20,12 @@ from .kernels import run_kernel
 
 def run(call: Call) -> tuple[Tensor, States]:
     mode, dropout = call.layer.mode, call.dropout
+    if call.is_plain():
+        return run_kernel(mode, call.data, call.states, call.weights, dropout=dropout, batch_first=call.batch_first)
     x, lengths, restore = call.padded()
-    if lengths is None:
-        output, last = run_kernel(mode, x, call.states, call.weights, dropout=dropout)
-    else:
-        output, last = stack_layers(
-            x, call.states, call.weights, lambda x, states, w: run_padded(mode, x, lengths, states, w), dropout
-        )
+    output, last = stack_layers(
+        x, call.states, call.weights, lambda x, states, w: run_padded(mode, x, lengths, states, w), dropout
+    )
     return restore(output), last
 
 

@@ -1,0 +1,76 @@
+"""Two processes with batches of different length learn the weights that one process learns from the joined batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from oracle import CELLS, INPUT, masked, needs_torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+WORLD = 2
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"num_layers": 2, "bidirectional": True},
+    {"backend": "packed", "flatten_hidden": False},
+    {"backend": "scan"},
+)
+LENGTHS = [([5, 2, 0], [9, 1, 4]), ([3, 3, 1], [0, 0, 0]), ([0, 0, 0], [7, 7, 2])]
+"""What each process holds at each training step."""
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", pytest.param("fsdp", marks=needs_torch("2.7", "fully_shard on a CPU"))])
+def test_as_one_process(wrapper: str, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(work, (wrapper, str(tmp_path / "meet")), nprocs=WORLD)
+
+
+def work(rank: int, wrapper: str, meet: str) -> None:
+    """One of the processes; all cells and options in it, because to start one takes seconds."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=WORLD)
+    for cell in CELLS:
+        for options in OPTIONS:
+            torch.manual_seed(5)
+            layer = masked(cell, batch_first=True, **options).double()
+            alone = copy.deepcopy(layer)
+            shared = wrap(layer, wrapper)
+            train(shared, [(x, lengths[rank]) for x, lengths in batches(rank)])
+            train(alone, [(x, [*lengths[0], *lengths[1]]) for x, lengths in batches(None)])
+            for (name, found), expected in zip(layer.named_parameters(), alone.parameters(), strict=True):
+                whole = found.full_tensor() if wrapper == "fsdp" else found
+                torch.testing.assert_close(whole, expected, rtol=0, atol=1e-12, msg=f"{cell} {options} {name}")
+    dist.destroy_process_group()
+
+
+def wrap(layer: nn.Module, wrapper: str) -> nn.Module:
+    return (
+        DistributedDataParallel(layer) if wrapper == "ddp" else fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    )
+
+
+def batches(rank: int | None) -> Iterator[tuple[Tensor, Any]]:
+    """A process's own rows, padded to its own longest with NaN; of all processes where none is named."""
+    for step, lengths in enumerate(LENGTHS):
+        x = torch.randn(2, 3, 9, INPUT, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        for row, own in enumerate(lengths):
+            for n, length in enumerate(own):
+                x[row, n, length:] = torch.nan
+        yield (x.flatten(0, 1) if rank is None else x[rank, :, : max(1, *lengths[rank])]), lengths
+
+
+def train(model: nn.Module, data: list[tuple[Tensor, list[int]]]) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    for x, lengths in data:
+        output, _ = model(x, lengths=lengths)
+        loss = (output**3).sum() / 6
+        optimizer.zero_grad()
+        (loss * (WORLD if len(lengths) == 3 else 1)).backward()
+        optimizer.step()
