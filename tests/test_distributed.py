@@ -35,7 +35,7 @@ def test_as_one_process(wrapper: str, tmp_path: Path) -> None:
 def work(rank: int, wrapper: str, meet: str) -> None:
     """One of the processes; all cells and options in it, because to start one takes seconds."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", init_method=Path(meet).as_uri(), rank=rank, world_size=WORLD)
     for cell in CELLS:
         for options in OPTIONS:
             torch.manual_seed(5)
