@@ -102,16 +102,16 @@ def test_calls_that_are_right(cell: str, loops: str) -> None:
         assert all(t.eq(0).all() for t in padded)
         try:
             assert_near(found, expected)
-        except AssertionError:  # a chaotic layer, or a wrong value: the oracle itself tells, from input a bit away
-            close = x.double() * (1 + torch.finfo(dtype).eps * torch.randn_like(x, dtype=torch.float64))
-            assert_near(found, expected, oracle(layer, close, mask, first, pulled, resets))
+        except AssertionError:  # a chaotic layer, or a wrong value: the oracle itself tells, from values a bit away
+            close = [t.double() * (1 + torch.finfo(dtype).eps * torch.randn_like(t.double())) for t in (x, *first)]
+            assert_near(found, expected, oracle(layer, close[0], mask, close[1:], pulled, resets))
 
     run()
 
 
 def assert_near(found: Run, expected: Run, close: Run | None = None) -> None:
     """Relative to each tensor's largest element, with a floor: a saturated gate's gradient has lost its digits in torch
-    too. `close` is what input a rounding away gives: its distance, 300 times over, is allowed as well. Small values are
+    too. `close` is what input and states a rounding away give: its distance, 300 times over, is allowed as well. Small values are
     test_scale's. What overflows in float32 alone is not compared."""
     tolerance, floor = (1e-10, 1e-13) if found.output.dtype == torch.float64 else (2e-4, 2e-9)
     runs = (tensors(run, found.gradients) for run in (found, expected, close or expected))
