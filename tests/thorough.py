@@ -2,8 +2,9 @@
 
     python -m pytest tests/thorough.py --dist load
 
-makes 20,000 calls that are right and 2,500 that are wrong (some minutes). Not part of the suite: nothing collects this
-file by itself. MASKED_RNN_CALLS sets how many calls that are right each of the ten tests makes.
+makes 20,000 calls that are right and 2,500 that are wrong, and trains for 10,000 steps of varied shapes while it
+watches the memory (some minutes). Not part of the suite: nothing collects this file by itself. MASKED_RNN_CALLS sets
+how many calls that are right each of the ten tests makes.
 """
 
 from __future__ import annotations
@@ -111,8 +112,8 @@ def test_calls_that_are_right(cell: str, loops: str) -> None:
 
 def assert_near(found: Run, expected: Run, close: Run | None = None) -> None:
     """Relative to each tensor's largest element, with a floor: a saturated gate's gradient has lost its digits in torch
-    too. `close` is what input and states a rounding away give: its distance, 300 times over, is allowed as well. Small values are
-    test_scale's. What overflows in float32 alone is not compared."""
+    too. `close` is what input and states a rounding away give: its distance, 300 times over, is allowed as well. Small
+    values are test_scale's. What overflows in float32 alone is not compared."""
     tolerance, floor = (1e-10, 1e-13) if found.output.dtype == torch.float64 else (2e-4, 2e-9)
     runs = (tensors(run, found.gradients) for run in (found, expected, close or expected))
     for own, truth, near in zip(*runs, strict=True):
@@ -173,6 +174,27 @@ def test_calls_that_are_wrong(cell: str) -> None:
         assert len(str(error.value)) > 20
 
     run()
+
+
+def test_memory_stays_flat(loops: str) -> None:
+    """Over training steps of varied shapes, forms and options: what 2,000 steps have filled, the others don't raise."""
+    resource = pytest.importorskip("resource", reason="Windows does not tell")
+    random = np.random.default_rng(0)
+    layers = [masked(cell, 8, 32, bidirectional=k % 2 == 0, batch_first=True) for k, cell in enumerate(CELLS)]
+    optimizer = torch.optim.SGD([p for layer in layers for p in layer.parameters()], lr=1e-3)
+    peaks = []
+    for step in range(10_000):
+        batch, steps = (64, 128) if step < len(layers) else random.integers(1, [65, 129])
+        marks = torch.from_numpy(random.random((batch, steps)) < 0.9)
+        lengths = random.integers(0, steps + 1, batch)
+        given: Any = [{"lengths": lengths}, {"mask": marks}, {"lengths": lengths, "resets": ~marks}, {}][step % 4]
+        output, _ = layers[step % len(layers)](torch.randn(batch, steps, 8), **given)
+        optimizer.zero_grad(set_to_none=step % 3 == 0)
+        (output**2).sum().backward()
+        optimizer.step()
+        if step % 2_000 == 1_999:
+            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    assert peaks[-1] <= 1.02 * peaks[0], peaks
 
 
 def test_the_oracle_can_fail() -> None:
