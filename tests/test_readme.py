@@ -26,17 +26,26 @@ BLOCKS = [
     for page in PAGES
     for k, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 ]
+NEEDS = {
+    "keras": (("tensorflow", "tf_keras"), "'.[reference]'", "MASKED_RNN_REQUIRE_TENSORFLOW"),
+    "tensorflow": (("tensorflow", "tf_keras"), "'.[reference]'", "MASKED_RNN_REQUIRE_TENSORFLOW"),
+    "allennlp_light": (("allennlp_light",), "'.[migration]'", "MASKED_RNN_REQUIRE_MIGRATION"),
+    "pytorch_forecasting": (("pytorch_forecasting",), "'.[migration]'", "MASKED_RNN_REQUIRE_MIGRATION"),
+    "speechbrain": (("speechbrain",), "speechbrain", "MASKED_RNN_REQUIRE_SPEECHBRAIN"),
+}
+"""By what a block imports: the packages it needs, what pip installs them by, and the variable that makes their lack a
+failure."""
 
 
 @pytest.mark.parametrize("code", BLOCKS)
 def test_code_in_the_docs(code: str) -> None:
     if "dynamo=True" in code and torch_before("2.13"):
         pytest.skip("torch.onnx.export(dynamo=True) of the layer needs torch 2.13; docs/versions.md")
-    needs_tensorflow = re.search(r"import (keras|tensorflow)", code)
-    if needs_tensorflow and os.environ.get("MASKED_RNN_REQUIRE_TENSORFLOW") != "1":
-        missing = [name for name in ("tensorflow", "tf_keras") if importlib.util.find_spec(name) is None]
-        if missing:
-            pytest.skip(f"needs {' and '.join(missing)}: pip install -e '.[reference]'")
+    for name in set(re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE)) & set(NEEDS):
+        packages, installed_by, required = NEEDS[name]
+        missing = [package for package in packages if importlib.util.find_spec(package) is None]
+        if missing and os.environ.get(required) != "1":
+            pytest.skip(f"needs {' and '.join(missing)}: pip install {installed_by}")
     subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
 
 

@@ -1,0 +1,71 @@
+"""The site has every page, and shows what the repository says. `mkdocs build --strict` in .ci/run finds dead links."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+hooks = script("site_hooks")
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = re.findall(r"^ +- [^:\n]*: (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    written = [path.name for path in (ROOT / "docs").glob("*.md")]
+    assert sorted(listed) == sorted([*written, *hooks.PAGES])
+
+
+def test_every_section_of_the_readme_is_on_one_page() -> None:
+    placed = [
+        title for parts in hooks.PAGES.values() for source, titles in parts if source == "README.md" for title in titles
+    ]
+    assert sorted([*placed, "More"]) == sorted(
+        hooks.sections((ROOT / "README.md").read_text())
+    )  # the navigation is More
+
+
+def test_a_page_has_one_title_and_every_heading_of_its_source() -> None:
+    for page, parts in hooks.PAGES.items():
+        text = hooks.text_of(page)
+        headings = [line for line, is_code in hooks.lines(text) if hooks.is_heading(line, is_code)]
+        assert [line.startswith("# ") for line in headings] == [True] + [False] * (len(headings) - 1)
+        for source, titles in parts:
+            there = hooks.sections((ROOT / source).read_text())
+            assert set(filter(None, titles or there)) <= {line.lstrip("#").strip() for line in headings}
+
+
+def test_links_are_made_to_work_on_the_site() -> None:
+    def linked(link: str, source: str = "README.md", repository: str | None = None) -> str:
+        return str(hooks.with_links(link, source, repository))
+
+    assert linked("[how](docs/capture.md#onnx)") == "[how](capture.md#onnx)"
+    assert linked("![a](docs/images/padding.svg)") == "![a](images/padding.svg)"
+    assert linked("[a](#classify)") == "[a](recipes.md#classify)"
+    assert linked("[a](../README.md#speed)", "docs/resets.md") == "[a](benchmarks.md#speed)"
+    assert linked("[a](../benchmarks/plot.py)", "docs/bptt.md") == "`benchmarks/plot.py`"
+    assert linked("[a](LICENSE)", repository="https://host/a/") == "[a](https://host/a/blob/main/LICENSE)"
+    assert linked("[a](#nowhere)") == "[a](index.md#nowhere)"  # for mkdocs to refuse
+    with pytest.raises(FileNotFoundError, match="README"):
+        linked("[a](nothing.py)")
+    assert linked("[a](https://b/c.md)") == "[a](https://b/c.md)"
+    assert linked("```\n[a](b.md)\n```\n") == "```\n[a](b.md)\n```\n"
+
+
+def test_the_pictures_of_semantics_are_what_the_layer_computes() -> None:
+    for name, picture in script("draw_semantics").pictures().items():
+        assert (ROOT / "docs" / "images" / f"semantics-{name}.svg").read_text() == picture
