@@ -11,7 +11,7 @@ many real steps. So each takes the sum of its losses, times the number of proces
     torchrun --nproc-per-node 2 examples/train_ddp.py
     torchrun --nproc-per-node 2 examples/train_ddp.py --fsdp
 
-needs nothing but torch (--fsdp on a CPU: 2.7 or later). NCCL where there is a GPU for each process, else gloo.
+needs nothing but torch (--fsdp on a CPU: 2.9 or later). NCCL where there is a GPU for each process, else gloo.
 `--short` is a few steps.
 """
 

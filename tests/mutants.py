@@ -32,6 +32,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,9 @@ def main() -> None:
         if args.again:
             queue = [m for m in results.values() if m.verdict != "killed" and m.file in files]
         else:
-            drawn = [m for file in files for m in draw_mutants(file, args.sample, args.seed)]
-            queue = [m for m in drawn if m.key not in results]
+            # One of each file in turn, so that it can be stopped at any time.
+            turns = zip_longest(*(draw_mutants(file, args.sample, args.seed) for file in files))
+            queue = [m for turn in turns for m in turn if m and m.key not in results]
         run_all(queue, args.seconds, args.jobs, results)
     report(results)
 
