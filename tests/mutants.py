@@ -29,6 +29,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -41,6 +42,8 @@ BUILD = ROOT / "build" / "mutants"
 COVERAGE, DURATIONS, RESULTS = BUILD / "coverage", BUILD / "durations.json", BUILD / "results.jsonl"
 FIRST = {"masked_rnn/_backends/bptt/compiled": "tests/test_compiled.py"}
 """Tests of what coverage can't see."""
+BROKEN = 99
+"""A run that ends with it is this script's failure, not a mutant's."""
 
 
 @dataclass
@@ -169,14 +172,21 @@ def what_runs(source: str) -> str:
 
 
 class Durations:
-    """A plugin of pytest: how long each test that passes lasts."""
+    """A plugin of pytest: how long each test that passes lasts, with what its file has to set up first."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self.own: dict[str, float] = {}
+        self.setup: dict[str, float] = defaultdict(float)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.when == "call" and report.passed:
-            self.seconds[report.nodeid] = report.duration
+        file = report.nodeid.split("::")[0]
+        if report.when == "setup":
+            self.setup[file] = max(self.setup[file], report.duration)
+        elif report.when == "call" and report.passed:
+            self.own[report.nodeid] = report.duration
+
+    def seconds(self) -> dict[str, float]:
+        return {test: own + self.setup[test.split("::")[0]] for test, own in self.own.items()}
 
 
 def observe(jobs: int) -> None:
@@ -187,7 +197,7 @@ def observe(jobs: int) -> None:
     enter(ROOT)
     watch = Durations()
     pytest.main(["-n", str(jobs), "--cov=masked_rnn", "--cov-context=test", "--cov-report="], plugins=[watch])
-    DURATIONS.write_text(json.dumps(watch.seconds))
+    DURATIONS.write_text(json.dumps(watch.seconds()))
 
 
 class Tests:
@@ -243,7 +253,6 @@ class InOrder:
 
 def run_all(queue: list[Mutant], seconds: float, jobs: int, results: dict[tuple[str, str, int, str], Mutant]) -> None:
     # What every run needs is imported once, here; a run is a fork of this process. Not masked_rnn.
-    import hypothesis  # noqa: F401
     import onnx  # noqa: F401
     import onnxruntime  # noqa: F401
     import pytest  # noqa: F401
@@ -251,6 +260,9 @@ def run_all(queue: list[Mutant], seconds: float, jobs: int, results: dict[tuple[
 
     tests = Tests()
     folders = [copy_of_the_tree(BUILD / f"tree{job}") for job in range(jobs)]
+    unhurt = start(None, folders[0], sorted(tests.seconds, key=tests.seconds.__getitem__)[:50], 0)
+    if os.waitpid(unhurt, 0)[1]:
+        raise SystemExit(f"without a mutant tests fail: {(folders[0] / 'log').read_text()}")
     running: dict[int, tuple[Mutant, Path, float, float]] = {}
     waiting = iter(queue)
     done = 0
@@ -283,6 +295,8 @@ def run_all(queue: list[Mutant], seconds: float, jobs: int, results: dict[tuple[
             time.sleep(0.05)
         else:
             mutant, folder, began, _ = running.pop(pid)
+            if os.waitstatus_to_exitcode(status) == BROKEN:
+                raise SystemExit((folder / "log").read_text())
             shutil.copy2(ROOT / mutant.file, folder / mutant.file)
             folders.append(folder)
             finish(mutant, "survived" if status == 0 else "killed", time.monotonic() - began)
@@ -297,7 +311,7 @@ def copy_of_the_tree(folder: Path) -> Path:
     return folder
 
 
-def start(mutant: Mutant, folder: Path, chosen: list[str], number: int) -> int:
+def start(mutant: Mutant | None, folder: Path, chosen: list[str], number: int) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -306,21 +320,24 @@ def start(mutant: Mutant, folder: Path, chosen: list[str], number: int) -> int:
         log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        os._exit(run(mutant, folder, chosen, number))
-    finally:
-        os._exit(99)
+        code = run(mutant, folder, chosen, number)
+        sys.stdout.flush()
+        os._exit(code)
+    except BaseException:
+        os.write(2, traceback.format_exc().encode())
+        os._exit(BROKEN)
 
 
-def run(mutant: Mutant, folder: Path, chosen: list[str], number: int) -> int:
+def run(mutant: Mutant | None, folder: Path, chosen: list[str], number: int) -> int:
     import pytest
     from cosmic_ray.mutating import MutationVisitor
     from cosmic_ray.plugins import get_operator
 
-    target = folder / mutant.file
-    target.write_text(
-        MutationVisitor.mutate_code(target.read_text(), get_operator(mutant.operator)(), mutant.occurrence)
-    )
-    os.utime(target, (number, number))  # no bytecode of another mutant is of this time
+    if mutant:
+        target = folder / mutant.file
+        operator = get_operator(mutant.operator)()
+        target.write_text(MutationVisitor.mutate_code(target.read_text(), operator, mutant.occurrence))
+        os.utime(target, (number, number))  # no bytecode of another mutant is of this time
     enter(folder)
     files = sorted({test.split("::")[0] for test in chosen})
     return pytest.main(["-x", "-n", "0", "-p", "no:cacheprovider", "-p", "no:cov", *files], plugins=[InOrder(chosen)])
