@@ -7,11 +7,11 @@
     python tests/mutants.py --again --seconds 600       # those that survived, against more of the suite
 
 Mutants are cosmic-ray's: another operator, comparison, number, keyword or exception, a decorator or a loop left out. Of
-the many that replace one operator, one is drawn. Those that change annotations alone are none.
+the many that replace one operator, one is drawn. Those that change annotations, overloads or `strict=` alone are none.
 
-Each mutant is run against the tests that pass through its line (pytest-cov notes that first, in one run of the suite),
-the quickest case of each test function first, until one fails. What the compiled loops do is hidden from it: for
-their files tests/test_compiled.py comes first. A mutant that hangs is killed. Results go to
+Each mutant is run against the tests that pass through its line (pytest-cov notes that first, in one run of the suite):
+one case of each test function first, then a second of each, until one fails. What the compiled loops do is hidden from
+it: for their files tests/test_compiled.py comes first. A mutant that hangs is killed. Results go to
 build/mutants/results.jsonl, and what is there is not run again. Works where processes fork (Linux, macOS).
 """
 
@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "mutants"
 COVERAGE, DURATIONS, RESULTS = BUILD / "coverage", BUILD / "durations.json", BUILD / "results.jsonl"
 FIRST = {"masked_rnn/_backends/bptt/compiled": "tests/test_compiled.py"}
-"""Tests of what coverage can't see."""
+"""Which tests come first for what coverage can't see."""
 BROKEN = 99
 """A run that ends with it is this script's failure, not a mutant's."""
 
@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="of tests for one mutant, as they last unhurt"
     )
+    parser.add_argument("--tests", nargs="+", default=[], help="observe these tests anew, and use no others")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--again", action="store_true", help="only mutants that survived so far")
@@ -80,8 +81,8 @@ def main() -> None:
     BUILD.mkdir(parents=True, exist_ok=True)
     results = read_results()
     if not args.report:
-        if not DURATIONS.exists():
-            observe(args.jobs)
+        if args.tests or not DURATIONS.exists():
+            observe(args.jobs, args.tests)
         files = args.files or sorted(str(path.relative_to(ROOT)) for path in (ROOT / "masked_rnn").rglob("*.py"))
         if args.again:
             queue = [m for m in results.values() if m.verdict != "killed" and m.file in files]
@@ -143,13 +144,19 @@ def draw_mutants(file: str, count: int | None, seed: int) -> list[Mutant]:
 
 
 class _WhatRuns(ast.NodeTransformer):
-    """Without annotations, which nothing evaluates, and what only type checkers read."""
+    """Without annotations and overloads, which only type checkers read, and `strict=`, which asserts."""
 
     def visit_arg(self, node: ast.arg) -> ast.arg:
         node.annotation = None
         return node
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+    def visit_keyword(self, node: ast.keyword) -> ast.keyword | None:
+        self.generic_visit(node)
+        return None if node.arg == "strict" else node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef | None:
+        if ast.unparse(node.body[-1]) == "...":
+            return None
         node.returns = None
         self.generic_visit(node)
         return node
@@ -189,19 +196,19 @@ class Durations:
         return {test: own + self.setup[test.split("::")[0]] for test, own in self.own.items()}
 
 
-def observe(jobs: int) -> None:
+def observe(jobs: int, tests: list[str]) -> None:
     print("one run of the suite, to see which test passes through which line", flush=True)
     import pytest
 
     os.environ["COVERAGE_FILE"] = str(COVERAGE)
     enter(ROOT)
     watch = Durations()
-    pytest.main(["-n", str(jobs), "--cov=masked_rnn", "--cov-context=test", "--cov-report="], plugins=[watch])
+    pytest.main(["-n", str(jobs), "--cov=masked_rnn", "--cov-context=test", "--cov-report=", *tests], plugins=[watch])
     DURATIONS.write_text(json.dumps(watch.seconds()))
 
 
 class Tests:
-    """Which tests pass through a line, the quickest case of each function first."""
+    """Which tests pass through a line, one case of each function first."""
 
     def __init__(self) -> None:
         from coverage import CoverageData
@@ -218,7 +225,7 @@ class Tests:
         first = next((test for folder, test in FIRST.items() if mutant.file.startswith(folder)), None)
         if first:
             found = set(self.seconds)
-        ordered = self.in_turns(found)
+        ordered = self.in_turns(found, random.Random(str(mutant.key)))
         if first:
             ordered.sort(key=lambda test: not test.startswith(first))
         chosen, total = [], 0.0
@@ -229,10 +236,10 @@ class Tests:
             chosen.append(test)
         return chosen
 
-    def in_turns(self, tests: set[str]) -> list[str]:
+    def in_turns(self, tests: set[str], draw: random.Random) -> list[str]:
         """One case of each test function, then a second of each, …: the quickest first in each turn."""
         functions: dict[str, list[str]] = defaultdict(list)
-        for test in sorted(tests, key=lambda test: self.seconds[test]):
+        for test in draw.sample(sorted(tests), len(tests)):
             functions[test.split("[")[0]].append(test)
         turns = [(turn, self.seconds[test], test) for own in functions.values() for turn, test in enumerate(own)]
         return [test for _, _, test in sorted(turns)]
