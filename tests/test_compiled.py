@@ -370,6 +370,29 @@ assert os.waitpid(child, 0)[1] == 0
 
 
 @needs_numba
+@pytest.mark.parametrize("start", torch.multiprocessing.get_all_start_methods())
+def test_in_a_worker_of_a_data_loader(start: str) -> None:
+    """Features are computed there, while the layer trains here."""
+    layer = masked_rnn.MaskedGRU(4, 8, backend="bptt", batch_first=True)
+    features = Features(layer)
+    expected = [features[k] for k in range(4)]
+    layer(torch.randn(9, 40, 4))[0].sum().backward()
+    loader = torch.utils.data.DataLoader(features, 2, num_workers=2, multiprocessing_context=start, timeout=120)
+    torch.testing.assert_close(torch.cat(list(loader)), torch.stack(expected))
+
+
+class Features(torch.utils.data.Dataset[Tensor]):
+    def __init__(self, layer: masked_rnn.MaskedGRU) -> None:
+        self.layer, self.x = layer, torch.randn(4, 3, 40, 4)
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, k: int) -> Tensor:
+        return self.layer(self.x[k], lengths=[40, 7, 0])[1].detach()
+
+
+@needs_numba
 def test_ahead_of_time() -> None:
     masked_rnn.compile_loops()
     masked_rnn.compile_loops(torch.float64)

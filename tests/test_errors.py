@@ -50,6 +50,8 @@ LENGTHS: list[tuple[Any, type[Exception], str]] = [
     (torch.tensor([True, False, True]), TypeError, r"dtype is torch\.bool.*If it marks real steps, give it as mask"),
     (np.array([1.5, 2, 3]), TypeError, r"dtype is torch\.float64"),
     ([1, 2.0, 3], TypeError, r"lengths\[1\] = 2\.0 is of type float"),
+    ([1.5, 1.0, 0.5], TypeError, r"lengths\[0\] = 1\.5 is of type float.*integer dtype\.$"),
+    ([0.5, 1.0, -0.5], TypeError, r"lengths\[0\] = 0\.5 is of type float.*integer dtype\.$"),
     (
         [True, False, True],
         TypeError,

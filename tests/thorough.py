@@ -180,14 +180,14 @@ def test_calls_that_are_wrong(cell: str) -> None:
 
 @pytest.mark.parametrize("loops", LOOPS)
 def test_memory_stays_flat(loops: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over training steps of varied shapes, forms and options: what 2,000 steps have filled, the others don't raise."""
+    """Over training steps of varied shapes, forms and options: what 6,000 steps have filled, 4,000 more don't raise."""
     pytest.importorskip("resource", reason="Windows does not tell")
     monkeypatch.setenv("NUMBA_DISABLE_JIT", "01"[loops == "ops"])
     # It keeps a kernel for each of the last 1,024 shapes, nn.LSTM's as well: some 100 MB.
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1")
     torch.multiprocessing.spawn(train_for_long, (str(tmp_path / "peaks"),))
     peaks = json.loads((tmp_path / "peaks").read_text())
-    assert peaks[-1] <= 1.03 * peaks[0], peaks
+    assert peaks[-1] <= 1.01 * peaks[2], peaks
 
 
 def train_for_long(_: int, path: str) -> None:
