@@ -91,13 +91,11 @@ def refuse_twice(form: str, lengths: Any, mask: Any, resets: Any) -> None:
 
 def open_lengths(opened: Opened, lengths: Any, mask: Any) -> tuple[Tensor | None, Tensor | None]:
     """The lengths, None where no row is padded as far as can be seen; or the mask, (T, N)."""
-    form, data, batch, steps, batch_first, _ = opened
+    _, data, batch, steps, batch_first, _ = opened
     layout = f"batch_first={batch_first}"
     if lengths is not None and mask is not None:
         raise ValueError("lengths and mask say the same thing: give one of them, not both.")
     if lengths is not None:
-        if form == "unbatched" and isinstance(lengths, int) and not isinstance(lengths, bool):
-            lengths = [lengths]
         lengths = check_lengths(lengths, batch, steps, data.device, layout)
         whole = is_on_host(lengths) and values_can_be_read(lengths) and bool((lengths == steps).all())
         return None if whole else lengths, None

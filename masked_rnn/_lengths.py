@@ -122,7 +122,7 @@ def _int64(given: Any, steps: int) -> Tensor:
     if isinstance(given, (bool, float, str, bytes)) or given is None:
         raise TypeError(f"lengths must be integers, got {given!r} of type {type(given).__name__}. {EXPECTED}")
     if isinstance(given, int):
-        return torch.tensor(given, dtype=torch.int64, device="cpu")
+        return _from_list([given], steps).squeeze(0)
     if isinstance(given, Sequence):
         return _from_list(given, steps)
     array = np.asarray(given)

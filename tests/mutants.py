@@ -200,11 +200,15 @@ def observe(jobs: int, tests: list[str]) -> None:
     print("one run of the suite, to see which test passes through which line", flush=True)
     import pytest
 
+    if pid := os.fork():  # this process must not have imported the package
+        os.waitpid(pid, 0)
+        return
     os.environ["COVERAGE_FILE"] = str(COVERAGE)
     enter(ROOT)
     watch = Durations()
     pytest.main(["-n", str(jobs), "--cov=masked_rnn", "--cov-context=test", "--cov-report=", *tests], plugins=[watch])
     DURATIONS.write_text(json.dumps(watch.seconds()))
+    os._exit(0)
 
 
 class Tests:
@@ -340,6 +344,7 @@ def run(mutant: Mutant | None, folder: Path, chosen: list[str], number: int) -> 
     from cosmic_ray.mutating import MutationVisitor
     from cosmic_ray.plugins import get_operator
 
+    assert "masked_rnn" not in sys.modules
     if mutant:
         target = folder / mutant.file
         operator = get_operator(mutant.operator)()

@@ -96,6 +96,9 @@ def test_unbatched_length() -> None:
         masked("gru")(X[0], lengths=7)
     with pytest.raises(ValueError, match="lengths has 2 elements, but the input holds 1 sequences"):
         masked("gru")(X[0], lengths=[3, 3])
+    for x in (X[0], X[:1]):
+        with pytest.raises(ValueError, match=r"lengths\[0\] = 1000.* is out of range\. Expected 0 <= length <= 6"):
+            masked("gru", batch_first=True)(x, lengths=10**30)
 
 
 MASKS: list[tuple[Any, type[Exception], str]] = [
