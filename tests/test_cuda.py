@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ pytestmark = [
 STEPS = 5
 LENGTHS = [3, 4, 0, 1]
 HOLES = torch.tensor([[0, 0, 1, 0, 1], [1, 0, 1, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+RESETS = torch.tensor([[0, 1, 0, 0, 1], [1, 0, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 1, 0]], dtype=torch.bool)
 NONE = torch.zeros(4, STEPS, dtype=torch.bool)
 FORMS = {  # what is given, and what it means
     "list": ({"lengths": LENGTHS}, prefix_mask(LENGTHS, STEPS)),
@@ -44,6 +46,8 @@ FORMS = {  # what is given, and what it means
     "device-mask": ({"mask": HOLES}, HOLES),
     "device-empty": ({"lengths": torch.zeros(4, dtype=torch.int32)}, NONE),
     "device-empty-mask": ({"mask": NONE}, NONE),
+    "host-resets": ({"lengths": LENGTHS, "resets": RESETS}, prefix_mask(LENGTHS, STEPS)),
+    "device-resets": ({"mask": HOLES, "resets": RESETS}, HOLES),
     "neither": ({}, torch.ones(4, STEPS, dtype=torch.bool)),
 }
 
@@ -73,11 +77,11 @@ def home(run: Run) -> Run:
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-9), (torch.float32, 5e-3)])  # with TF32
 def test_as_on_the_cpu_in_float64(cell: str, backend: str, dtype: torch.dtype, atol: float) -> None:
     for options in every(num_layers=[1, 2], bidirectional=[False, True], batch_first=[False, True]):
-        for form, (_, mask) in FORMS.items():
+        for form, (given, mask) in FORMS.items():
             layer = masked(cell, backend=backend, **options).to(dtype)
             x = torch.randn(4, STEPS, INPUT, dtype=dtype).masked_fill(~mask.unsqueeze(-1), torch.nan)
             states, pulled = random_states(layer, 4, dtype), cotangents(layer, 4, STEPS)
-            expected = oracle(layer, x.nan_to_num(), mask, states, pulled)
+            expected = oracle(layer, x.nan_to_num(), mask, states, pulled, given.get("resets"))
             states, pulled = [h.cuda() for h in states], [c.cuda() for c in pulled]
             found = home(call(layer.cuda(), x.cuda(), states, pulled, **given_as(form)))
             assert_same(found, expected, atol, (form, options))
@@ -93,8 +97,10 @@ def training_step(layer: Any, x: Tensor, **given: Any) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
-@pytest.mark.parametrize("backend", ["auto", "padded"])
-@pytest.mark.parametrize("form", ["device", "device-mask", "device-empty"])
+@pytest.mark.parametrize(
+    ("backend", "form"),
+    [*product(["auto", "padded"], ["device", "device-mask", "device-empty"]), ("auto", "device-resets")],
+)
 def test_nothing_waits(cell: str, backend: str, form: str, refusing_to_wait: Any) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=backend).cuda()
     x, given = torch.randn(4, STEPS, INPUT, device="cuda", requires_grad=True), given_as(form)
