@@ -33,6 +33,7 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -359,6 +360,7 @@ def enter(tree: Path) -> None:
     """The package is that of this tree from here on, in processes that are started as well."""
     os.chdir(tree)
     os.environ["PYTHONPATH"] = str(tree)
+    os.environ["MASKED_RNN_EXPECT_LOOPS"] = "compiled" if find_spec("numba") else "ops"
     sys.path.insert(0, str(tree))
 
 

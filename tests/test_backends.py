@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import BACKENDS, INPUT, masked
+from oracle import BACKENDS, INPUT, masked, plain
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_sequence
@@ -211,11 +211,21 @@ def test_autocast_where_the_cpu_lacks_the_kernel(
                 layer(X, **given)
 
 
+def torchs_lstm_runs(dtype: torch.dtype) -> bool:
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        try:
+            plain("lstm")(torch.zeros(1, 1, INPUT))
+        except RuntimeError:
+            return False
+    return True
+
+
 def test_what_a_cpu_lacks_is_found_out_under_any_mode() -> None:
     """The answer is kept for good: a mode in which nothing is computed must not give it."""
     for dtype in (torch.bfloat16, torch.float16):
         _torch._lstm_kernel_runs.cache_clear()
         truth = _torch.lstm_kernel_runs(dtype)
+        assert truth == torchs_lstm_runs(dtype)
         _torch._lstm_kernel_runs.cache_clear()
         with FakeTensorMode(), torch.device("meta"):
             assert _torch.lstm_kernel_runs(dtype) == truth

@@ -377,3 +377,27 @@ def test_documented_positions_hold_to_the_end() -> None:
         MaskedRNN(4, 3, 2, "relu", True, False, 0.0, True, "meta", torch.float64),
     ):
         assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.float64)}
+
+
+@pytest.mark.parametrize("kind", [MaskedGRU, MaskedLSTM, MaskedRNN])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"proj_size": 3},
+        {"proj_size": -1},
+        {"nonlinearity": "sine"},
+        {"hidden": 4},
+        {"hidden_size": 0},
+        {"num_layers": 0},
+        {"dropout": 2.0},
+        {"input_size": "4"},
+    ],
+    ids=str,
+)
+def test_the_constructor_refuses_what_torchs_refuses_in_its_words(kind: Any, wrong: dict[str, Any]) -> None:
+    arguments = {"input_size": 4, "hidden_size": 3, **wrong}
+    with pytest.raises((TypeError, ValueError)) as torchs:
+        kind._torch_layer(**arguments)
+    with pytest.raises(torchs.type) as own:
+        kind(**arguments)
+    assert str(own.value) == str(torchs.value)
