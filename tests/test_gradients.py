@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -285,6 +286,10 @@ def test_a_kernel_that_differentiates_once(
     torch.manual_seed(1)
     with torch.no_grad():
         assert torch.equal(layer(x, **given)[0], noisy)
+    time_first = copy.deepcopy(layer)
+    time_first.batch_first = False
+    torch.manual_seed(1)
+    torch.testing.assert_close(time_first(x.transpose(0, 1), **given)[0].transpose(0, 1), noisy)
     (dx,) = torch.autograd.grad(noisy.square().sum(), x, create_graph=True)
     dx.square().sum().backward()
 
