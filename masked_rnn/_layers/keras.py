@@ -84,7 +84,7 @@ def _check_halves(merge_mode: str | None, forward: dict[str, Any], backward: dic
             f"merge_mode={merge_mode!r}, but torch.nn's layers put the directions side by side (merge_mode='concat'). "
             "Convert with merge_mode='concat' and merge the halves of the output's last dimension yourself."
         )
-    if forward["go_backwards"] or not backward["go_backwards"]:
+    if forward["go_backwards"]:  # Keras sees to it that the other does not
         raise ValueError("the Bidirectional's forward layer must run forwards, and its backward layer backwards.")
     for name in SAME_IN_BOTH:
         if forward.get(name) != backward.get(name):

@@ -122,6 +122,11 @@ def test_what_a_bidirectional_refuses(keras):
         layer.build((None, None, I))
         with pytest.raises(ValueError, match=f"merge_mode={merge_mode!r}, but"):
             MaskedGRU.from_keras(layer)
+    halves = keras.layers.GRU(H, go_backwards=True), keras.layers.GRU(H)
+    layer = keras.layers.Bidirectional(halves[0], backward_layer=halves[1])
+    layer.build((None, None, I))
+    with pytest.raises(ValueError, match="forward layer must run forwards"):
+        MaskedGRU.from_keras(layer)
     halves = keras.layers.GRU(H), keras.layers.GRU(H, use_bias=False, go_backwards=True)
     layer = keras.layers.Bidirectional(halves[0], backward_layer=halves[1])
     layer.build((None, None, I))
