@@ -177,6 +177,13 @@ def test_strided_nested_input() -> None:
         masked("gru")(nested)
 
 
+@pytest.mark.parametrize(("shape", "dims"), [((), None), ((INPUT, 2), None), ((INPUT,), (1, 2))], ids=str)
+def test_nested_input_of_another_shape(shape: tuple[int, ...], dims: tuple[int, int] | None) -> None:
+    nested = torch.nested.nested_tensor([torch.zeros(n, *shape) for n in (2, 1)], layout=torch.jagged)
+    with pytest.raises(ValueError, match=r"must be of shape \(N, j, I\) with time ragged, got \(2, "):
+        masked("gru")(nested if dims is None else nested.transpose(*dims))
+
+
 def test_enforce_sorted(backend: str) -> None:
     layer = masked("gru", batch_first=True, enforce_sorted=True, backend=backend)
     words = r"lengths\[2\] = 3 is longer than lengths\[1\] = 2.*enforce_sorted=False"

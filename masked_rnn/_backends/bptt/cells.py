@@ -31,7 +31,6 @@ class Cell:
 
     gates: ClassVar[int]
     width: ClassVar[int]
-    states: ClassVar[int] = 1
     saves_buffer: ClassVar[bool] = True
     """Whether the derivative needs the buffer, or only the states."""
 
@@ -148,7 +147,7 @@ class LSTM(Cell):
     Buffer: i, f, g, o.
     """
 
-    gates, width, states = 4, 4, 2
+    gates, width = 4, 4
 
     def parts(self, buffer: Tensor) -> States:
         return buffer, buffer[..., : 2 * self.hidden], *buffer.split(self.hidden, -1)
