@@ -294,8 +294,8 @@ def test_what_is_compiled_follows_every_file_of_it(tmp_path: Path) -> None:
 
 @needs_numba
 def test_an_old_numba() -> None:
-    code = "import numba; numba.version_info = (0, 60, 0); numba.__version__ = '0.60.0'" + USE
-    assert "Numba 0.60.0 is older than 0.68" in run_python(code)
+    code = "import numba; numba.version_info = (0, 67, 9); numba.__version__ = '0.67.9'" + USE
+    assert "Numba 0.67.9 is older than 0.68" in run_python(code)
 
 
 @needs_numba

@@ -183,6 +183,16 @@ def test_from_a_layer_whose_weights_are_computed(cell: str, how: str) -> None:
                 torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+def test_from_a_pruned_layer_that_holds_another() -> None:
+    """The other is no weight of the recurrence."""
+    theirs = nn.GRU(INPUT, 3, batch_first=True)
+    theirs.extra = nn.BatchNorm1d(2)
+    prune.random_unstructured(theirs, "weight_ih_l0", 0.5)
+    ours = MaskedGRU.from_gru(theirs)
+    torch.testing.assert_close(ours(X)[0], theirs(X)[0])
+    assert {*dict(ours.named_parameters())} == {n for n, _ in theirs.named_parameters() if not n.startswith("extra")}
+
+
 def test_weights_of_another_dtype_by_functional_call(cell: str, backend: str) -> None:
     layer = masked(cell, num_layers=2, backend=backend)
     weights = {name: p.double() for name, p in layer.named_parameters()}
