@@ -157,6 +157,17 @@ def test_a_gradient_that_is_computed_anew_has_every_digit(cell: str, anew: bool)
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("allow_rnn")
+def test_what_was_saved_is_not_computed_anew(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError("the layer is run once more")
+
+    monkeypatch.setattr(operator, "_recomputed", fail)
+    layer = masked(cell, batch_first=True).double()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    compiled(torch.randn(3, 9, INPUT, dtype=torch.float64), lengths=[9, 2, 0])[0].sum().backward()
+
+
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.usefixtures("allow_rnn")
 def test_the_initial_states_gradient_with_resets(cell: str, bidirectional: bool) -> None:

@@ -238,6 +238,30 @@ def test_an_interrupt_waits_for_the_helpers(monkeypatch: pytest.MonkeyPatch) -> 
     assert done == [7]
 
 
+@needs_numba
+def test_the_pool_is_kept_and_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(found.threads, "_pool", None)
+    monkeypatch.setattr(found.threads, "_pool_size", 0)
+    pools, done = [], []
+    for helpers in (1, 2, 1):
+        found.threads._run_on_pool(done.append, helpers, helpers)
+        pools.append(found.threads._pool)
+    assert pools[0] is not pools[1]
+    assert pools[1] is pools[2]
+    assert pools[1]._max_workers == 2
+
+
+@needs_numba
+def test_as_many_helpers_as_there_is_work_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(found.threads, "gnu_openmp_parallel", lambda: None)
+    monkeypatch.setattr(found.threads, "entry", lambda _name: (0, lambda _data: asked.append(0)))
+    monkeypatch.setattr(found.threads, "_run_on_pool", lambda _call, _data, helpers: asked.append(helpers))
+    for threads, tasks in ((4, 9), (9, 4), (1, 5), (5, 1)):
+        found.threads.run("forward32", 0, threads, tasks)
+    assert asked == [3, 3, 0, 0]
+
+
 def run_python(code: str, **environment: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", **environment}
     done = subprocess.run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from masked_rnn import MaskedGRU
-from masked_rnn._backends import double_backward, kernels
+from masked_rnn._backends import bptt, double_backward, kernels
 
 
 def functional(layer: Any, batch: int, steps: int, **given: Any) -> tuple[Any, list[Tensor]]:
@@ -332,3 +333,22 @@ def test_auto_returns_no_view_on_a_cpu(cell: str, batch_first: bool, steps: int,
         given = {"lengths": [steps] * 3}
     output, _ = layer(x, **given)
     assert output._is_view() <= (cell.startswith("lstm") and batch_first)
+
+
+@pytest.mark.parametrize("frozen", ["weights", "input", "nothing"])
+def test_what_nobody_wants_is_not_computed(cell: str, frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = masked(cell, backend="bptt").double().requires_grad_(frozen != "weights")
+    x = torch.randn(5, 3, INPUT, dtype=torch.float64, requires_grad=frozen != "input")
+    wanted = []
+
+    def noting(*tensors: Any) -> Any:
+        loops = loops_for(*tensors)
+        return SimpleNamespace(
+            forward=loops.forward, backward=lambda *given: wanted.append(given[-2:]) or loops.backward(*given)
+        )
+
+    loops_for = bptt.loops_for
+    monkeypatch.setattr(bptt, "loops_for", noting)
+    states = [h.requires_grad_() for h in random_states(layer, 3)]
+    layer(x, as_hx(states))[0].sum().backward()
+    assert wanted == [(frozen != "input", frozen != "weights")]

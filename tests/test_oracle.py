@@ -80,6 +80,15 @@ def test_padding_is_never_read(cell: str, backend: str, garbage: float, bidirect
     assert dirty.gradients["x"][~mask].eq(0).all()
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_projection_to_one_number(backend: str, bidirectional: bool) -> None:
+    options = {"proj_size": 1, "num_layers": 2, "bidirectional": bidirectional, "batch_first": True}
+    layer = masked("lstm", backend=backend, **options).double()
+    x, mask = torch.randn(3, 5, INPUT, dtype=torch.float64), prefix_mask([3, 0, 5], 5)
+    states, pulled = random_states(layer, 3), cotangents(layer, 3, 5)
+    assert_same(call(layer, x, states, pulled, lengths=[3, 0, 5]), oracle(layer, x, mask, states, pulled))
+
+
 def test_a_long_sequence_runs_in_chunks(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from masked_rnn._backends.bptt import choice, spec
 
