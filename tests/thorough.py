@@ -187,7 +187,7 @@ def test_memory_stays_flat(loops: str, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1")
     torch.multiprocessing.spawn(train_for_long, (str(tmp_path / "peaks"),))
     peaks = json.loads((tmp_path / "peaks").read_text())
-    assert peaks[-1] <= 1.01 * peaks[2], peaks
+    assert peaks[-1] <= 1.02 * peaks[2], peaks
 
 
 def train_for_long(_: int, path: str) -> None:
