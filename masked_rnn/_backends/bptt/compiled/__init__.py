@@ -142,7 +142,7 @@ def backward(
 def prepare(dtype: torch.dtype) -> None:
     """Compile all for a dtype, or read it from Numba's cache."""
     bits = torch.finfo(dtype).bits
-    products.pack(as_array(torch.zeros(1, 1, dtype=dtype)), True, np.zeros((1, 1, 1), f"float{bits}"))
+    products.pack(np.zeros((1, 1), f"float{bits}"), True, np.zeros((1, 1, 1), f"float{bits}"))
     for name in ("forward", "backward", "weight_gradients"):
         threads.entry(f"{name}{bits}")
 
