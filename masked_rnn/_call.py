@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ._cells import LayerWeights, States, read_weights
+from ._cells import LayerWeights, States, group_weights, read_weights
 from ._forms import check_input, open_lengths, open_nested, open_packed, open_padded, open_resets, refuse_twice
 from ._lengths import (
     check_sorted,
@@ -32,14 +32,14 @@ from ._plan import (
     real_mask,
 )
 from ._segments import Segments
-from ._states import forget, open_states
+from ._states import close_states, forget, open_states
 from ._torch import is_traced, jagged_like, unsafe_view
 
 Restore = Callable[[Tensor], Tensor]
 """Brings an output into the layout that its input had."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
     """One call in canonical form.
 
@@ -48,7 +48,8 @@ class Call:
     """
 
     layer: Any
-    weights: list[LayerWeights]
+    parameters: list[Tensor]
+    """The weights, in `torch.nn`'s order"""
     data: Tensor
     form: str
     """padded, unbatched, packed or nested"""
@@ -69,7 +70,11 @@ class Call:
 
     @property
     def directions(self) -> int:
-        return len(self.weights[0])
+        return 2 if self.layer.bidirectional else 1
+
+    @property
+    def weights(self) -> list[LayerWeights]:
+        return group_weights(self.parameters, self.layer.num_layers, self.directions)
 
     @property
     def dropout(self) -> float:
@@ -97,10 +102,7 @@ class Call:
         return real is not None and is_on_host(real) and values_can_be_read(real) and not bool(real.any())
 
     def wants_gradient(self) -> bool:
-        return torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad
-            for t in (self.data, *self.states, *(t for layer in self.weights for w in layer for t in w))
-        )
+        return torch.is_grad_enabled() and any(t.requires_grad for t in (self.data, *self.states, *self.parameters))
 
     def _with(self, **changes: Any) -> Call:
         # Not dataclasses.replace, which Dynamo can't follow in torch 2.6.
@@ -108,7 +110,7 @@ class Call:
         return Call(**{**values, **changes})
 
     def in_weights_dtype(self) -> Call:
-        dtype = self.weights[0][0].w_ih.dtype
+        dtype = self.parameters[0].dtype
         return self._with(data=self.data.to(dtype), states=tuple(h.to(dtype) for h in self.states))
 
     def cut(self, resets: Tensor) -> tuple[Call, Segments]:
@@ -209,8 +211,8 @@ def open_call(layer: Any, input: Any, hx: Any, lengths: Any, mask: Any, resets: 
         opened = open_nested(nested)
     else:
         opened = open_padded(layer, input)
-    weights = read_weights(layer)
-    check_input(layer, weights, opened.data)
+    parameters = read_weights(layer)
+    check_input(layer, parameters[0].dtype, opened.data)
     if packed is None and nested is None:
         lengths, mask = open_lengths(opened, lengths, mask)
         resets = None if resets is None else open_resets(opened, resets)
@@ -225,11 +227,11 @@ def open_call(layer: Any, input: Any, hx: Any, lengths: Any, mask: Any, resets: 
     if resets is not None and opened.steps == 1 and not is_traced():
         # Nothing to cut: at most the initial state is dropped, and that every backend can follow.
         if hx is not None:
-            states = forget(states, _anew(resets, lengths, mask, opened.data.device), len(weights[0]))
+            states = forget(states, resets, lengths, layer.bidirectional)
         resets = None
     return Call(
         layer=layer,
-        weights=weights,
+        parameters=parameters,
         data=opened.data,
         form=opened.form,
         batch=opened.batch,
@@ -245,14 +247,6 @@ def open_call(layer: Any, input: Any, hx: Any, lengths: Any, mask: Any, resets: 
     )
 
 
-def _anew(resets: Tensor, lengths: Tensor | None, mask: Tensor | None, device: torch.device) -> Tensor:
-    """(N,): of a batch of one step, which rows drop their initial state."""
-    anew = resets[0].to(device, copy=True)  # what autograd saves must not change with the caller's tensor
-    if lengths is not None:
-        anew = anew & (lengths.to(device) > 0)
-    return anew if mask is None else anew & mask[0]
-
-
 def close_call(call: Call, output: Tensor, states: States) -> tuple[Any, Any]:
     result: Any = output
     if call.form == "unbatched":
@@ -263,12 +257,4 @@ def close_call(call: Call, output: Tensor, states: States) -> tuple[Any, Any]:
         )
     elif call.form == "nested":
         result = jagged_like(call.nested, output)
-    if call.layer.flatten_hidden:
-        stacked = call.layer.num_layers * call.directions
-        states = tuple(torch.cat(h.unbind(0), -1) if stacked > 1 else h[0] for h in states)
-        batch_dim = 0
-    else:
-        batch_dim = 1
-    if call.form == "unbatched":
-        states = tuple(h.squeeze(batch_dim) for h in states)
-    return result, states[0] if len(states) == 1 else states
+    return result, close_states(call.layer, states, call.form)

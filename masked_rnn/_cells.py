@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._torch import listed_weights
+
 States = tuple[Tensor, ...]
 """h; or h and c."""
 
@@ -32,22 +34,21 @@ NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 """The attributes that hold them, before `_l0`, `_l0_reverse` and so on."""
 
 
-def read_weights(layer: Any) -> list[LayerWeights]:
-    """Read as attributes, so that parametrized and functional weights count."""
+def read_weights(layer: Any) -> list[Tensor]:
+    """In `torch.nn`'s order. Read as attributes, so that parametrized and functional weights count."""
+    listed = listed_weights(layer)
+    if listed is not None:
+        return listed
     suffixes = ("", "_reverse") if layer.bidirectional else ("",)
     has = (True, True, layer.bias, layer.bias, layer.proj_size > 0)
-    names = [name if here else None for name, here in zip(NAMES, has, strict=True)]
+    names = [name for name, here in zip(NAMES, has, strict=True) if here]
     return [
-        tuple(
-            Weights(*(None if name is None else getattr(layer, f"{name}_l{k}{suffix}") for name in names))  # type: ignore[arg-type]
-            for suffix in suffixes
-        )
-        for k in range(layer.num_layers)
+        getattr(layer, f"{name}_l{k}{suffix}") for k in range(layer.num_layers) for suffix in suffixes for name in names
     ]
 
 
 def flatten_weights(layers: Iterable[LayerWeights]) -> list[Tensor]:
-    """In `torch.nn`'s order."""
+    """In the order of `read_weights`."""
     return [t for layer in layers for w in layer for t in w if t is not None]
 
 

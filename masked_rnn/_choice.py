@@ -68,7 +68,7 @@ def _run(backend: Backend, call: Call) -> tuple[Tensor, States]:
 def _dtypes_under_autocast(call: Call, autocast: torch.dtype) -> list[torch.dtype]:
     """Those of the output and the last states that `torch.nn` returns: a GRU's h and a projected LSTM's c keep the
     precision they came in."""
-    weights = call.weights[0][0].w_ih.dtype
+    weights = call.parameters[0].dtype
     low = weights if weights == torch.float64 else autocast
     wide = [torch.promote_types(low, h.dtype) for h in call.states]
     if call.layer.mode == "GRU":

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ._cells import LayerWeights
 from ._lengths import check_lengths, check_marks, is_on_host, values_can_be_read
 from ._torch import is_autocast_on, is_traced, ragged_dim
 
@@ -63,9 +62,8 @@ def open_nested(input: Any) -> Opened:
     return Opened("nested", input.values(), lengths.size(0), 0, True, lengths)
 
 
-def check_input(layer: Any, weights: list[LayerWeights], data: Tensor) -> None:
-    """What `nn.RNNBase.check_input` refuses, by the weights that the call runs with."""
-    dtype = weights[0][0].w_ih.dtype
+def check_input(layer: Any, dtype: torch.dtype, data: Tensor) -> None:
+    """What `nn.RNNBase.check_input` refuses, by the dtype of the weights that the call runs with."""
     if data.dtype != dtype and not is_autocast_on(data.device.type):
         cure = f" Use input.to({dtype})." if data.is_floating_point() else ""  # whole numbers may be ids to embed
         raise ValueError(f"input must have the type {dtype}, got type {data.dtype}.{cure}")
@@ -92,15 +90,13 @@ def refuse_twice(form: str, lengths: Any, mask: Any, resets: Any) -> None:
 def open_lengths(opened: Opened, lengths: Any, mask: Any) -> tuple[Tensor | None, Tensor | None]:
     """The lengths, None where no row is padded as far as can be seen; or the mask, (T, N)."""
     _, data, batch, steps, batch_first, _ = opened
-    layout = f"batch_first={batch_first}"
     if lengths is not None and mask is not None:
         raise ValueError("lengths and mask say the same thing: give one of them, not both.")
     if lengths is not None:
-        lengths = check_lengths(lengths, batch, steps, data.device, layout)
-        whole = is_on_host(lengths) and values_can_be_read(lengths) and bool((lengths == steps).all())
-        return None if whole else lengths, None
+        return check_lengths(lengths, batch, steps, data.device, batch_first), None
     if mask is not None:
-        return None, _open_marks("mask", mask, opened).to(data.device)
+        mask = _open_marks("mask", mask, opened).to(data.device)
+        return (mask[0].long(), None) if not is_traced() and steps == 1 else (None, mask)
     if steps == 0:
         raise RuntimeError(
             "Expected sequence length to be larger than 0 in RNN: the input has no time steps. "

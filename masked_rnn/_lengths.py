@@ -29,9 +29,10 @@ def is_on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def check_lengths(given: Any, batch: int, steps: int, device: torch.device, layout: str) -> Tensor:
-    """Lengths as int64 `(N,)`, checked against the batch. Kept on the CPU, unless both they and the input are on
-    another device."""
+def check_lengths(given: Any, batch: int, steps: int, device: torch.device, batch_first: bool) -> Tensor | None:
+    """Lengths as int64 `(N,)`, checked against the batch; None where all are T, as far as can be seen. Kept on the CPU,
+    unless both they and the input are on another device."""
+    layout = f"batch_first={batch_first}"
     lengths = _int64(given, steps)
     if lengths.dim() == 0 and batch == 1:
         lengths = lengths.unsqueeze(0)
@@ -50,18 +51,21 @@ def check_lengths(given: Any, batch: int, steps: int, device: torch.device, layo
     if not values_can_be_read(lengths):
         return lengths.to(device)
     if is_on_host(lengths):
-        check_range(lengths, steps, layout)
-    else:
-        # A read would wait for the device; the assertion reports from there.
-        assert_async(
-            ((lengths >= 0) & (lengths <= steps)).all(),
-            f"a length is out of range: expected 0 <= length <= {steps}, the input's time steps ({layout})",
-        )
+        return None if check_range(lengths, steps, layout) else lengths
+    # A read would wait for the device; the assertion reports from there.
+    assert_async(
+        ((lengths >= 0) & (lengths <= steps)).all(),
+        f"a length is out of range: expected 0 <= length <= {steps}, the input's time steps ({layout})",
+    )
     return lengths
 
 
-def check_range(lengths: Tensor, steps: int, layout: str) -> None:
-    for n, length in enumerate(lengths.tolist()):
+def check_range(lengths: Tensor, steps: int, layout: str) -> bool:
+    """Returns whether every length is T."""
+    values = lengths.tolist()
+    if not values or (min(values) >= 0 and max(values) <= steps):
+        return not values or min(values) == steps
+    for n, length in enumerate(values):
         if not 0 <= length <= steps:
             fault = (
                 f"but the input has only {steps} time steps ({layout})"
@@ -69,6 +73,7 @@ def check_range(lengths: Tensor, steps: int, layout: str) -> None:
                 else "but a length can't be negative"
             )
             raise ValueError(f"lengths[{n}] = {length}, {fault}. Expected 0 <= length <= {steps}.")
+    return False
 
 
 MARKS = {"mask": "True at real steps", "resets": "True where the state starts anew before the step"}
@@ -142,7 +147,7 @@ def _from_list(given: Sequence[Any], steps: int) -> Tensor:
         for n, length in enumerate(given):
             if not isinstance(length, (int, Tensor)) or isinstance(length, bool):
                 _refuse_element(given, n, steps)
-    else:
+    elif set(map(type, given)) != {int}:
         for n, length in enumerate(given):
             if isinstance(length, Sequence) and not isinstance(length, (str, bytes)):
                 raise ValueError(f"lengths must have one dimension, but lengths[{n}] is {length!r}. {EXPECTED}")
@@ -153,9 +158,9 @@ def _from_list(given: Sequence[Any], steps: int) -> Tensor:
             if not integral:
                 _refuse_element(given, n, steps)
         given = [operator.index(length) for length in given]
-        for n, length in enumerate(given):
-            if not -(1 << 63) <= length < 1 << 63:
-                raise ValueError(f"lengths[{n}] = {length} is out of range. Expected 0 <= length <= {steps}.")
+    if not torch.compiler.is_compiling() and given and (min(given) < -(1 << 63) or max(given) >= 1 << 63):
+        n, length = next((n, length) for n, length in enumerate(given) if not -(1 << 63) <= length < 1 << 63)
+        raise ValueError(f"lengths[{n}] = {length} is out of range. Expected 0 <= length <= {steps}.")
     return torch.tensor(given, dtype=torch.int64, device="cpu")
 
 

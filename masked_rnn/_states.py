@@ -1,4 +1,4 @@
-"""The initial state: checked, and brought to (L·D, N, H) from either form; zeros where none is given.
+"""The initial state: checked, and brought to (L·D, N, H) from either form, zeros where none is given; the last one.
 
 N batch, H hidden, P the state that is fed back (H, or proj_size), D directions, L layers.
 """
@@ -31,9 +31,24 @@ def open_states(layer: Any, hx: Any, form: str, batch: int, data: Tensor) -> Sta
     )
 
 
-def forget(states: States, anew: Tensor, directions: int) -> States:
-    """Zeros in place of the state of the rows (N,) that start anew, in the forward direction."""
-    if directions == 2:
+def close_states(layer: Any, states: States, form: str) -> Tensor | States:
+    """(L·D, N, H), as the layer returns them."""
+    batch_dim = 1
+    if layer.flatten_hidden:
+        states = tuple(torch.cat(h.unbind(0), -1) if h.size(0) > 1 else h[0] for h in states)
+        batch_dim = 0
+    if form == "unbatched":
+        states = tuple(h.squeeze(batch_dim) for h in states)
+    return states[0] if len(states) == 1 else states
+
+
+def forget(states: States, resets: Tensor, lengths: Tensor | None, bidirectional: bool) -> States:
+    """Before a batch of one step: zeros in place of the state of the rows that start anew, in the forward direction."""
+    device = states[0].device
+    anew = resets[0].to(device, copy=True)  # what autograd saves must not change with the caller's tensor
+    if lengths is not None:
+        anew = anew & (lengths.to(device) > 0)
+    if bidirectional:
         backward = torch.zeros_like(anew)
         anew = torch.stack([anew, backward]).repeat(states[0].size(0) // 2, 1)  # (L·D, N)
     return tuple(torch.where(anew.unsqueeze(-1), torch.zeros_like(h), h) for h in states)
@@ -77,7 +92,7 @@ def _open_state(h: Any, stacked: int, width: int, name: str, form: str, batch: i
     if h.dim() == len(flat):
         if tuple(h.shape) != flat:
             raise RuntimeError(f"Expected flattened {name} of size {flat}, or {whole}, got {list(h.shape)}")
-        return h.reshape(batch, stacked, width).transpose(0, 1)
+        return h.reshape(1, batch, width) if stacked == 1 else h.reshape(batch, stacked, width).transpose(0, 1)
     kind = "unbatched 2-D" if unbatched else "batched 3-D"
     raise RuntimeError(
         f"For {kind} input, {name} should be {len(whole)}-D {whole} or {len(flat)}-D {flat}, but got {h.dim()}-D tensor"

@@ -201,8 +201,12 @@ def is_exporting_onnx() -> bool:
 # Dynamo
 
 
-def dynamo_is_loaded() -> bool:
-    return "torch._dynamo" in sys.modules
+_watching: Callable[[], Any] = _find("_C._dynamo.eval_frame.get_eval_frame_callback") or (lambda: "torch._dynamo")
+
+
+def dynamo_watches() -> bool:
+    """Whether Dynamo would compile a function that is called now. It is loaded, and idle, once an optimizer has run."""
+    return "torch._dynamo" in sys.modules and _watching() is not None
 
 
 def dynamo_refuses() -> bool:
@@ -275,6 +279,15 @@ def forward_pre_hooks(module: Any) -> list[tuple[Any, bool]]:
     if hooks is None:
         raise TypeError("a weight is computed by a hook of its layer, which this release of PyTorch does not show")
     return [(hook, key in (with_kwargs or ())) for key, hook in hooks.items()]
+
+
+def listed_weights(layer: Any) -> list[Tensor] | None:
+    """The list that `nn.RNNBase` hands to its kernel, if these are the layer's parameters; None where they are
+    computed, or others stand in for them. To read attributes of a module takes longer."""
+    listed, own = getattr(layer, "_flat_weights", None), getattr(layer, "_parameters", {})
+    if torch.compiler.is_compiling() or not listed or len(own) < len(listed):
+        return None
+    return listed if all(map(operator.is_, listed, own.values())) else None
 
 
 # Jagged nested tensors

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import masked_rnn
 from masked_rnn import _choice
+from masked_rnn._layers import base
 
 BACKENDS = ("packed", "padded", "bptt", "scan")
 CELLS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -209,14 +210,21 @@ def every(**options: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def which_ran(monkeypatch: Any) -> list[str]:
-    """The names of the backends that run from here on, as they do."""
+    """The names of the backends that run from here on, as they do, and "at once" where none was chosen."""
     names: list[str] = []
-    choose = _choice.choose
+    choose, run_at_once = _choice.choose, base.run_at_once
 
     def noting(call: Any) -> Any:
         backend = choose(call)
         names.append(backend.name)
         return backend
 
+    def noting_at_once(*given: Any) -> Any:
+        result = run_at_once(*given)
+        if result is not None:
+            names.append("at once")
+        return result
+
     monkeypatch.setattr(_choice, "choose", noting)
+    monkeypatch.setattr(base, "run_at_once", noting_at_once)
     return names

@@ -80,7 +80,9 @@ def test_where_torchs_kernel_is_faster_than_compiled_loops(
 @pytest.mark.parametrize(
     ("steps", "batch", "hidden", "has_lengths", "learns", "expected"),
     [
-        (4, 64, 32, False, True, "padded"),
+        (1, 64, 32, True, True, "at once"),
+        (2, 64, 32, True, True, "bptt"),
+        (4, 64, 32, False, True, "at once"),
         (5, 64, 32, False, True, "bptt"),
         (4, 64, 32, True, True, "bptt"),
         (15, 4, 127, False, False, "padded"),
@@ -95,7 +97,7 @@ def test_few_steps(
 ) -> None:
     layer = masked(name, INPUT, hidden)
     with torch.set_grad_enabled(learns):
-        layer(torch.randn(steps, batch, INPUT), lengths=[steps, *[1] * (batch - 1)] if has_lengths else None)
+        layer(torch.randn(steps, batch, INPUT), lengths=[steps, *[steps // 2] * (batch - 1)] if has_lengths else None)
     assert ran == [expected]
 
 

@@ -335,6 +335,27 @@ def test_auto_returns_no_view_on_a_cpu(cell: str, batch_first: bool, steps: int,
     assert output._is_view() <= (cell.startswith("lstm") and batch_first)
 
 
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
+@pytest.mark.parametrize("marks", ["lengths", "mask"])
+def test_the_state_of_a_row_without_steps_reaches_nothing(cell: str, backend: str, marks: str, garbage: float) -> None:
+    """It comes out as it went in."""
+    layer = masked(cell, num_layers=2, bidirectional=True, flatten_hidden=False, backend=backend)
+    lengths = torch.tensor([5, 0, 2])
+    given = {"lengths": lengths} if marks == "lengths" else {"mask": torch.arange(5).unsqueeze(1) < lengths}
+    x, found = torch.randn(5, 3, INPUT), []
+    states = random_states(layer, 3, torch.float32)
+    for value in (0.0, garbage):
+        for h in states:
+            h[:, 1] = value
+        output, last = layer(x, as_hx([h.clone() for h in states]), **given)
+        for new, h in zip(as_tuple(last), states, strict=True):
+            assert torch.equal(new[:, 1].nan_to_num(), h[:, 1].nan_to_num())
+        score = output.sum() + sum(h[:, ::2].sum() for h in as_tuple(last))
+        found.append([output, *torch.autograd.grad(score, list(layer.parameters()))])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("frozen", ["weights", "input", "nothing"])
 def test_what_nobody_wants_is_not_computed(cell: str, frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = masked(cell, backend="bptt").double().requires_grad_(frozen != "weights")

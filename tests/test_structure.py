@@ -14,7 +14,7 @@ MODULES = {str(path.relative_to(ROOT).with_suffix("")).removesuffix("/__init__")
 FLOORS = (
     ("__init__",),
     ("_layers",),
-    ("_choice",),
+    ("_at_once", "_choice"),
     ("_capture",),
     ("_backends/packed", "_backends/padded", "_backends/bptt", "_backends/scan"),
     ("_backends/kernels",),

@@ -39,6 +39,9 @@ NAMES = (
     "_C._dispatch_tls_local_include_set",
     "_C.DispatchKey.Undefined",
     "_is_onnx_exporting",
+    "_C._dynamo.eval_frame.get_eval_frame_callback",
+    "_flat_weights",
+    "_parameters",
     "_ragged_idx",
     "_maybe_min_seqlen",
     "_maybe_max_seqlen",
@@ -123,6 +126,10 @@ def check():
     layer = _layers.MaskedGRU(4, 3, batch_first=True)
     expected = layer(x, lengths=lengths)[0]
     close([torch.func.vmap(lambda x, n: layer(x, lengths=n)[0])(x, lengths)], [expected])
+    one = [layer(x[:, :1])[0], layer(x[:, :1], lengths=torch.tensor([1, 0, 1]))[0]]
+    layer.backend = "scan"
+    close(one, [layer(x[:, :1])[0], layer(x[:, :1], lengths=torch.tensor([1, 0, 1]))[0]])
+    layer.backend = "auto"
     output = layer(x, lengths=lengths)[0]
     many = torch.randn(2, *output.shape)
     together = torch.autograd.grad(output, x, many, is_grads_batched=True, retain_graph=True)[0]

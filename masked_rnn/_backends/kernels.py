@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._call import Call
 from .._cells import LayerWeights, States, flatten_weights, group_weights, stack_layers
 from .._torch import KERNELS, has_onednn
 from .double_backward import DoubleBackward
 from .recurrence import scan_layers
+
+FEW_STEPS = 4
+"""A call of so few, without lengths, is over before a loop of our own has begun."""
 
 
 def runs_cudnn(x: Tensor) -> bool:
@@ -39,9 +43,10 @@ def suits_kernel(
 
     By measurement: `python -m benchmarks.choice`; docs/backends.md has the rule in words. Reads the lengths.
     """
+    if steps == 1:
+        return True
     if not has_lstm_kernel(mode, x, hidden, fed_back):
-        # A call of few steps is over before a loop of our own has begun.
-        return (lengths is None and steps <= 4) or (not learns and batch * hidden < 512 and steps < 16)
+        return (lengths is None and steps <= FEW_STEPS) or (not learns and batch * hidden < 512 and steps < 16)
     if lengths is None:
         return True
     # Its vectors are 16 wide: it computes no less for a smaller layer.
@@ -52,32 +57,47 @@ def suits_kernel(
     return batch * width < 1400 + (0.8 if learns else 1.6) * real
 
 
+def run_stack(call: Call, x: Tensor, initial: States, batch_sizes: Tensor | None = None) -> tuple[Tensor, States]:
+    """A call's layers over a padded batch in its layout, or over packed rows where `batch_sizes` are given."""
+    layers, dropout, batch_first = call.layer.num_layers, call.dropout, call.batch_first and batch_sizes is None
+    if dropout and runs_cudnn(x):
+        # cuDNN's own draw can't be made again for a second pass. Between single layers it can; and it stands there
+        # whether gradients are wanted or not, since a checkpoint runs once without and once with.
+        def run_one(x: Tensor, states: States, weights: LayerWeights) -> tuple[Tensor, States]:
+            return run_layer(call.layer.mode, x, states, weights, batch_sizes)
+
+        x = x.transpose(0, 1) if batch_first else x
+        x, states = stack_layers(x, initial, call.weights, run_one, dropout)
+        return x.transpose(0, 1) if batch_first else x, states
+    return run_kernel(
+        call.layer.mode, x, initial, call.parameters, layers, call.directions, batch_sizes, dropout, batch_first
+    )
+
+
+def run_layer(
+    mode: str, x: Tensor, initial: States, weights: LayerWeights, batch_sizes: Tensor | None = None
+) -> tuple[Tensor, States]:
+    """One layer over a padded batch, time first, or over packed rows."""
+    return run_kernel(mode, x, initial, flatten_weights([weights]), 1, len(weights), batch_sizes)
+
+
 def run_kernel(
     mode: str,
     x: Tensor,
     initial: States,
-    layers: Sequence[LayerWeights],
-    *,
-    batch_sizes: Tensor | None = None,
+    parameters: Sequence[Tensor],
+    layers: int,
+    directions: int,
+    batch_sizes: Tensor | None,
     dropout: float = 0.0,
     batch_first: bool = False,
 ) -> tuple[Tensor, States]:
-    """The stack of layers over a padded batch, or over packed rows where `batch_sizes` are given."""
-    if dropout and runs_cudnn(x):
-        # cuDNN's own draw can't be made again for a second pass. Between single layers it can; and it stands there
-        # whether gradients are wanted or not, since a checkpoint runs once without and once with.
-        x = x.transpose(0, 1) if batch_first else x
-        x, states = stack_layers(
-            x, initial, layers, lambda x, states, w: run_kernel(mode, x, states, [w], batch_sizes=batch_sizes), dropout
-        )
-        return x.transpose(0, 1) if batch_first else x, states
-    directions = len(layers[0])
-    has_biases = layers[0][0].b_ih is not None
+    has_biases = len(parameters) >= 4 * layers * directions
+    options = (has_biases, layers, dropout, dropout > 0, directions == 2)
 
     def kernel(x: Tensor, *tensors: Tensor) -> Sequence[Tensor]:
-        states, parameters = tensors[: len(initial)], list(tensors[len(initial) :])
+        states, parameters = tensors[: len(initial)], tensors[len(initial) :]
         hx: Any = states if mode == "LSTM" else states[0]
-        options = (has_biases, len(layers), dropout, dropout > 0, directions == 2)
         result: Sequence[Tensor] = (
             KERNELS[mode](x, hx, parameters, *options, batch_first)
             if batch_sizes is None
@@ -86,13 +106,12 @@ def run_kernel(
         return result
 
     def recurrence(x: Tensor, *tensors: Tensor) -> Sequence[Tensor]:
-        grouped = group_weights(tensors[len(initial) :], len(layers), directions)
+        grouped = group_weights(tensors[len(initial) :], layers, directions)
         output, last = scan_layers(mode, x, tuple(tensors[: len(initial)]), grouped, batch_sizes, batch_first)
         return output, *last
 
-    inputs = (x, *initial, *flatten_weights(layers))
     if runs_cudnn(x) and torch.is_grad_enabled():
-        output, *last = DoubleBackward.apply(kernel, recurrence, *inputs)  # type: ignore[no-untyped-call]
+        output, *last = DoubleBackward.apply(kernel, recurrence, x, *initial, *parameters)  # type: ignore[no-untyped-call]
     else:
-        output, *last = kernel(*inputs)
+        output, *last = kernel(x, *initial, *parameters)
     return output, tuple(last)

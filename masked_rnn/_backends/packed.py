@@ -8,26 +8,25 @@ from torch import Tensor
 from .._call import Call
 from .._cells import States
 from .._plan import restore_states, sort_states
-from .kernels import run_kernel
+from .kernels import run_stack
 from .rows import pick_rows, place_rows
 
 
 def run(call: Call) -> tuple[Tensor, States]:
-    mode, weights, dropout = call.layer.mode, call.weights, call.dropout
     if call.packed is not None:
         _, batch_sizes, order, _ = call.packed
         states = call.states if order is None else tuple(h.index_select(1, order) for h in call.states)
-        output, last = run_kernel(mode, call.data, states, weights, batch_sizes=batch_sizes, dropout=dropout)
+        output, last = run_stack(call, call.data, states, batch_sizes)
         if order is not None:
             last = tuple(h.to(new.dtype).index_copy(1, order, new) for h, new in zip(call.states, last, strict=True))
         return output, last
-    if takes_input_as_it_is(call):
-        return run_kernel(mode, call.data, call.states, weights, dropout=dropout, batch_first=call.batch_first)
+    if call.is_plain():
+        return run_stack(call, call.data, call.states)
     plan = call.plan
     batch_sizes = torch.tensor(plan.batch_sizes, dtype=torch.int64, device="cpu")
     rows = pick_rows(call.rows(), plan.index)
     states = tuple(sort_states(h, plan) for h in call.states)
-    output, last = run_kernel(mode, rows, states, weights, batch_sizes=batch_sizes, dropout=dropout)
+    output, last = run_stack(call, rows, states, batch_sizes)
     initial = (h.to(new.dtype) for h, new in zip(call.states, last, strict=True))  # autocast may have changed it
     last = tuple(restore_states(new, h, plan) for h, new in zip(initial, last, strict=True))
     return call.from_rows(place_rows(output, plan.index, plan.size)), last

@@ -33,11 +33,12 @@ def scan(
     if real is not None:
         # Clean the input, not only the output: a gradient of zero times a padding of NaN is NaN.
         x = torch.where(real, x, zero)
+        runs = real.any(0)
     anew = None if resets is None else resets_at_real_steps(resets, real)
     outputs, lasts = [], []
     for d, w in enumerate(weights):
         projected = F.linear(x, w.w_ih, w.b_ih)
-        state = tuple(h[d] for h in initial)
+        state = tuple(h[d] if real is None else torch.where(runs, h[d], zero) for h in initial)
         hidden: list[Tensor] = []
         is_cut = None
         """Before the step: backwards, where the step after it starts anew."""
@@ -57,7 +58,9 @@ def scan(
         if d == 1:
             hidden.reverse()
         outputs.append(torch.stack(hidden) if hidden else projected[..., : initial[0].size(-1)])  # of no step
-        lasts.append(state)
+        lasts.append(
+            state if real is None else tuple(torch.where(runs, s, h[d]) for s, h in zip(state, initial, strict=True))
+        )
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
     return output, tuple(torch.stack(states) for states in zip(*lasts, strict=True))
 

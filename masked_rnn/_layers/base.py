@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .._at_once import run_at_once
 from .._call import close_call, open_call
 from .._choice import BACKENDS, run
-from .._torch import dynamo_is_loaded, dynamo_refuses, forward_pre_hooks
+from .._torch import dynamo_refuses, dynamo_watches, forward_pre_hooks
 from .keras import read_keras
 
 if TYPE_CHECKING:
@@ -115,8 +116,11 @@ class MaskedRNNBase(nn.RNNBase):
             if isinstance(input, torch.fx.Proxy):
                 return _as_leaf(self, input, hx, lengths, mask, resets)
             # Dynamo leaves every nn.RNNBase to run as it is, but would compile, in pieces, the functions that it calls.
-            if dynamo_is_loaded():
+            if dynamo_watches():
                 return _eager_run()(self, input, hx, lengths, mask, resets)
+            result = run_at_once(self, input, hx, lengths, mask, resets)
+            if result is not None:
+                return result
         elif dynamo_refuses():
             return _eager_run()(self, input, hx, lengths, mask, resets)
         return _run(self, input, hx, lengths, mask, resets)

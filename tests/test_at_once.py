@@ -1,0 +1,260 @@
+"""Calls of few steps that go to PyTorch's kernel at once, and those that must be opened first."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from oracle import INPUT, as_hx, as_tuple, masked, plain, random_states
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+from masked_rnn._backends.bptt import choice
+
+N = 4
+SOME = torch.tensor([1, 0, 1, 1])
+GIVEN: dict[str, tuple[int, dict[str, Any]]] = {
+    "one step": (1, {}),
+    "few steps": (4, {}),
+    "all real": (1, {"lengths": [1] * N}),
+    "lengths": (1, {"lengths": SOME}),
+    "none real": (1, {"lengths": [0] * N}),
+    "mask": (1, {"mask": SOME.bool()}),
+    "resets": (1, {"resets": torch.tensor([True, False, False, True])}),
+    "resets and lengths": (1, {"resets": torch.tensor([True, True, False, True]), "lengths": SOME}),
+    "resets and mask": (1, {"resets": torch.tensor([True, True, False, True]), "mask": SOME.bool()}),
+}
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"batch_first": True, "flatten_hidden": False},
+    {"num_layers": 2, "bidirectional": True, "batch_first": True},
+    {"num_layers": 2, "bias": False, "bidirectional": True, "flatten_hidden": False},
+]
+
+
+def laid(layer: Any, x: Tensor, given: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """x (N, T, I) and marks (N,) of one step, as the layer wants them."""
+    given = {name: value if name == "lengths" else value.unsqueeze(1) for name, value in given.items()}
+    if layer.batch_first:
+        return x, given
+    return x.transpose(0, 1), {name: value if name == "lengths" else value.t() for name, value in given.items()}
+
+
+def results_and_gradients(layer: Any, x: Tensor, states: tuple[Tensor, ...] | None, given: Any) -> list[Tensor]:
+    x, initial = x.clone().requires_grad_(), [h.clone().requires_grad_() for h in states or ()]
+    laid_x, laid_given = laid(layer, x, given)
+    output, last = layer(laid_x, as_hx(initial) if initial else None, **laid_given)
+    results = [output, *as_tuple(last)]
+    total = sum((t * torch.linspace(1, 2, t.numel(), dtype=t.dtype).view(t.shape)).sum() for t in results)
+    assert isinstance(total, Tensor)
+    inputs = [x, *initial, *layer.parameters()]
+    return [*results, *torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True)]
+
+
+@pytest.mark.parametrize("given", GIVEN)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("has_state", [False, True])
+def test_it_is_what_plain_ops_give(
+    cell: str, given: str, options: dict[str, Any], has_state: bool, ran: list[str]
+) -> None:
+    """`scan` is held to the oracle elsewhere. Rows without a step hold garbage in the input, NaN in the state too."""
+    steps, more = GIVEN[given]
+    layer = masked(cell, **options).double()
+    x = torch.randn(N, steps, INPUT, dtype=torch.float64)
+    states = random_states(layer, N) if has_state else None
+    if "lengths" in more or "mask" in more:
+        idle = ~torch.as_tensor(more.get("lengths", more.get("mask"))).bool()
+        x[idle] = torch.nan
+        for h in states or ():
+            h[:, idle] = torch.nan
+    found = results_and_gradients(layer, x, states, more)
+    assert ran == ["at once"]
+    layer.backend = "scan"
+    expected = results_and_gradients(layer, x, states, more)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+    assert all(bool(gradient.isfinite().all()) for gradient in found[-len(list(layer.parameters())) :])
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_without_lengths_it_is_torchs_bit_for_bit(cell: str, options: dict[str, Any], ran: list[str]) -> None:
+    ours = masked(cell, **{**options, "flatten_hidden": False})
+    theirs = plain(cell, **{name: value for name, value in options.items() if name != "flatten_hidden"})
+    theirs.load_state_dict(ours.state_dict())
+    x, states = torch.randn(N, 3, INPUT), random_states(ours, N, torch.float32)
+    for a, b in zip(*(results_and_gradients(layer, x, states, {}) for layer in (ours, theirs)), strict=True):
+        assert torch.equal(a, b)
+    assert ran == ["at once"]
+
+
+def test_a_flat_state_goes_in(cell: str, ran: list[str]) -> None:
+    layer = masked(cell, num_layers=2)
+    x = torch.randn(3, N, INPUT)
+    whole, last = layer(x)
+    state = None
+    for step, expected in zip(x.split(1), whole.split(1), strict=True):
+        output, state = layer(step, state)
+        torch.testing.assert_close(output, expected)
+    for a, b in zip(as_tuple(state), as_tuple(last), strict=True):
+        torch.testing.assert_close(a, b)
+    assert ran == ["at once"] * 4
+
+
+def test_dropout_is_drawn_as_torch_draws_it(cell: str, ran: list[str]) -> None:
+    ours = masked(cell, num_layers=2, dropout=0.5, flatten_hidden=False)
+    theirs = plain(cell, num_layers=2, dropout=0.5)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(4, N, INPUT)
+    outputs = []
+    for training in (True, False):
+        for layer in (ours.train(training), theirs.train(training)):
+            torch.manual_seed(5)
+            outputs.append(layer(x)[0])
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[2], outputs[3])
+    assert not torch.equal(outputs[0], outputs[2])
+    assert ran == ["at once"] * 2
+
+
+class Subclass(Tensor):
+    pass
+
+
+X = torch.randn(2, N, INPUT)
+OPENED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "five steps": (torch.randn(5, N, INPUT), {}),
+    "two steps with lengths": (X, {"lengths": [2, 1, 0, 2]}),
+    "two steps with a mask": (X, {"mask": torch.rand(2, N) < 0.5}),
+    "two steps with resets": (X, {"resets": torch.rand(2, N) < 2}),
+    "unbatched": (X[:, 0], {}),
+    "no sequence": (X[:, :0], {}),
+    "no step": (X[:0], {"lengths": [0] * N}),
+    "packed": (nn.utils.rnn.pack_sequence([X[:, 0], X[:1, 1]]), {}),
+    "nested": (torch.nested.nested_tensor([X[:, 0], X[:1, 1]], layout=torch.jagged), {}),
+    "another type": (X.as_subclass(Subclass), {}),
+    "another device": (X.to("meta"), {}),
+}
+
+
+@pytest.mark.parametrize("call", OPENED)
+def test_what_has_more_to_decide_is_opened(cell: str, call: str, ran: list[str]) -> None:
+    x, given = OPENED[call]
+    layer = masked(cell, batch_first=call == "nested")
+    if call == "another device":
+        layer = layer.to("meta")
+    layer(x, **given)
+    assert len(ran) == 1
+    assert ran != ["at once"]
+
+
+@pytest.mark.parametrize("name", ["packed", "padded", "bptt", "scan"])
+def test_a_forced_backend_runs(cell: str, name: str, ran: list[str]) -> None:
+    masked(cell, backend=name)(X)
+    assert ran == [name]
+
+
+def changed(cell: str, how: str) -> tuple[Any, Any]:
+    """A layer whose weights are not its list's, and one whose parameters are what they come to."""
+    layer = masked(cell)
+    if how == "parametrized":
+        parametrizations.weight_norm(layer, "weight_hh_l0")
+        layer.parametrizations.weight_hh_l0.original0.data.mul_(2)
+    elif how == "pruned":
+        prune.random_unstructured(layer, "weight_ih_l0", 0.5)
+        prune.random_unstructured(layer, "weight_hh_l0", 0.5)
+    else:
+        layer._parameters["weight_hh_l0"] = nn.Parameter(layer.weight_hh_l0 + 1)  # as functional_call does
+    expected = masked(cell)
+    for name in expected.state_dict():
+        getattr(expected, name).data.copy_(getattr(layer, name))
+    return layer, expected
+
+
+@pytest.mark.parametrize("how", ["parametrized", "pruned", "replaced"])
+def test_weights_that_are_computed(cell: str, how: str, ran: list[str]) -> None:
+    layer, expected = changed(cell, how)
+    torch.testing.assert_close(layer(X)[0], expected(X)[0])
+    assert ran[-1] == "at once"
+    assert ran[0] != "at once"
+
+
+def test_a_subclass_may_have_more_parameters(cell: str, ran: list[str]) -> None:
+    layer = masked(cell)
+    expected = layer(X)[0]
+    layer.scale = nn.Parameter(torch.ones(1))
+    assert torch.equal(layer(X)[0], expected)
+    moved = copy.deepcopy(layer).double()
+    torch.testing.assert_close(moved(X.double())[0].float(), expected)
+    assert ran == ["at once"] * 3
+
+
+def test_transforms(cell: str, ran: list[str]) -> None:
+    """Of one step: the gradient of each sample, and a derivative forward."""
+    layer = masked(cell)
+    x = torch.randn(3, 1, 1, INPUT)
+    each = torch.func.vmap(torch.func.grad(lambda x: layer(x)[0].sum()))(x)
+    alone = torch.stack([torch.func.grad(lambda x: layer(x)[0].sum())(one) for one in x])
+    torch.testing.assert_close(each, alone)
+    assert set(ran) == {"scan"}
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x[0], torch.ones_like(x[0]))
+        tangent = torch.autograd.forward_ad.unpack_dual(layer(dual)[0]).tangent
+    assert tangent is not None
+    state = as_hx(random_states(layer, 1, torch.float32))
+    with torch.autograd.forward_ad.dual_level():
+        dual_state = as_hx([torch.autograd.forward_ad.make_dual(h, torch.ones_like(h)) for h in as_tuple(state)])
+        assert torch.autograd.forward_ad.unpack_dual(layer(x[0], dual_state)[0]).tangent is not None
+
+
+def test_autocast(cell: str, ran: list[str]) -> None:
+    """Whose kernels this CPU may lack."""
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = masked(cell)(X)
+    assert ran != ["at once"]
+    assert output.dtype == torch.bfloat16 or cell == "gru"
+
+
+@pytest.mark.parametrize(
+    ("x", "hx", "given", "error"),
+    [
+        (X.double(), None, {}, "input must have the type"),
+        (X[..., :2], None, {}, "must be equal to input_size"),
+        (X, torch.zeros(1, N, 5), {}, "Expected hx"),
+        (X[:1], None, {"lengths": [1, 2, 1, 1]}, r"lengths\[1\] = 2, but the input has only 1 time steps"),
+        (X[:1], None, {"lengths": [1, 1]}, "lengths has 2 elements"),
+        (X[:1], None, {"mask": torch.ones(1, 2, dtype=torch.bool)}, "mask has shape"),
+        (X[:1], None, {"lengths": SOME, "mask": SOME.bool().view(1, N)}, "give one of them"),
+        (X[:1], None, {"resets": torch.ones(1, 2, dtype=torch.bool)}, "resets has shape"),
+    ],
+)
+def test_errors(x: Tensor, hx: Any, given: dict[str, Any], error: str) -> None:
+    with pytest.raises((ValueError, RuntimeError), match=error):
+        masked("gru")(x, hx, **given)
+
+
+def test_the_order_that_was_promised() -> None:
+    layer = masked("gru", enforce_sorted=True)
+    layer(X[:1], lengths=[1, 1, 0, 0])
+    with pytest.raises(ValueError, match=r"lengths\[2\] = 1 is longer than lengths\[1\] = 0"):
+        layer(X[:1], lengths=SOME)
+
+
+def test_nothing_is_compiled_for_it(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "loops_for", lambda *_: pytest.fail("a loop of our own ran"))
+    masked(cell)(X)
+
+
+def test_what_the_caller_changes_later(cell: str) -> None:
+    """A buffer of resets, and the output, changed in place before the gradient is asked for."""
+    layer, state = masked(cell), as_hx(random_states(masked(cell), N, torch.float32))
+    resets, lengths = torch.tensor([[True, False, True, False]]), SOME.clone()
+    expected = torch.autograd.grad(
+        layer(X[:1], state, resets=resets.clone(), lengths=SOME)[0].sum(), list(layer.parameters())
+    )
+    output, _ = layer(X[:1], state, resets=resets, lengths=lengths)
+    resets.logical_not_()
+    lengths.zero_()
+    for a, b in zip(torch.autograd.grad(output.sum(), list(layer.parameters())), expected, strict=True):
+        torch.testing.assert_close(a, b)
