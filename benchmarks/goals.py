@@ -50,6 +50,17 @@ def _of_cell(cell: str, rows: Sequence[Row]) -> Iterable[Figure]:
             share = 1 / row.ratio_to_masked_rnn
             what = f"peak memory of a training step at T={row.T} against {layer} on the padded batch"
             yield Figure(cell, what, "≤ 0.35×", f"{share:.2f}×", share <= 0.35)
+    for work in ("training of one step", "inference of one step"):
+        found = {shape: 1 / ratio for shape, ratio in speedups(rows, work, ["padded"]).items()}
+        for shape, times in found.items():
+            yield Figure(cell, f"{work}, {shape}: its time over {layer}'s", "≤ 1.15×", f"{times:.2f}×", times <= 1.15)
+    for row in rows:
+        ratio = row.ratio_to_masked_rnn
+        if row.work == "threads" and row.threads == 1 and ratio:
+            yield Figure(cell, f"training {row.shape}: two threads over one", "≥ 1.6×", f"{ratio:.2f}×", ratio >= 1.6)
+        if row.work == "busy" and row.contender.startswith("masked_rnn, ") and ratio:
+            what = f"training {row.shape} beside a busy process: its time over the quiet one"
+            yield Figure(cell, what, "≤ 1.5×", f"{ratio:.2f}×", ratio <= 1.5)
     best = max((row.gflops or 0 for row in rows if row.contender.startswith("sgemm")), default=0)
     for row in rows:
         if row.work == "peak" and row.contender == "masked_rnn" and row.gflops and best:

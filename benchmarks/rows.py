@@ -12,7 +12,8 @@ from pathlib import Path
 class Row:
     cell: str
     work: str
-    """training, training without lengths, inference, growth (of training), memory (of training), peak (of training)"""
+    """training, training without lengths, inference; training or inference of one step; growth, memory, peak, threads
+    and busy (all of training)"""
     shape: str
     N: int | None
     T: int | None

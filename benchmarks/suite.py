@@ -1,4 +1,4 @@
-"""The works: training, inference, growth, memory and peak, each of which adds its rows."""
+"""The works: training, inference, growth, memory and peak, each of which adds its rows; the others are in `sharing`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median, quantiles
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+from . import sharing
 from .contenders import BACKENDS, CAPTURED, CONTENDERS, OURS, PADDED, PRODUCTS, RECIPE, Contender
 from .measure import Entry, Times, ratio, take_turns
 from .oracle import faults, oracle, prove
@@ -15,7 +16,8 @@ from .problem import SHAPES, Problem, Result, Shape
 from .rows import Row
 from .worker import ContenderError, Worker
 
-WORKS = ("training", "inference", "growth", "memory", "peak")
+BY_CELL = ("growth", "memory", "peak", "one_step", "threads", "busy")
+WORKS = ("training", "inference", *BY_CELL)
 STEPS = {"training": "train", "inference": "infer"}
 PEAK_SHAPES = (SHAPES[5], SHAPES[0])
 SGEMM_SIZES = (1024, 2048, 3072)
@@ -80,7 +82,7 @@ class Suite:
     def steps(self) -> int:
         works = self.plan.works
         each = len(self.plan.shapes) * (("training" in works or "inference" in works) + ("training" in works))
-        return len(self.plan.cells) * (each + sum(work in works for work in ("growth", "memory", "peak")))
+        return len(self.plan.cells) * (each + sum(work in works for work in BY_CELL))
 
     def run(self) -> None:
         prove()
@@ -94,9 +96,10 @@ class Suite:
                     others = [c for c in self.contenders(cell) if c in (OURS, PADDED, PRODUCTS, *BACKENDS)]
                     self.race(" without lengths", others, Problem(cell, shape, full=True), ["training"])
                     self.advance()
-            for work in ("growth", "memory", "peak"):
+            for work in BY_CELL:
                 if work in self.plan.works:
-                    getattr(self, work)(cell)
+                    run = getattr(sharing, work, None)
+                    run(self, cell) if run else getattr(self, work)(cell)
                     self.advance()
 
     def contenders(self, cell: str) -> list[Contender]:
@@ -119,7 +122,7 @@ class Suite:
         title = f"{problem.cell} {problem.shape}"
         fine = self.found_right(contenders, problem, "training" in works)
         for work in works:
-            entries = [Entry(c, fit(c, problem), STEPS[work]) for c in fine if work == "inference" or c.trains]
+            entries = [Entry(c, c.fit(problem), STEPS[work]) for c in fine if work == "inference" or c.trains]
             times = self.take_turns(entries, f"{title}: {work}{suffix}")
             ours = next(entry for entry in entries if entry.contender == OURS)
             for entry in times:
@@ -135,7 +138,7 @@ class Suite:
                 fine.append(contender)
                 continue
             self.told(f"{problem.cell} {problem.shape}: checking {contender.name}")
-            checked = fit(contender, problem if contender.takes_lengths else replace(problem, full=True))
+            checked = contender.fit(problem if contender.takes_lengths else replace(problem, full=True))
             if checked not in truths:
                 truths[checked] = oracle(checked, training)
             wrong: list[str] = []
@@ -153,11 +156,16 @@ class Suite:
         return fine
 
     def take_turns(
-        self, entries: Sequence[Entry], title: str, seconds: float | None = None, least_rounds: int | None = None
+        self,
+        entries: Sequence[Entry],
+        title: str,
+        seconds: float | None = None,
+        least_rounds: int | None = None,
+        worker_of: Callable[[Contender], Any] | None = None,
     ) -> dict[Entry, Times]:
         return take_turns(
             entries,
-            self.worker,
+            worker_of or self.worker,
             seconds or self.plan.budget,
             least_rounds or self.plan.least_rounds,
             lambda words: self.told(f"{title}, {words}"),
@@ -176,7 +184,7 @@ class Suite:
             problem = Problem(cell, long(T))
             those = (OURS, PADDED, RECIPE) if self.plan.recipe_up_to >= T else (OURS, PADDED)
             contenders = [c for c in self.contenders(cell) if c in those]
-            entries += [Entry(c, fit(c, problem), "train") for c in self.found_right(contenders, problem, True)]
+            entries += [Entry(c, c.fit(problem), "train") for c in self.found_right(contenders, problem, True)]
         times = self.take_turns(entries, f"{cell}: growth over T", 4 * self.plan.budget, min(2, self.plan.least_rounds))
         ours = {entry.problem.shape: entry for entry in entries if entry.contender == OURS}
         for entry in times:
@@ -256,8 +264,3 @@ class Suite:
             threads=self.plan.threads,
             version=contender.version(),
         )
-
-
-def fit(contender: Contender, problem: Problem) -> Problem:
-    """The problem with weights that the contender can carry."""
-    return problem if contender.has_hidden_bias or problem.cell != "gru" else replace(problem, hidden_bias=False)

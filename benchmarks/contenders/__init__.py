@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
@@ -47,6 +47,10 @@ class Contender:
 
     def missing(self) -> list[str]:
         return [package for package in self.needs if find_spec(package) is None]
+
+    def fit(self, problem: Problem) -> Problem:
+        """The problem with weights that the contender can carry."""
+        return problem if self.has_hidden_bias or problem.cell != "gru" else replace(problem, hidden_bias=False)
 
     def version(self) -> str:
         return " ".join(f"{package} {version_of(package)}" for package in self.needs)
