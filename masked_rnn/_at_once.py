@@ -8,14 +8,14 @@ from torch import Tensor
 
 from ._backends.kernels import FEW_STEPS, run_kernel
 from ._backends.padded import run_one_step
-from ._cells import States
+from ._cells import Layer, States
 from ._forms import check_input, open_lengths, open_padded, open_resets
 from ._lengths import check_sorted
 from ._states import close_states, forget, open_states
 from ._torch import forward_gradients_run, is_autocast_on, is_traced, is_transformed, listed_weights
 
 
-def run_at_once(layer: Any, input: Any, hx: Any, lengths: Any, mask: Any, resets: Any) -> tuple[Tensor, Any] | None:
+def run_at_once(layer: Layer, input: Any, hx: Any, lengths: Any, mask: Any, resets: Any) -> tuple[Tensor, Any] | None:
     """What `auto` would come to: the kernel over the padded batch. None where there is more to decide."""
     if type(input) is not Tensor or not input.is_cpu or input.is_nested or input.dim() != 3 or layer.backend != "auto":
         return None

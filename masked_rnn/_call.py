@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ._cells import LayerWeights, States, group_weights, read_weights
+from ._cells import Layer, LayerWeights, States, group_weights, read_weights
 from ._forms import check_input, open_lengths, open_nested, open_packed, open_padded, open_resets, refuse_twice
 from ._lengths import (
     check_sorted,
@@ -47,7 +47,7 @@ class Call:
     a nested tensor, its rows with one. Backends take it as `rows()` with a `plan`, as `padded()` or as `masked()`.
     """
 
-    layer: Any
+    layer: Layer
     parameters: list[Tensor]
     """The weights, in `torch.nn`'s order"""
     data: Tensor
@@ -202,7 +202,7 @@ class Call:
 FIELDS = tuple(field.name for field in fields(Call))
 
 
-def open_call(layer: Any, input: Any, hx: Any, lengths: Any, mask: Any, resets: Any) -> Call:
+def open_call(layer: Layer, input: Any, hx: Any, lengths: Any, mask: Any, resets: Any) -> Call:
     packed = input if isinstance(input, PackedSequence) else None
     nested = input if isinstance(input, Tensor) and input.is_nested else None
     if packed is not None:

@@ -6,7 +6,7 @@ I input, H hidden, P the state that is fed back (H, or proj_size), D directions,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,8 +14,27 @@ from torch.nn import functional as F
 
 from ._torch import listed_weights
 
+BackendName = Literal["auto", "packed", "padded", "bptt", "scan"]
 States = tuple[Tensor, ...]
 """h; or h and c."""
+
+
+class Layer(Protocol):
+    """What is asked of a layer: `torch.nn`'s configuration, and our options."""
+
+    mode: str
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    dropout: float
+    bidirectional: bool
+    proj_size: int
+    training: bool
+    enforce_sorted: bool
+    flatten_hidden: bool
+    backend: BackendName
 
 
 class Weights(NamedTuple):
@@ -34,7 +53,7 @@ NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 """The attributes that hold them, before `_l0`, `_l0_reverse` and so on."""
 
 
-def read_weights(layer: Any) -> list[Tensor]:
+def read_weights(layer: Layer) -> list[Tensor]:
     """In `torch.nn`'s order. Read as attributes, so that parametrized and functional weights count."""
     listed = listed_weights(layer)
     if listed is not None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from ._cells import Layer
 from ._lengths import check_lengths, check_marks, is_on_host, values_can_be_read
 from ._torch import is_autocast_on, is_traced, ragged_dim
 
@@ -26,7 +27,7 @@ class Opened(NamedTuple):
     lengths: Tensor | None = None
 
 
-def open_padded(layer: Any, input: Any) -> Opened:
+def open_padded(layer: Layer, input: Any) -> Opened:
     if not isinstance(input, Tensor):
         raise TypeError(
             f"{type(layer).__name__}: expected input to be a tensor or a PackedSequence, got {type(input).__name__}"
@@ -62,7 +63,7 @@ def open_nested(input: Any) -> Opened:
     return Opened("nested", input.values(), lengths.size(0), 0, True, lengths)
 
 
-def check_input(layer: Any, dtype: torch.dtype, data: Tensor) -> None:
+def check_input(layer: Layer, dtype: torch.dtype, data: Tensor) -> None:
     """What `nn.RNNBase.check_input` refuses, by the dtype of the weights that the call runs with."""
     if data.dtype != dtype and not is_autocast_on(data.device.type):
         cure = f" Use input.to({dtype})." if data.is_floating_point() else ""  # whole numbers may be ids to embed

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._cells import States
+from ._cells import Layer, States
 from ._lengths import look_like_lengths
 from ._torch import is_autocast_on
 
 
-def open_states(layer: Any, hx: Any, form: str, batch: int, data: Tensor) -> States:
+def open_states(layer: Layer, hx: Any, form: str, batch: int, data: Tensor) -> States:
     widths = _state_widths(layer)
     stacked = layer.num_layers * (2 if layer.bidirectional else 1)
     if hx is None:
@@ -31,7 +31,7 @@ def open_states(layer: Any, hx: Any, form: str, batch: int, data: Tensor) -> Sta
     )
 
 
-def close_states(layer: Any, states: States, form: str) -> Tensor | States:
+def close_states(layer: Layer, states: States, form: str) -> Tensor | States:
     """(L·D, N, H), as the layer returns them."""
     batch_dim = 1
     if layer.flatten_hidden:
@@ -70,7 +70,7 @@ def _refuse_lengths_as_hx(form: str, hx: Any) -> None:
         )
 
 
-def _state_widths(layer: Any) -> tuple[int, ...]:
+def _state_widths(layer: Layer) -> tuple[int, ...]:
     fed_back = layer.proj_size or layer.hidden_size
     return (fed_back, layer.hidden_size) if layer.mode == "LSTM" else (fed_back,)
 

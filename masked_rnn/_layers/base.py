@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypedDict, TypeVar, Unpack, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypedDict, TypeVar, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from .._at_once import run_at_once
 from .._call import close_call, open_call
+from .._cells import BackendName, Layer
 from .._choice import BACKENDS, run
 from .._torch import dynamo_refuses, dynamo_watches, forward_pre_hooks
 from .keras import read_keras
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 
 Device = torch.device | str | int | None
-BackendName = Literal["auto", "packed", "padded", "bptt", "scan"]
 Init = TypeVar("Init", bound=Callable[..., None])
 
 
@@ -47,7 +47,7 @@ class Options(TypedDict, total=False):
 DEFAULTS: Options = {"enforce_sorted": False, "flatten_hidden": True, "backend": "auto"}
 
 
-def _run(layer: Any, input: Any, hx: Any, lengths: Any, mask: Any, resets: Any) -> Any:
+def _run(layer: Layer, input: Any, hx: Any, lengths: Any, mask: Any, resets: Any) -> Any:
     call = open_call(layer, input, hx, lengths, mask, resets)
     return close_call(call, *run(call))
 

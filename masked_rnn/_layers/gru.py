@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .base import BackendName, Device, MaskedRNNBase, Options, refusing_as_torch_does
+from .._cells import BackendName
+from .base import Device, MaskedRNNBase, Options, refusing_as_torch_does
 
 if TYPE_CHECKING:
     from .base import Lengths
