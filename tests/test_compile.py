@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import INPUT, as_tuple, cotangents, masked, random_states, torch_before
+from oracle import CELLS, INPUT, as_tuple, cotangents, masked, random_states, torch_before
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -18,6 +18,10 @@ from masked_rnn._backends import kernels, padded
 from masked_rnn._capture import operator
 
 SIZES = [(3, 6), (4, 5), (2, 9), (5, 7), (3, 12)]
+
+
+ONE_STATE_AND_TWO = ("gru", "lstm-proj")
+"""What is decided before a cell runs tells cells apart by their states alone."""
 
 
 @pytest.fixture(autouse=True)
@@ -119,15 +123,15 @@ def options(given: str, batch: int, steps: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("compiler", "given", "with_hx"),
+    ("compiler", "given", "with_hx", "cell"),
     [
-        ("inductor", "lengths", False),
-        ("inductor", "mask", True),
-        ("aot_eager", "lengths", True),
-        ("eager", "neither", True),
-        ("inductor", "resets", True),
-        ("aot_eager", "resets and lengths", True),
-        ("aot_eager", "resets and mask", False),
+        *(("inductor", "lengths", False, cell) for cell in CELLS),
+        *(("inductor", "mask", True, cell) for cell in ONE_STATE_AND_TWO),
+        *(("aot_eager", "lengths", True, cell) for cell in ONE_STATE_AND_TWO),
+        *(("eager", "neither", True, cell) for cell in ONE_STATE_AND_TWO),
+        *(("inductor", "resets", True, cell) for cell in ONE_STATE_AND_TWO),
+        *(("aot_eager", "resets and lengths", True, cell) for cell in CELLS),
+        *(("aot_eager", "resets and mask", False, cell) for cell in ONE_STATE_AND_TWO),
     ],
 )
 @pytest.mark.usefixtures("allow_rnn")
@@ -198,6 +202,7 @@ def test_static_shapes_and_no_gradient(cell: str) -> None:
     close([found[0], *as_tuple(found[1])], [expected[0], *as_tuple(expected[1])])
 
 
+@pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 @pytest.mark.usefixtures("allow_rnn")
 def test_a_list_of_lengths_and_time_first(cell: str) -> None:
     layer = masked(cell, bidirectional=True)
@@ -207,6 +212,7 @@ def test_a_list_of_lengths_and_time_first(cell: str) -> None:
     close([compiled(x[:, 0], lengths=4)[0]], [layer(x[:, 0], lengths=4)[0]])
 
 
+@pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 @pytest.mark.usefixtures("allow_rnn")
 def test_lists_and_ints_that_change_from_call_to_call(cell: str) -> None:
     """Once for the first, once for every other: 0 and 1 are no special lengths."""
@@ -287,6 +293,7 @@ def test_the_operator_runs_the_kernel_that_eager_runs(
     close(list(gradients), list(torch.autograd.grad([output, *last], weights, pulled)))
 
 
+@pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 @pytest.mark.usefixtures("allow_rnn")
 def test_inside_a_model(cell: str) -> None:
     class Model(torch.nn.Module):
@@ -334,6 +341,7 @@ def test_compile_time_does_not_grow_with_the_length() -> None:
 
 
 @pytest.mark.parametrize("length", [7, -1])
+@pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 @pytest.mark.usefixtures("allow_rnn")
 def test_a_length_out_of_range_is_refused_when_it_runs(cell: str, length: int) -> None:
     layer = masked(cell, batch_first=True)
@@ -381,6 +389,7 @@ def test_the_operator_keeps_torchs_rules(cell: str, monkeypatch: pytest.MonkeyPa
         )
 
 
+@pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 @pytest.mark.usefixtures("allow_rnn")
 def test_the_same_lengths_in_another_layout(cell: str) -> None:
     lengths = torch.tensor([3, 1, 2])

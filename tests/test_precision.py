@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import (
+    BACKENDS,
     INPUT,
     as_hx,
     as_tuple,
@@ -37,7 +38,9 @@ def errors(run: Any, truth: Any) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "bidirectional"), [*((backend, True) for backend in BACKENDS), ("bptt", False)]
+)  # two directions are a batch of two there, and elsewhere one after the other
 def test_error_against_torchs_own(cell: str, backend: str, dtype: torch.dtype, bidirectional: bool) -> None:
     sizes = {"bidirectional": bidirectional, "batch_first": True}
     ours, theirs = masked(cell, INPUT, HIDDEN, backend=backend, **sizes), plain(cell, INPUT, HIDDEN, **sizes)

@@ -6,8 +6,10 @@ import doctest
 import importlib.util
 import os
 import re
-import subprocess
 import sys
+import traceback
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ BLOCKS = [
     for page in PAGES
     for k, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 ]
+FRESH: Any = get_context("forkserver" if hasattr(os, "fork") else "spawn")
+FRESH.set_forkserver_preload(["torch", "masked_rnn"])
 NEEDS = {
     "keras": (("tensorflow", "tf_keras"), "'.[reference]'", "MASKED_RNN_REQUIRE_TENSORFLOW"),
     "tensorflow": (("tensorflow", "tf_keras"), "'.[reference]'", "MASKED_RNN_REQUIRE_TENSORFLOW"),
@@ -46,7 +50,24 @@ def test_code_in_the_docs(code: str) -> None:
         missing = [package for package in packages if importlib.util.find_spec(package) is None]
         if missing and os.environ.get(required) != "1":
             pytest.skip(f"needs {' and '.join(missing)}: pip install {installed_by}")
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
+    result, sent = FRESH.Pipe(duplex=False)
+    process = FRESH.Process(target=run_as_main, args=(code, sent))
+    process.start()
+    sent.close()
+    try:
+        assert result.recv() == ""
+    finally:
+        process.join(240)
+        process.kill()
+
+
+def run_as_main(code: str, sent: Connection) -> None:
+    """As `python -c` does, in a process that has torch and the package loaded."""
+    try:
+        exec(compile(code, "<block>", "exec"), vars(sys.modules["__main__"]))
+        sent.send("")
+    except BaseException:
+        sent.send(traceback.format_exc())
 
 
 @pytest.mark.parametrize("module", [gru, lstm, rnn])
