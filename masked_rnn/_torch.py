@@ -248,14 +248,6 @@ def _try_lstm_kernel(dtype: torch.dtype) -> bool:
     return True
 
 
-def packed_linear() -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]] | None:
-    """oneDNN's product with a weight (M, K) whose layout is made once: how to lay it out, and h (b, K) by it."""
-    reorder, linear = _find("ops.mkldnn._reorder_linear_weight"), _find("ops.mkldnn._linear_pointwise.default")
-    if reorder is None or linear is None:
-        return None
-    return lambda w: reorder(w, None), lambda h, w: linear(h, w, None, "none", [], "")
-
-
 def assert_async(holds: Tensor, message: str) -> None:
     """Raise if a bool tensor is False, without waiting for its device; the report comes from there."""
     check = _find("_assert_async")

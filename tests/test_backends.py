@@ -244,27 +244,3 @@ def test_full_lengths_are_no_lengths(cell: str) -> None:
     layer = masked(cell, batch_first=True)
     assert open_call(layer, X, None, [6, 6, 6], None, None).lengths is None
     assert open_call(layer, X, None, [6, 6, 5], None, None).lengths is not None
-
-
-@pytest.mark.skipif(not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()), reason="no MKL")
-@pytest.mark.parametrize(
-    ("hidden", "batch", "dtype", "enabled", "expected"),
-    [
-        (256, 2, torch.float32, True, True),
-        (255, 2, torch.float32, True, False),
-        (256, 1, torch.float32, True, False),
-        (256, 2, torch.float64, True, False),
-        (256, 2, torch.float32, False, False),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # of torch's own, as it sets the flag
-def test_large_weights_are_laid_out_once(
-    hidden: int, batch: int, dtype: torch.dtype, enabled: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(choice, "compiled_loops", lambda: "left out here")
-    layer = masked("gru", INPUT, hidden, backend="bptt").to(dtype)
-    x = torch.randn(2, batch, INPUT, dtype=dtype)
-    with torch.backends.mkldnn.flags(enabled=enabled), torch.profiler.profile() as profile:
-        layer(x)[0].sum().backward()
-    calls = sum(event.count for event in profile.key_averages() if "_linear_pointwise" in event.key)
-    assert calls == (4 if expected else 0)  # two steps, there and back

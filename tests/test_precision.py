@@ -62,7 +62,7 @@ def test_error_against_torchs_own(cell: str, backend: str, dtype: torch.dtype, b
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_lengths_in_float32(cell: str, backend: str, bidirectional: bool) -> None:
-    """Whose kernels are others than float64's: oneDNN's, and the products with a layout kept."""
+    """Whose kernels are others than float64's: oneDNN's among them."""
     for hidden in (3, 300):
         layer = masked(cell, INPUT, hidden, bidirectional=bidirectional, batch_first=True, backend=backend)
         lengths = [3, 9, 0, 1]

@@ -39,7 +39,7 @@ def forward(
     for states, first in zip(history, initial, strict=True):
         states.narrow(-2, 0, plan.sequences).copy_(pick_states(spec, first))
 
-    add_ = recurrent_product(cell.join(*(cell.order_gates(d.w_hh) for d in weights)).mT, plan.sequences)
+    add_ = recurrent_product(cell.join(*(cell.order_gates(d.w_hh) for d in weights)).mT)
     products = [InputProduct(cell, d) for d in weights]
     rows_in = spec.rows_at(spec.gather)
     states_at = [torch.split_with_sizes(h, [plan.sequences, *plan.batch_sizes], axis) for h in history]
@@ -73,7 +73,7 @@ def backward(
     """The gradients of x, of the initial states and of the weights."""
     plan, cell, axis, (history, buffers) = spec.plan, spec.cell(weights), len(spec.pair), saved
     chunks = spec.chunks(cell, x.element_size())
-    add_ = recurrent_product(cell.join(*(d.w_hh for d in weights)), plan.sequences)
+    add_ = recurrent_product(cell.join(*(d.w_hh for d in weights)))
     rows_in, rows_out = spec.rows_at(spec.gather), spec.rows_at(spec.scatter)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if want_x else None
     dw = WeightGradients(cell, weights) if want_weights else None

@@ -1,9 +1,4 @@
-"""The matrix products of a layer: of its steps, of its input, and of its weights' gradients.
-
-A step's product is one of many small matrices with the same weight. MKL repacks the weight on every call with more than
-one row. For large weights and few rows that costs more than the product; oneDNN packs it once, and is faster although
-it can't add in place.
-"""
+"""The matrix products of a layer: of its steps, of its input, and of its weights' gradients."""
 
 from __future__ import annotations
 
@@ -13,50 +8,13 @@ import torch
 from torch import Tensor
 
 from ..._cells import LayerWeights, States, Weights
-from ..._torch import has_onednn, packed_linear
 from .cells import AddProduct, Cell
 
-LARGE = 3 << 18
-"""Bytes of a weight from which its layout is worth keeping: most of a core's second-level cache."""
 
-
-def recurrent_product(w: Tensor, rows: int) -> AddProduct:
-    """A function that adds h @ w to its first argument; w (K, M) and h (b, K) with b up to `rows`, or pairs of both."""
-    if rows > 1 and _packs(w):
-        return _packed(w) if w.dim() == 2 else _pair(_packed(w[0]), _packed(w[1]))
+def recurrent_product(w: Tensor) -> AddProduct:
+    """A function that adds h @ w to its first argument; w (K, M) and h (b, K), or pairs of both."""
     product: Any = Tensor.addmm_ if w.dim() == 2 else Tensor.baddbmm_
     return lambda target, h: product(target, h, w)
-
-
-def _packs(w: Tensor) -> bool:
-    return (
-        w.device.type == "cpu"
-        and w.dtype == torch.float32
-        and w.size(-1) * w.size(-2) * w.element_size() >= LARGE
-        and torch.backends.mkl.is_available()
-        and has_onednn()
-        and packed_linear() is not None
-    )
-
-
-def _packed(w: Tensor) -> AddProduct:
-    found = packed_linear()
-    assert found is not None
-    pack, linear = found
-    weight = pack(w.t().contiguous())
-
-    def add_(target: Tensor, h: Tensor) -> None:
-        target.add_(linear(h, weight))
-
-    return add_
-
-
-def _pair(first: AddProduct, second: AddProduct) -> AddProduct:
-    def add_(target: Tensor, h: Tensor) -> None:
-        first(target[0], h[0])
-        second(target[1], h[1])
-
-    return add_
 
 
 def input_biases(cell: Cell, weights: Weights) -> tuple[Tensor | None, Tensor | None]:
