@@ -77,8 +77,8 @@ def group_weights(tensors: Sequence[Tensor], layers: int, directions: int) -> li
     grouped = []
     for start in range(0, len(tensors), each):
         w_ih, w_hh, *rest = tensors[start : start + each]
-        w_hr = rest.pop() if len(rest) % 2 else None
-        b_ih, b_hh = rest or (None, None)
+        w_hr = rest[-1] if len(rest) % 2 else None
+        b_ih, b_hh = rest[:2] if len(rest) > 1 else (None, None)
         grouped.append(Weights(w_ih, w_hh, b_ih, b_hh, w_hr))
     return [tuple(grouped[k : k + directions]) for k in range(0, len(grouped), directions)]
 

@@ -201,7 +201,10 @@ def is_exporting_onnx() -> bool:
 # Dynamo
 
 
-_watching: Callable[[], Any] = _find("_C._dynamo.eval_frame.get_eval_frame_callback") or (lambda: "torch._dynamo")
+# In torch 2.6 this gives away a reference that it does not own, and Python crashes. Tried from 2.13 on.
+_gives_a_reference = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+_asked = _find("_C._dynamo.eval_frame.get_eval_frame_callback") if _gives_a_reference else None
+_watching: Callable[[], Any] = _asked or (lambda: "not known")
 
 
 def dynamo_watches() -> bool:

@@ -164,6 +164,9 @@ def changed(cell: str, how: str) -> tuple[Any, Any]:
     elif how == "pruned":
         prune.random_unstructured(layer, "weight_ih_l0", 0.5)
         prune.random_unstructured(layer, "weight_hh_l0", 0.5)
+    elif how == "plain":
+        for name in list(layer._parameters):  # as a replica of DataParallel has them
+            layer.__dict__[name] = layer._parameters.pop(name).data + 1
     else:
         layer._parameters["weight_hh_l0"] = nn.Parameter(layer.weight_hh_l0 + 1)  # as functional_call does
     expected = masked(cell)
@@ -172,7 +175,7 @@ def changed(cell: str, how: str) -> tuple[Any, Any]:
     return layer, expected
 
 
-@pytest.mark.parametrize("how", ["parametrized", "pruned", "replaced"])
+@pytest.mark.parametrize("how", ["parametrized", "pruned", "plain", "replaced"])
 def test_weights_that_are_computed(cell: str, how: str, ran: list[str]) -> None:
     layer, expected = changed(cell, how)
     torch.testing.assert_close(layer(X)[0], expected(X)[0])
