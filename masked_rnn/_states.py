@@ -57,7 +57,7 @@ def forget(states: States, resets: Tensor, lengths: Tensor | None, bidirectional
 def _refuse_lengths_as_hx(form: str, hx: Any) -> None:
     if isinstance(hx, Tensor) and hx.is_floating_point():
         return
-    given = hx[0] if isinstance(hx, tuple | list) and hx else hx
+    given = hx[0] if isinstance(hx, (tuple, list)) and hx else hx
     if isinstance(given, Tensor) and given.dtype == torch.bool:
         marks = "mask=... if it marks real steps, resets=... if it marks where the state starts anew"
         cure = "Padded input takes marks of its steps" if form in ("packed", "nested") else "Pass"

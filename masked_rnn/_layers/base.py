@@ -48,6 +48,10 @@ DEFAULTS: Options = {"enforce_sorted": False, "flatten_hidden": True, "backend":
 
 
 def _run(layer: Layer, input: Any, hx: Any, lengths: Any, mask: Any, resets: Any) -> Any:
+    if not torch.compiler.is_compiling():
+        result = run_at_once(layer, input, hx, lengths, mask, resets)
+        if result is not None:
+            return result
     call = open_call(layer, input, hx, lengths, mask, resets)
     return close_call(call, *run(call))
 
@@ -118,9 +122,6 @@ class MaskedRNNBase(nn.RNNBase):
             # Dynamo leaves every nn.RNNBase to run as it is, but would compile, in pieces, the functions that it calls.
             if dynamo_watches():
                 return _eager_run()(self, input, hx, lengths, mask, resets)
-            result = run_at_once(self, input, hx, lengths, mask, resets)
-            if result is not None:
-                return result
         elif dynamo_refuses():
             return _eager_run()(self, input, hx, lengths, mask, resets)
         return _run(self, input, hx, lengths, mask, resets)
