@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +26,11 @@ BUSY = "beside a busy process"
 
 
 def one_step(suite: Suite, cell: str) -> None:
-    """A step without lengths, as one decodes, acts or streams; against PyTorch's layer."""
-    for shape in ONE_STEP:
-        contenders = [c for c in suite.contenders(cell) if c in (OURS, PADDED)]
-        suite.race(" of one step", contenders, Problem(cell, shape, full=True), ["training", "inference"])
+    """A step, as one decodes, acts or streams, without lengths and with, all 1; against PyTorch's layer."""
+    contenders = [c for c in suite.contenders(cell) if c in (OURS, PADDED)]
+    for shape, with_lengths in product(ONE_STEP, (False, True)):
+        suffix = " of one step" + " with lengths" * with_lengths
+        suite.race(suffix, contenders, Problem(cell, shape, full=not with_lengths), ["training", "inference"])
 
 
 def threads(suite: Suite, cell: str) -> None:

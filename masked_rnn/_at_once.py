@@ -8,10 +8,10 @@ from torch import Tensor
 
 from ._backends.kernels import FEW_STEPS, run_kernel
 from ._backends.padded import run_one_step
-from ._cells import Layer, States
-from ._forms import check_input, open_lengths, open_padded, open_resets
-from ._lengths import check_sorted
-from ._states import close_states, forget, open_states
+from ._call import open_arguments
+from ._cells import Layer, States, drawn_dropout
+from ._forms import open_padded
+from ._states import close_states
 from ._torch import forward_gradients_run, is_autocast_on, is_traced, is_transformed, listed_weights
 
 
@@ -21,26 +21,20 @@ def run_at_once(layer: Layer, input: Any, hx: Any, lengths: Any, mask: Any, rese
         return None
     if is_traced() or is_transformed() or is_autocast_on("cpu"):
         return None
-    opened, weights = open_padded(layer, input), listed_weights(layer)
+    opened = open_padded(layer, input)
     steps_at_most = FEW_STEPS if lengths is None and mask is None and resets is None else 1
-    if not 0 < opened.steps <= steps_at_most or not opened.batch or weights is None:
+    if not 0 < opened.steps <= steps_at_most or not opened.batch:
         return None
-
-    check_input(layer, weights[0].dtype, input)
-    lengths, _ = open_lengths(opened, lengths, mask)
-    if layer.enforce_sorted and lengths is not None:
-        check_sorted(lengths)
-    resets = None if resets is None else open_resets(opened, resets)
-    states = open_states(layer, hx, "padded", opened.batch, input)
+    weights = listed_weights(layer)
+    if weights is None:
+        return None
+    lengths, _, _, states = open_arguments(layer, opened, weights[0].dtype, hx, lengths, mask, resets)
     if forward_gradients_run(input, *states):
         return None
-    if resets is not None and hx is not None:
-        states = forget(states, resets, lengths, layer.bidirectional)
 
     def run(x: Tensor, states: States) -> tuple[Tensor, States]:
-        dropout = float(layer.dropout) if layer.training and layer.num_layers > 1 else 0.0
         stack = (layer.num_layers, 2 if layer.bidirectional else 1)
-        return run_kernel(layer.mode, x, states, weights, *stack, None, dropout, layer.batch_first)
+        return run_kernel(layer.mode, x, states, weights, *stack, None, drawn_dropout(layer), layer.batch_first)
 
     if lengths is None:
         output, last = run(input, states)

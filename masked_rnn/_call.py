@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ._cells import Layer, LayerWeights, States, group_weights, read_weights
-from ._forms import check_input, open_lengths, open_nested, open_packed, open_padded, open_resets, refuse_twice
+from ._cells import Layer, LayerWeights, States, drawn_dropout, group_weights, read_weights
+from ._forms import Opened, check_input, open_lengths, open_nested, open_packed, open_padded, open_resets, refuse_twice
 from ._lengths import (
     check_sorted,
     is_on_host,
@@ -79,8 +79,7 @@ class Call:
     @property
     def dropout(self) -> float:
         """What is drawn between layers."""
-        draws = self.layer.dropout and self.layer.training and self.layer.num_layers > 1
-        return float(self.layer.dropout) if draws else 0.0
+        return drawn_dropout(self.layer)
 
     def real(self) -> Tensor | None:
         """What says which steps are real, where anything does."""
@@ -202,6 +201,30 @@ class Call:
 FIELDS = tuple(field.name for field in fields(Call))
 
 
+def open_arguments(
+    layer: Layer, opened: Opened, dtype: torch.dtype, hx: Any, lengths: Any, mask: Any, resets: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, States]:
+    """Lengths, mask, resets and initial states, checked. `dtype` is that of the weights that the call runs with."""
+    check_input(layer, dtype, opened.data)
+    if opened.form in ("packed", "nested"):
+        refuse_twice(opened.form, lengths, mask, resets)
+        lengths = opened.lengths
+    else:
+        lengths, mask = open_lengths(opened, lengths, mask)
+        resets = None if resets is None else open_resets(opened, resets)
+    if layer.enforce_sorted and opened.form != "packed":
+        counts = lengths if mask is None else mask.sum(0)
+        if counts is not None:
+            check_sorted(counts)
+    states = open_states(layer, hx, opened.form, opened.batch, opened.data)
+    if resets is not None and opened.steps == 1 and not is_traced():
+        # Nothing to cut: at most the initial state is dropped, and that every backend can follow.
+        if hx is not None:
+            states = forget(states, resets, lengths, layer.bidirectional)
+        resets = None
+    return lengths, mask, resets, states
+
+
 def open_call(layer: Layer, input: Any, hx: Any, lengths: Any, mask: Any, resets: Any) -> Call:
     packed = input if isinstance(input, PackedSequence) else None
     nested = input if isinstance(input, Tensor) and input.is_nested else None
@@ -212,23 +235,7 @@ def open_call(layer: Layer, input: Any, hx: Any, lengths: Any, mask: Any, resets
     else:
         opened = open_padded(layer, input)
     parameters = read_weights(layer)
-    check_input(layer, parameters[0].dtype, opened.data)
-    if packed is None and nested is None:
-        lengths, mask = open_lengths(opened, lengths, mask)
-        resets = None if resets is None else open_resets(opened, resets)
-    else:
-        refuse_twice(opened.form, lengths, mask, resets)
-        lengths = opened.lengths
-    if layer.enforce_sorted and packed is None:
-        counts = lengths if mask is None else mask.sum(0)
-        if counts is not None:
-            check_sorted(counts)
-    states = open_states(layer, hx, opened.form, opened.batch, opened.data)
-    if resets is not None and opened.steps == 1 and not is_traced():
-        # Nothing to cut: at most the initial state is dropped, and that every backend can follow.
-        if hx is not None:
-            states = forget(states, resets, lengths, layer.bidirectional)
-        resets = None
+    lengths, mask, resets, states = open_arguments(layer, opened, parameters[0].dtype, hx, lengths, mask, resets)
     return Call(
         layer=layer,
         parameters=parameters,

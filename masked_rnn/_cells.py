@@ -66,6 +66,11 @@ def read_weights(layer: Layer) -> list[Tensor]:
     ]
 
 
+def drawn_dropout(layer: Layer) -> float:
+    """What is drawn between layers."""
+    return float(layer.dropout) if layer.training and layer.num_layers > 1 else 0.0
+
+
 def flatten_weights(layers: Iterable[LayerWeights]) -> list[Tensor]:
     """In the order of `read_weights`."""
     return [t for layer in layers for w in layer for t in w if t is not None]

@@ -11,8 +11,6 @@ from oracle import INPUT, as_hx, as_tuple, masked, plain, random_states
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from masked_rnn._backends.bptt import choice
-
 N = 4
 SOME = torch.tensor([1, 0, 1, 1])
 GIVEN: dict[str, tuple[int, dict[str, Any]]] = {
@@ -244,20 +242,18 @@ def test_the_order_that_was_promised() -> None:
         layer(X[:1], lengths=SOME)
 
 
-def test_nothing_is_compiled_for_it(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "loops_for", lambda *_: pytest.fail("a loop of our own ran"))
-    masked(cell)(X)
-
-
-def test_what_the_caller_changes_later(cell: str) -> None:
-    """A buffer of resets, and the output, changed in place before the gradient is asked for."""
-    layer, state = masked(cell), as_hx(random_states(masked(cell), N, torch.float32))
+@pytest.mark.parametrize("with_lengths", [False, True])
+def test_what_the_caller_changes_later(cell: str, with_lengths: bool) -> None:
+    """Buffers of resets and lengths, changed in place before the gradient is asked for."""
+    layer = masked(cell)
+    states = [h.requires_grad_() for h in random_states(layer, N, torch.float32)]
     resets, lengths = torch.tensor([[True, False, True, False]]), SOME.clone()
-    expected = torch.autograd.grad(
-        layer(X[:1], state, resets=resets.clone(), lengths=SOME)[0].sum(), list(layer.parameters())
-    )
-    output, _ = layer(X[:1], state, resets=resets, lengths=lengths)
-    resets.logical_not_()
-    lengths.zero_()
-    for a, b in zip(torch.autograd.grad(output.sum(), list(layer.parameters())), expected, strict=True):
+    found = []
+    for changes in (False, True):
+        output, _ = layer(X[:1], as_hx(states), lengths if with_lengths else None, resets=resets)
+        if changes:
+            resets.logical_not_()
+            lengths.sub_(1).neg_()
+        found.append(torch.autograd.grad(output.sum(), [*states, *layer.parameters()]))
+    for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)

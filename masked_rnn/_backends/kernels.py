@@ -92,6 +92,7 @@ def run_kernel(
     dropout: float = 0.0,
     batch_first: bool = False,
 ) -> tuple[Tensor, States]:
+    """A stack of layers over a padded batch, or over packed rows where `batch_sizes` are given."""
     has_biases = len(parameters) >= 4 * layers * directions
     options = (has_biases, layers, dropout, dropout > 0, directions == 2)
 
