@@ -12,8 +12,8 @@ from pathlib import Path
 class Row:
     cell: str
     work: str
-    """training, training without lengths, inference; training or inference of one step, without or with lengths; growth,
-    memory, peak, threads and busy (all of training)"""
+    """training, training without lengths, inference; training or inference of one step, without or with lengths;
+    growth, memory, peak, threads and busy (all of training)"""
     shape: str
     N: int | None
     T: int | None
