@@ -33,7 +33,7 @@ from ._plan import (
 )
 from ._segments import Segments
 from ._states import close_states, forget, open_states
-from ._torch import is_traced, jagged_like, unsafe_view
+from ._torch import as_array, is_traced, jagged_like, unsafe_view
 
 Restore = Callable[[Tensor], Tensor]
 """Brings an output into the layout that its input had."""
@@ -138,8 +138,8 @@ class Call:
             return Plan(sizes, self.batch, self.data.size(0), device, order=self.packed.sorted_indices)
         if self.nested is not None:
             assert self.lengths is not None
-            starts = self.nested.offsets()[:-1].cpu()
-            return plan_rows(self.lengths.cpu(), starts, 1, self.data.size(0), device, is_sorted=is_sorted)
+            lengths, starts = (as_array(t.cpu()) for t in (self.lengths, self.nested.offsets()[:-1]))
+            return plan_rows(lengths, starts, 1, self.data.size(0), device, is_sorted=is_sorted)
         if self.mask is not None:
             return plan_masked(self.mask.cpu(), self.batch_first, device, is_sorted=is_sorted)
         if self.lengths is not None:

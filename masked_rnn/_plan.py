@@ -5,6 +5,7 @@ T time, N batch, D directions, H hidden.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
@@ -51,8 +52,10 @@ class Plan:
 
     @cached_property
     def step_tables(self) -> tuple[Tensor, Tensor]:
-        """How many sequences run at each step, and the first row of each."""
-        return self._tensor(np.array(self.batch_sizes, np.int64)), self._tensor(np.array(self.starts, np.int64))
+        """How many sequences run at each step, and the first row of each; behind the last step, none, and all rows."""
+        tables = np.array([[*self.batch_sizes, 0], self.starts], np.int64)
+        sizes, starts = torch.from_numpy(tables)
+        return sizes, starts
 
     @cached_property
     def _step_and_place(self) -> tuple[Array, Array]:
@@ -95,9 +98,8 @@ class Plan:
         """The steps in runs of about so many rows each, at least one step long."""
         chunks, first = [], 0
         while first < len(self.batch_sizes):
-            start, stop = self.starts[first], first + 1
-            while stop < len(self.batch_sizes) and self.starts[stop + 1] - start <= rows:
-                stop += 1
+            start = self.starts[first]
+            stop = max(first + 1, bisect_right(self.starts, start + rows) - 1)
             before = self.batch_sizes[first - 1] if first else self.sequences
             after = self.batch_sizes[stop] if stop < len(self.batch_sizes) else 0
             chunks.append(Chunk(first, start, self.starts[stop] - start, self.batch_sizes[first:stop], before, after))
@@ -135,10 +137,10 @@ def plan_padded(
 ) -> Plan:
     """The plan of a padded batch, `(N, T)` or `(T, N)`."""
     batch = lengths.size(0)
-    starts, stride = torch.arange(batch, device="cpu"), batch
+    starts, stride = np.arange(batch), batch
     if batch_first:
         starts, stride = starts * steps, 1
-    return plan_rows(lengths, starts, stride, batch * steps, device, is_sorted=is_sorted)
+    return plan_rows(as_array(lengths), starts, stride, batch * steps, device, is_sorted=is_sorted)
 
 
 def plan_masked(mask: Tensor, batch_first: bool, device: torch.device, *, is_sorted: bool = False) -> Plan:
@@ -149,8 +151,8 @@ def plan_masked(mask: Tensor, batch_first: bool, device: torch.device, *, is_sor
 
 def plan_listed(lengths: Array, rows: Array, size: int, device: torch.device, *, is_sorted: bool = False) -> Plan:
     """The plan of sequences whose rows are listed one sequence after the other."""
-    starts = torch.from_numpy(np.cumsum(lengths) - lengths)
-    return plan_rows(torch.from_numpy(lengths), starts, 1, size, device, is_sorted=is_sorted, rows=rows)
+    starts = np.cumsum(lengths) - lengths
+    return plan_rows(lengths, starts, 1, size, device, is_sorted=is_sorted, rows=rows)
 
 
 def real_rows(real: Array, batch_first: bool) -> Array:
@@ -162,8 +164,8 @@ def real_rows(real: Array, batch_first: bool) -> Array:
 
 
 def plan_rows(
-    lengths: Tensor,
-    starts: Tensor,
+    lengths: Array,
+    starts: Array,
     stride: int,
     size: int,
     device: torch.device,
@@ -172,14 +174,14 @@ def plan_rows(
     rows: Array | None = None,
 ) -> Plan:
     """The plan of a batch whose row `(n, t)` lies at `starts[n] + stride * t`; or, where `rows` lists them, there."""
-    counts, batch, order = as_array(lengths), lengths.size(0), None
+    counts, batch, order = lengths, len(lengths), None
     if not is_sorted:
         order = np.argsort(-counts, kind="stable")
         counts = counts[order]
     steps = counts[0] if batch else 0
     sizes = batch - np.searchsorted(counts[::-1], np.arange(steps), side="right")
     step, place = _step_and_place(sizes)
-    index = starts.numpy()[place if order is None else order[place]] + stride * step
+    index = starts[place if order is None else order[place]] + stride * step
     index = index if rows is None else rows[index]
     batch_sizes = sizes.tolist()
     sequences = None if order is None else torch.from_numpy(order[: batch_sizes[0] if batch_sizes else 0]).to(device)

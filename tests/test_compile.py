@@ -300,7 +300,7 @@ def test_inside_a_model(cell: str) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.rnn = masked(cell, 8, 3, bidirectional=True, batch_first=True)
-            self.embed = torch.nn.Embedding(20, 8)
+            self.embed = torch.nn.Embedding(45, 8)
             self.head = torch.nn.LazyLinear(5)
 
         def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
@@ -308,7 +308,8 @@ def test_inside_a_model(cell: str) -> None:
             return self.head(output.sum(1))
 
     model = Model()
-    ids, lengths = torch.randint(0, 20, (3, 6)), torch.tensor([6, 1, 4])
+    # Each id once: of repeated ones, what torch 2.6 compiles on one thread, without AVX-512, loses gradients.
+    ids, lengths = torch.randperm(45)[:18].view(3, 6), torch.tensor([6, 1, 4])
     model(ids, lengths)
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     for _ in range(2):
@@ -320,7 +321,7 @@ def test_inside_a_model(cell: str) -> None:
         found = compiled(ids, lengths)
         found.square().sum().backward()
         close([found, *(p.grad for p in model.parameters())], [expected, *gradients])
-        ids, lengths = torch.randint(0, 20, (5, 9)), torch.tensor([9, 0, 4, 4, 2])
+        ids, lengths = torch.randperm(45).view(5, 9), torch.tensor([9, 0, 4, 4, 2])
 
 
 @pytest.mark.usefixtures("allow_rnn")

@@ -13,6 +13,7 @@ I input, H hidden, P the state that is fed back (H, or proj_size), b rows of a s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -39,9 +40,12 @@ class Cell:
         self.weights = weights
         self.hidden = w_hh.size(0) // self.gates
         self.paired = len(weights) == 2
-        self.one = w_hh.new_ones(())
         self.mm: Callable[..., Any] = torch.bmm if self.paired else torch.mm
         self.w_hr = None if weights[0].w_hr is None else self.join(*(w.w_hr for w in weights if w.w_hr is not None))
+
+    @cached_property
+    def one(self) -> Tensor:
+        return self.weights[0].w_hh.new_ones(())
 
     def join(self, *tensors: Tensor) -> Tensor:
         return torch.stack(tensors) if self.paired else tensors[0]

@@ -83,6 +83,6 @@ def loops_for(x: Tensor, initial: States, weights: LayerWeights) -> Any:
         # The compiled loops read memory. PyTorch's ops know what else a tensor can be, and refuse what they must.
         if t is None:
             continue
-        if type(t) not in PLAIN or t.device.type != "cpu" or t.dtype != x.dtype or t.is_neg():
+        if type(t) not in PLAIN or not t.is_cpu or t.dtype != x.dtype or t.is_neg():
             return loops
     return compiled_loops() if loops_are_compiled(x.dtype) else loops

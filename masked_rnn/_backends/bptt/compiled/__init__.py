@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +15,8 @@ from ...._plan import Chunk
 from ...._torch import as_array, below_autograd
 from .. import loops
 from ..cells import Cell
-from ..products import input_biases
-from ..spec import LayerSpec, Saved, new_saved, pick_states, place_initial, place_last
-from . import kernels, products, records, threads
+from ..spec import LayerSpec, Saved, new_saved
+from . import kernels, records, threads
 from .tile import TILE_BYTES, TILE_ROWS
 
 MODES = {"GRU": kernels.GRU, "LSTM": kernels.LSTM, "RNN_TANH": kernels.RNN_TANH, "RNN_RELU": kernels.RNN_RELU}
@@ -33,11 +33,8 @@ def forward(
         return loops.forward(spec, x, initial, weights, save, into)
     chunks = spec.chunks(cell, x.element_size())
     into = new_saved(spec, cell, x, initial, chunks, save) if into is None else into
-    for states, first in zip(into.history, initial, strict=True):
-        states.narrow(-2, 0, plan.sequences).copy_(pick_states(spec, first))
-    layer = _Layer(spec, cell, _rows(x), into, chunks)
-    biases = [input_biases(cell, w) for w in weights]
-    free = (cell.width - cell.gates) * cell.hidden
+    layer = _Layer(spec, cell, _rows(x), initial, into, chunks)
+    states = tuple(h.clone(memory_format=torch.contiguous_format) for h in initial)
     if spec.output_is_history:
         output = None
     else:
@@ -46,10 +43,12 @@ def forward(
         output = new(size, len(weights) * initial[0].size(-1))
     run = records.Forward(
         w_ih=layer.pack([w.w_ih for w in weights], transposed=True),
-        w_hh=layer.pack([cell.order_gates(w.w_hh) for w in weights], transposed=True),
+        w_hh=layer.pack([w.w_hh for w in weights], transposed=True, first=layer.first_gate),
         w_hr=layer.pack([w.w_hr for w in weights], transposed=True),
-        bias=layer.join([bias for bias, _ in biases]),
-        free_bias=layer.join([bias for _, bias in biases]) if free else 0,
+        b_ih=layer.join([w.b_ih for w in weights]),
+        b_hh=layer.join([w.b_hh for w in weights]),
+        states=states[0].data_ptr(),
+        state_cells=states[-1].data_ptr(),
         output=0 if output is None else output.data_ptr(),
         output_row=0 if output is None else output.stride(0) * output.element_size(),
         saves=bool(into.buffers),
@@ -58,7 +57,7 @@ def forward(
     if output is None:
         output = into.history[0].narrow(-2, plan.sequences, plan.rows)
         output = output.clone() if save else output  # what is saved must not change with what the caller gets
-    return output, tuple(place_last(spec, h, first) for h, first in zip(into.history, initial, strict=True)), into
+    return output, states, into
 
 
 @below_autograd
@@ -80,8 +79,8 @@ def backward(
     d_output = None if d_output is None else _rows(d_output.resolve_neg())
     # What hooks on saved tensors gave back may lie in any way.
     saved = Saved(tuple(h.contiguous() for h in saved.history), [b.contiguous() for b in saved.buffers])
-    layer = _Layer(spec, cell, _rows(x), saved, spec.chunks(cell, x.element_size()))
-    grads = [_own(spec, h, d) for h, d in zip(initial, d_last, strict=True)]
+    layer = _Layer(spec, cell, _rows(x), initial, saved, spec.chunks(cell, x.element_size()))
+    grads = tuple(_own(h, d) for h, d in zip(initial, d_last, strict=True))
     projects = want_weights and cell.w_hr is not None
     width = cell.width * H + (P + inputs) * want_weights + (P + H) * projects
     chunks = plan.chunks(max(1, DELTA_BYTES // (width * x.element_size())))
@@ -95,7 +94,7 @@ def backward(
     part = layer.part(gates)
     run = records.Backward(
         w_ih=layer.pack([w.w_ih for w in weights], transposed=False) if want_x else 0,
-        w_hh=layer.pack([cell.order_gates(w.w_hh) for w in weights], transposed=False),
+        w_hh=layer.pack([w.w_hh for w in weights], transposed=False, first=layer.first_gate),
         w_hr=layer.pack([w.w_hr for w in weights], transposed=False),
         d_output=0 if d_output is None else d_output.data_ptr(),
         d_output_row=0 if d_output is None else d_output.stride(0) * x.element_size(),
@@ -120,14 +119,13 @@ def backward(
         layer.run("backward", run, layer.blocks * D)
         if want_weights:
             layer.run("weight_gradients", run, parts * D)
-    d_initial = tuple(place_initial(spec, *each) for each in zip(grads, d_last, initial, strict=True))
     d_weights = None
     if want_weights:
         bias = d_bias.sum(1)
         d_weights = tuple(
             Weights(
                 d_w_ih[d],
-                cell.restore_gates(d_w_hh[d]),
+                d_w_hh[d],
                 None if w.b_ih is None else bias[d, -gates:],
                 None if w.b_hh is None else cell.restore_gates(bias[d, :gates]).clone(),
                 None if w.w_hr is None else d_w_hr[d],
@@ -135,23 +133,22 @@ def backward(
             for d, w in enumerate(weights)
         )
     if dx is None:
-        return None, d_initial, d_weights
-    return dx[0] if D == 1 else dx[0].add_(dx[1]), d_initial, d_weights
+        return None, grads, d_weights
+    return dx[0] if D == 1 else dx[0].add_(dx[1]), grads, d_weights
 
 
 def prepare(dtype: torch.dtype) -> None:
     """Compile all for a dtype, or read it from Numba's cache."""
     bits = torch.finfo(dtype).bits
-    products.pack(np.zeros((1, 1), f"float{bits}"), True, np.zeros((1, 1, 1), f"float{bits}"))
-    for name in ("forward", "backward", "weight_gradients"):
+    for name in ("pack", "forward", "backward", "weight_gradients"):
         threads.entry(f"{name}{bits}")
 
 
-def _own(spec: LayerSpec, initial: Tensor, d_last: Tensor | None) -> Tensor:
-    """The last states' gradients, which the loops carry back in place; (D, B, H) or (B, H), sorted."""
+def _own(initial: Tensor, d_last: Tensor | None) -> Tensor:
+    """The last states' gradients, which the loops carry back in place to the initial ones'."""
     if d_last is None:
-        return initial.new_zeros(*spec.pair, spec.plan.sequences, initial.size(-1))
-    return pick_states(spec, d_last).clone(memory_format=torch.contiguous_format)
+        return torch.zeros_like(initial, memory_format=torch.contiguous_format)
+    return d_last.clone(memory_format=torch.contiguous_format)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -162,7 +159,9 @@ def _rows(x: Tensor) -> Tensor:
 class _Layer:
     """The addresses that both passes read, and what lies there for as long as this does."""
 
-    def __init__(self, spec: LayerSpec, cell: Cell, x: Tensor, saved: Saved, chunks: list[Chunk]) -> None:
+    def __init__(
+        self, spec: LayerSpec, cell: Cell, x: Tensor, initial: States, saved: Saved, chunks: list[Chunk]
+    ) -> None:
         plan, D, history = spec.plan, spec.directions, saved.history
         zeros = x.new_zeros(max(x.size(1), cell.gates * cell.hidden))
         self.threads = torch.get_num_threads()
@@ -173,18 +172,19 @@ class _Layer:
         self.alive: list[Any] = [x, saved, plan.step_tables, zeros]
         self.itemsize = history[0].element_size()
         width = cell.width * cell.hidden
-        self.scratch_bytes = kernels.SCRATCH * 8 + (kernels.GROUP * width + block * cell.hidden) * self.itemsize
+        self.first_gate = (2 * cell.gates - cell.width) * cell.hidden
+        rows = (kernels.GROUP + 1) * width + block * cell.hidden
+        self.scratch_bytes = kernels.SCRATCH * 8 + rows * self.itemsize
         self.D = D
         sizes, starts = plan.step_tables
-        buffers = np.zeros((D, sizes.size(0)), np.int64)
+        buffers = 0
         if saved.buffers:
             row = width * self.itemsize
             first = np.array([b.data_ptr() - c.start * row for b, c in zip(saved.buffers, chunks, strict=True)])
             counts = [len(c.sizes) for c in chunks]
-            buffers[:] = np.repeat(first, counts) + starts.numpy()[:-1] * row
-            if D == 2:
-                buffers[1] += np.repeat([c.rows * row for c in chunks], counts)
-        self.alive.append(buffers)
+            each = np.repeat(first, counts) + as_array(starts)[:-1] * row
+            both = [each, each + np.repeat([c.rows * row for c in chunks], counts)]
+            buffers = self.join([torch.from_numpy(each) for each in both[:D]])
         self.values = records.Layer(
             mode=MODES[spec.mode],
             hidden=cell.hidden,
@@ -192,18 +192,20 @@ class _Layer:
             inputs=x.size(1),
             width=cell.width,
             gates=cell.gates,
+            batch=plan.batch,
             sequences=plan.sequences,
-            steps=sizes.size(0),
+            steps=len(plan.batch_sizes),
             rows=plan.rows,
             directions=D,
             block=block,
             sizes=sizes.data_ptr(),
             starts=starts.data_ptr(),
+            order=self.join([plan.order]),
             x=x.data_ptr(),
             x_row=x.stride(0) * self.itemsize,
             rows_in=self.table(spec.rows_at(spec.gather)),
             rows_out=self.table(spec.rows_at(spec.scatter)),
-            buffers=buffers.ctypes.data,
+            buffers=buffers,
             history=history[0].data_ptr(),
             cells=history[-1].data_ptr(),
             zeros=zeros.data_ptr(),
@@ -224,16 +226,20 @@ class _Layer:
         self.alive.append(joined)
         return joined.data_ptr()
 
-    def pack(self, weights: Sequence[Tensor | None], transposed: bool) -> int:
+    def pack(self, weights: Sequence[Tensor | None], transposed: bool, first: int = 0) -> int:
+        """The address of weights in panels, or of those of their transposes; `first` counts as row 0."""
         found = [w.contiguous() for w in weights if w is not None]
         if not found:
             return 0
-        columns, depth = found[0].shape if transposed else found[0].shape[::-1]
+        M, K = found[0].shape
+        columns, depth = (M, K) if transposed else (K, M)
         wide = TILE_BYTES // self.itemsize
         packed = found[0].new_empty(len(found), -(-columns // wide), depth, wide)
-        for weight, out in zip(found, packed.numpy(), strict=True):
-            products.pack(as_array(weight), transposed, out)
         self.alive.append(packed)
+        target, size = packed.data_ptr(), packed.stride(0) * self.itemsize
+        for weight in found:
+            self.call("pack", records.Packing(weight.data_ptr(), M, K, first, transposed, target))
+            target += size
         return packed.data_ptr()
 
     def part(self, gates: int) -> int:
@@ -242,7 +248,10 @@ class _Layer:
         return min(kernels.MOST_PARTS, -(-even // TILE_ROWS) * TILE_ROWS)
 
     def run(self, kernel: str, run: Any, tasks: int) -> None:
-        scratch = np.empty((self.threads, self.scratch_bytes), np.uint8)
-        shared = records.Shared(0, 0, scratch.ctypes.data, self.scratch_bytes)
-        data = np.array([*shared, *self.values, *run], np.int64)
-        threads.run(f"{kernel}{8 * self.itemsize}", data.ctypes.data, self.threads, tasks)
+        scratch = torch.empty(self.threads * self.scratch_bytes, dtype=torch.uint8, device="cpu")
+        shared = records.Shared(0, 0, scratch.data_ptr(), self.scratch_bytes)
+        self.call(kernel, (*shared, *self.values, *run), tasks)
+
+    def call(self, kernel: str, numbers: Sequence[int], tasks: int = 1) -> None:
+        data = array("q", numbers)
+        threads.run(f"{kernel}{8 * self.itemsize}", data.buffer_info()[0], self.threads, tasks)

@@ -21,8 +21,8 @@ from .equations import (
     run_rnn_tanh,
     run_rnn_tanh_back,
 )
-from .products import compiled, multiply_columns, packed_size, times, within
-from .records import Backward, Forward, Layer, Shared
+from .products import compiled, multiply_columns, pack, packed_size, times, within
+from .records import Backward, Forward, Layer, Packing, Shared
 from .simd import itemsize, read, reader, take_number, write
 from .tile import TILE_ROWS
 
@@ -36,7 +36,7 @@ DEPTH = 256
 GRU, LSTM, RNN_TANH, RNN_RELU = 0, 1, 2, 3
 
 
-shared_at, layer_at, forward_at, backward_at = (reader(kind) for kind in (Shared, Layer, Forward, Backward))
+shared_at, layer_at, forward_at, backward_at, packing_at = map(reader, (Shared, Layer, Forward, Backward, Packing))
 LAYER = 8 * len(Shared._fields)
 """Where a `Layer` begins in a thread's argument, which holds a `Shared`, a `Layer` and a pass's own in a row."""
 PASS = LAYER + 8 * len(Layer._fields)
@@ -46,6 +46,12 @@ PASS = LAYER + 8 * len(Layer._fields)
 def own_scratch(data: int) -> Any:
     shared = shared_at(data)
     return shared.scratch + take_number(data + 8) * shared.scratch_bytes
+
+
+@within
+def state_of(layer: Layer, d: int, place: int) -> int:
+    """The row of a sequence's state among all (D, batch), by its sorted place."""
+    return d * layer.batch + (read(layer.order, place) if layer.order else place)
 
 
 @within
@@ -67,11 +73,26 @@ def forward_block(like: Any, layer: Layer, run: Forward, d: int, low: int, scrat
     w_ih = run.w_ih + d * packed_size(size, inputs, N)
     w_hh = run.w_hh + d * packed_size(size, P, N)
     w_hr = run.w_hr + d * packed_size(size, H, P)
-    bias = run.bias + d * N * size if run.bias else layer.zeros
     history = layer.history + d * (layer.sequences + layer.rows) * P * size
     cells = layer.cells + d * (layer.sequences + layer.rows) * H * size
     table_a, table_b, table_c, table_d = scratch, scratch + 8 * GROUP, scratch + 16 * GROUP, scratch + 24 * GROUP
-    buffer, projected = scratch + 8 * SCRATCH, scratch + 8 * SCRATCH + GROUP * row_bytes
+    buffer = scratch + 8 * SCRATCH
+    begin = buffer + GROUP * row_bytes  # how each row of the buffer begins: with its biases
+    bias, projected = begin + free * size, begin + row_bytes
+    if run.b_ih:
+        # The recurrent bias of the gates before which nothing stands adds to the input's.
+        b_ih, b_hh, joined = run.b_ih + d * N * size, run.b_hh + d * N * size, N - free
+        copy(like, free, (b_hh + joined * size, begin))
+        add(like, joined, (b_ih, b_hh, bias))
+        copy(like, free, (b_ih + joined * size, bias + joined * size))
+    else:
+        copy(like, N, (layer.zeros, bias))
+        copy(like, free, (layer.zeros, begin))
+    for i in range(most):
+        at = state_of(layer, d, low + i)
+        copy(like, P, (run.states + at * P * size, history + (low + i) * P * size))
+        if layer.mode == LSTM:
+            copy(like, H, (run.state_cells + at * H * size, cells + (low + i) * H * size))
     t = 0
     while t < layer.steps and read(layer.sizes, t) > low:
         # The input product of some steps, then those steps.
@@ -90,8 +111,7 @@ def forward_block(like: Any, layer: Layer, run: Forward, d: int, low: int, scrat
                 write(table_a, count + i, layer.x + at * layer.x_row)
                 write(table_b, count + i, own)
                 write(table_c, count + i, own + free * size)
-                if free:
-                    copy(like, free, (run.free_bias + d * free * size if run.free_bias else layer.zeros, own))
+                copy(like, free, (begin, own))
             count += m
             t += 1
         times(like, table_a, w_ih, bias, table_c, count, N, inputs)
@@ -125,6 +145,11 @@ def forward_block(like: Any, layer: Layer, run: Forward, d: int, low: int, scrat
                 for i in range(m):
                     at = read(layer.rows_out, d * layer.rows + row + i) if layer.rows_out else row + i
                     copy(like, P, (read(table_d, i), run.output + at * run.output_row + d * P * size))
+            for i in range(max(0, read(layer.sizes, s + 1) - low), m):  # here these end
+                at = state_of(layer, d, low + i)
+                copy(like, P, (read(table_d, i), run.states + at * P * size))
+                if layer.mode == LSTM:
+                    copy(like, H, (cells + (after + i) * H * size, run.state_cells + at * H * size))
             done += m
 
 
@@ -151,14 +176,13 @@ def backward_block(like: Any, layer: Layer, run: Backward, d: int, block: int, s
     cells = layer.cells + d * (layer.sequences + layer.rows) * H * size
     blocks = (layer.sequences + layer.block - 1) // layer.block
     d_bias = run.d_bias + (d * blocks + block) * layer.width * H * size
-    dh, dc = run.dh + d * layer.sequences * P * size, run.dc + d * layer.sequences * H * size
     deltas = run.deltas + d * run.delta_rows * run.delta_width * size
     dx = run.dx + d * run.dx_direction
     table_a, table_b, table_c, table_d = scratch, scratch + 8 * GROUP, scratch + 16 * GROUP, scratch + 24 * GROUP
     projected, origin = scratch + 8 * SCRATCH, read(layer.starts, run.first)
     t, waiting = run.stop - 1, 0
     for i in range(most):
-        write(table_a, i, dh + (low + i) * P * size)
+        write(table_a, i, run.dh + state_of(layer, d, low + i) * P * size)
         write(table_c, i, projected + i * H * size)
     while t >= run.first:
         m = min(most, read(layer.sizes, t) - low)
@@ -178,7 +202,7 @@ def backward_block(like: Any, layer: Layer, run: Backward, d: int, block: int, s
             own = read(table_a, i)
             delta = deltas + (row + i - origin) * run.delta_width * size
             d1, d2, d3 = delta + H * size, delta + 2 * H * size, delta + 3 * H * size
-            a = read(layer.buffers, d * layer.steps + t) + (low + i) * row_bytes
+            a = read(layer.buffers, d * layer.steps + t) + (low + i) * row_bytes if layer.buffers else 0
             a1, a2, a3 = a + H * size, a + 2 * H * size, a + 3 * H * size
             h, h_after = history + (before + i) * P * size, history + (layer.sequences + row + i) * P * size
             tail = delta + layer.width * H * size
@@ -186,7 +210,7 @@ def backward_block(like: Any, layer: Layer, run: Backward, d: int, block: int, s
                 run_gru_back(like, H, (a, a1, a2, a3, h, own, delta, d1, d2, d3, own))
             elif layer.mode == LSTM:
                 c, c_after = cells + (before + i) * H * size, cells + (layer.sequences + row + i) * H * size
-                own_c = dc + (low + i) * H * size
+                own_c = run.dc + state_of(layer, d, low + i) * H * size
                 dm, m_again = own, projected + i * H * size
                 if run.w_hr:
                     dm, m_again = m_again, projected + (layer.block + i) * H * size
@@ -263,11 +287,19 @@ def weight_gradients(like: Any, layer: Layer, run: Backward, counter: int, scrat
             row, depth = deltas + start * step, min(DEPTH, rows - start)
             if k < parts:
                 c_hh, c_ih = run.d_w_hh + d * N * P * size, run.d_w_ih + d * N * inputs * size
-                multiply_columns(like, row, low, tail, c_hh, P, low, high, depth, step, scratch)
-                multiply_columns(like, row, low + free, tail + P, c_ih, inputs, low, high, depth, step, scratch)
+                multiply_columns(like, row, low, tail, c_hh, P, low, high, N - free, N, depth, step, scratch)
+                multiply_columns(like, row, low + free, tail + P, c_ih, inputs, low, high, 0, N, depth, step, scratch)
             else:
                 dh, c_hr = tail + P + inputs, run.d_w_hr + d * P * H * size
-                multiply_columns(like, row, dh + low, dh + P, c_hr, H, low, high, depth, step, scratch)
+                multiply_columns(like, row, dh + low, dh + P, c_hr, H, low, high, 0, P, depth, step, scratch)
+
+
+def pack32(data: int) -> None:
+    pack(np.float32(0), packing_at(data))
+
+
+def pack64(data: int) -> None:
+    pack(np.float64(0), packing_at(data))
 
 
 def forward32(data: int) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 from numba import cfunc, njit, types
 
-from .simd import itemsize, write
+from .equations import copy
+from .records import Packing
+from .simd import itemsize, move, write
 from .tile import TILE_BYTES, TILE_ROWS, multiply_tile
 
 within = njit(inline="always", error_model="numpy")
@@ -100,23 +102,22 @@ def times(like: Any, a: int, weight: int, start: int, c: int, rows: int, columns
     multiply(like, a, itemsize(like), weight, TILE_BYTES, depth * TILE_BYTES, start, c, rows, columns, depth)
 
 
-@compiled
-def pack(weight: Any, transposed: bool, out: Any) -> None:
+@within
+def pack(like: Any, run: Packing) -> None:
     """A weight (M, K) into panels (p, K, tile's width) of its transpose's columns; or (p, M, width) of its own."""
-    columns, wide = weight.shape[0] if transposed else weight.shape[1], out.shape[2]
-    for p in range(out.shape[0]):
-        first = p * wide
-        here = min(wide, columns - first)
-        if here < wide:
-            out[p] = 0
-        if transposed:
+    size, M, K = itemsize(like), run.rows, run.columns
+    wide, columns, depth = TILE_BYTES // size, M if run.transposed else K, K if run.transposed else M
+    for p in range((columns + wide - 1) // wide):
+        panel, here = run.target + p * depth * TILE_BYTES, min(wide, columns - p * wide)
+        if run.transposed:
             for j in range(here):
-                for k in range(out.shape[1]):
-                    out[p, k, j] = weight[first + j, k]
+                row = run.weight + (p * wide + j + run.first) % M * K * size
+                for k in range(K):
+                    move(like, row + k * size, panel + k * TILE_BYTES + j * size)
         else:
-            for k in range(out.shape[1]):
-                for j in range(here):
-                    out[p, k, j] = weight[k, first + j]
+            for k in range(M):
+                row = run.weight + (k + run.first) % M * K * size
+                copy(like, here, (row + p * TILE_BYTES, panel + k * TILE_BYTES))
 
 
 @within
@@ -129,15 +130,20 @@ def multiply_columns(
     columns: int,
     low: int,
     high: int,
+    first: int,
+    height: int,
     depth: int,
     step: int,
     scratch: int,
 ) -> None:
-    """Adds to C's rows from `low` to `high` the product of a matrix's columns from `left` on and from `right` on."""
+    """Adds to C's rows from `low` to `high` the product of a matrix's columns from `left` on and from `right` on.
+
+    C's row `first`, of `height`, counts as 0; those before it come last.
+    """
     size = itemsize(like)
     for i in range(high - low):
         write(scratch, i, row + (left + i) * size)
-        write(scratch + 8 * (high - low), i, c + (low + i) * columns * size)
+        write(scratch + 8 * (high - low), i, c + (low + i + first) % height * columns * size)
     multiply(
         like,
         scratch,

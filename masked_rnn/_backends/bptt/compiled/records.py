@@ -32,16 +32,21 @@ class Layer(NamedTuple):
     width: int
     """Blocks of H numbers in a buffer's row."""
     gates: int
+    batch: int
+    """Sequences, those without steps included."""
     sequences: int
+    """That have a step."""
     steps: int
     rows: int
     directions: int
     block: int
     """The most sequences that one thread takes at once."""
     sizes: int
-    """(T,) sequences at each step"""
+    """(T + 1,) sequences at each step, and behind the last"""
     starts: int
-    """(T,) the first row of each step"""
+    """(T + 1,) the first row of each step, and how many there are"""
+    order: int
+    """(B,) the sequence at each sorted place"""
     x: int
     x_row: int
     """Bytes from one row to the next."""
@@ -58,15 +63,32 @@ class Layer(NamedTuple):
     zeros: int
 
 
+class Packing(NamedTuple):
+    """How a weight is laid out for products."""
+
+    weight: int
+    """(M, K)"""
+    rows: int
+    columns: int
+    first: int
+    """The row that comes first; those before it come last."""
+    transposed: int
+    target: int
+    """(panels of columns, depth, numbers of a tile's row)"""
+
+
 class Forward(NamedTuple):
     w_ih: int
     """(D, panels of columns, I, numbers of a tile's row), and so are all weights"""
     w_hh: int
     w_hr: int
-    bias: int
+    b_ih: int
     """(D, gates H)"""
-    free_bias: int
-    """(D, (width - gates) H)"""
+    b_hh: int
+    states: int
+    """(D, batch, P) the initial states, whose place the last ones take"""
+    state_cells: int
+    """(D, batch, H)"""
     output: int
     output_row: int
     saves: int
@@ -79,9 +101,9 @@ class Backward(NamedTuple):
     d_output: int
     d_output_row: int
     dh: int
-    """(D, B, P) the state's gradient, so far"""
+    """(D, batch, P) the state's gradient, so far"""
     dc: int
-    """(D, B, H)"""
+    """(D, batch, H)"""
     deltas: int
     """(D, rows of the chunk, delta_width): the gates' gradients, h, x; with a projection dh and m"""
     delta_width: int

@@ -244,6 +244,19 @@ def write(typing_context: Any, table: Any, place: Any, number: Any) -> Any:
 
 
 @intrinsic
+def move(typing_context: Any, like: Any, source: Any, target: Any) -> Any:
+    """One number, to another address."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> Any:
+        number = _float_type(like)[0].as_pointer()
+        source, target = (builder.inttoptr(address, number) for address in arguments[1:])
+        builder.store(builder.load(source), target)
+        return context.get_dummy_value()
+
+    return types.void(like, types.int64, types.int64), generate
+
+
+@intrinsic
 def take_number(typing_context: Any, counter: Any) -> Any:
     """The counter's number, which no other thread gets."""
 
