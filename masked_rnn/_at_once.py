@@ -21,12 +21,11 @@ def run_at_once(layer: Layer, input: Any, hx: Any, lengths: Any, mask: Any, rese
         return None
     if is_traced() or is_transformed() or is_autocast_on("cpu"):
         return None
-    opened = open_padded(layer, input)
     steps_at_most = FEW_STEPS if lengths is None and mask is None and resets is None else 1
-    if not 0 < opened.steps <= steps_at_most or not opened.batch:
+    if input.size(1 if layer.batch_first else 0) > steps_at_most:
         return None
-    weights = listed_weights(layer)
-    if weights is None:
+    weights, opened = listed_weights(layer), open_padded(layer, input)
+    if weights is None or not opened.steps or not opened.batch:
         return None
     lengths, _, _, states = open_arguments(layer, opened, weights[0].dtype, hx, lengths, mask, resets)
     if forward_gradients_run(input, *states):

@@ -101,7 +101,7 @@ def stack_layers(
         if k and dropout:
             x = F.dropout(x, dropout)
         D = len(weights)
-        x, last = run(x, tuple(h[k * D : (k + 1) * D] for h in initial), weights)
+        x, last = run(x, initial if len(layers) == 1 else tuple(h[k * D : (k + 1) * D] for h in initial), weights)
         lasts.append(last)
     return x, lasts[0] if len(lasts) == 1 else tuple(torch.cat(states) for states in zip(*lasts, strict=True))
 

@@ -103,7 +103,7 @@ def choose(call: Call) -> Backend:
         cure = "Use backend='auto', which takes one that can." if preferred(call, mode) != name else ""
         what = "no backend can" if wanted == "auto" else f"backend={name!r} can't"
         raise ValueError(f"{what} run this call: {reason}. {cure}".rstrip())
-    if _has_no_step(name, call, mode):
+    if not (name == "bptt" and mode.readable) and _has_no_step(name, call, mode):
         # No kernel takes such a call. `bptt` returns at once; `scan` does without reading anything.
         name = "bptt" if mode.readable else "scan"
     return BACKENDS[name]
