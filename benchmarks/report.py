@@ -1,6 +1,7 @@
 """What a run prints: progress, speed-ups by shape, and the figures to reach.
 
-`python -m benchmarks.report FILE.csv …` prints the tables of earlier runs.
+`python -m benchmarks.report FILE.csv … [--of masked_rnn-ops]` prints the tables of earlier runs, as docs/backends.md
+has them.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import geometric_mean
 
@@ -37,38 +39,49 @@ def progress() -> Iterator[Progress]:
         )
 
 
-def print_speedups(rows: Sequence[Row]) -> None:
-    """How many times as long as masked_rnn each contender takes, a line for each shape."""
-    names = [c.name for c in CONTENDERS]
+OURS = "masked_rnn"
+AGAINST = (("recipe",), ("padded",), ("keras", "keras-xla"), ("flax",), ("paddle",), ("onnxruntime",))
+"""Keras counts by the faster of its two ways."""
+
+
+def held_against(rows: Sequence[Row], of: str) -> list[Row]:
+    """The rows with ratios to another contender than masked_rnn: those of the medians."""
+    own = {(row.cell, row.work, row.shape): row.ratio_to_masked_rnn for row in rows if row.contender == of}
+    found = []
+    for row in rows:
+        ratio, base = row.ratio_to_masked_rnn, own.get((row.cell, row.work, row.shape))
+        found.append(replace(row, ratio_to_masked_rnn=ratio / base if ratio and base else None))
+    return found
+
+
+def print_speedups(rows: Sequence[Row], of: str = OURS) -> None:
+    """How many times as long as a contender the others take, a line for each shape."""
+    together = {names[0]: names for names in AGAINST}
+    known = dict.fromkeys([of, f"{OURS}-ops", *together, *(c.name for c in CONTENDERS)])
     for cell, work in dict.fromkeys((row.cell, row.work) for row in rows):
-        if work in ("memory", "peak"):
+        mine = [row for row in rows if (row.cell, row.work) == (cell, work) and row.ratio_to_masked_rnn]
+        ran = dict.fromkeys(row.contender for row in mine)
+        if work in ("memory", "peak") or of not in ran:
             continue
-        mine = [row for row in rows if (row.cell, row.work) == (cell, work)]
-        columns = sorted({row.contender for row in mine}, key=lambda n: (names.index(n) if n in names else 99, n))
-        print(f"\n{cell}, {work}: milliseconds of masked_rnn, and how many times as long the others take")
+        hidden = {other for names in together.values() if names[0] in ran for other in names[1:]}
+        columns = [n for n in {**known, **ran} if n in ran and n not in hidden and (n == of or of == OURS or n != OURS)]
+        print(f"\n{cell}, {work}: milliseconds of {of}, and how many times as long the others take\n")
+        own = {row.shape: row.median_ms or 0 for row in mine if row.contender == of}
+        ratios = {n: speedups(mine, work, together.get(n, (n,))) for n in columns[1:]}
         table = [["shape", *columns]]
-        for shape in dict.fromkeys(row.shape for row in mine):
-            found = {row.contender: row for row in mine if row.shape == shape}
-            cells = [_cell(found.get(name)) for name in columns]
-            table.append([shape, *cells])
+        for shape, ms in own.items():
+            table.append([shape, f"{ms:.1f}", *(f"{r[shape]:.2f}" if shape in r else "–" for r in ratios.values())])
+        if len(own) > 1:
+            table.append(["geometric mean", "", *(f"{geometric_mean(r.values()):.2f}" for r in ratios.values())])
         print_table(table)
 
 
-def _cell(row: Row | None) -> str:
-    if row is None or row.median_ms is None:
-        return "–"
-    return f"{row.median_ms:.4g}" if row.contender == "masked_rnn" else f"{row.ratio_to_masked_rnn:.2f}"
-
-
-AGAINST = (("recipe",), ("padded",), ("keras", "keras-xla"), ("flax",), ("paddle",), ("onnxruntime",))
-
-
-def print_summary(rows: Sequence[Row]) -> None:
-    """How many times as fast masked_rnn is: the geometric mean over shapes, the worst and the best."""
+def print_summary(rows: Sequence[Row], of: str = OURS) -> None:
+    """How many times as fast a contender is: the geometric mean over shapes, the worst and the best."""
     for cell in dict.fromkeys(row.cell for row in rows):
         mine = [row for row in rows if row.cell == cell]
         works = [w for w in ("training", "training without lengths", "inference") if any(r.work == w for r in mine)]
-        table = [[f"{cell} against", *works]]
+        table = [[f"{cell}, {of} against", *works]]
         for names in AGAINST:
             found = [list(speedups(mine, work, names).values()) for work in works]
             if any(found):
@@ -102,7 +115,11 @@ def print_table(table: Sequence[Sequence[str]]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("csv", type=Path, nargs="+")
-    everything = [row for path in parser.parse_args().csv for row in read(path)]
-    print_speedups(everything)
-    print_summary(everything)
-    print_figures(everything)
+    parser.add_argument("--of", default=OURS, help="the contender that the others are held against")
+    arguments = parser.parse_args()
+    everything = [row for path in arguments.csv for row in read(path)]
+    held = everything if arguments.of == OURS else held_against(everything, arguments.of)
+    print_speedups(held, arguments.of)
+    print_summary(held, arguments.of)
+    if arguments.of == OURS:
+        print_figures(everything)

@@ -46,13 +46,15 @@ def suits_kernel(
     if steps == 1:
         return True
     if not has_lstm_kernel(mode, x, hidden, fed_back):
-        return (lengths is None and steps <= FEW_STEPS) or (not learns and batch * hidden < 512 and steps < 16)
-    if lengths is None:
-        return True
+        if lengths is None and steps <= FEW_STEPS:
+            return True
+        return not learns and batch * hidden < 512 and (steps < 8 or (steps < 16 and not loops_are_compiled(x.dtype)))
     # Its vectors are 16 wide: it computes no less for a smaller layer.
     width = max(hidden, 16)
     if loops_are_compiled(x.dtype):
-        return batch * width < 256
+        return lengths is None and batch * width * steps < 10_000
+    if lengths is None:
+        return True
     real = int(lengths.sum()) / max(steps, 1) * width
     return batch * width < 1400 + (0.8 if learns else 1.6) * real
 
