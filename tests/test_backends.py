@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 from masked_rnn import _choice, _torch
 from masked_rnn._backends.bptt import choice
+from masked_rnn._call import open_call
 
 X = torch.randn(3, 6, INPUT)
 ROWS = [X[0], X[1, :4], X[2, :1]]
@@ -31,7 +32,8 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
 def test_on_the_cpu_bptt_trains(cell: str, form: str, ran: list[str]) -> None:
     x, given = CALLS[form]
     masked(cell, batch_first=True)(x, **given)
-    torchs_own = cell == "lstm" and form in ("whole", "lengths", "unbatched")
+    suits = ("whole", "unbatched") if choice.loops_are_compiled(torch.float32) else ("whole", "lengths", "unbatched")
+    torchs_own = cell == "lstm" and form in suits
     assert ran == ["padded" if torchs_own else "bptt"]
     layer = masked(cell, batch_first=True).double()
     layer(x.double() if isinstance(x, torch.Tensor) else x.to(torch.float64), **given)
@@ -63,17 +65,31 @@ CHOICES = [
 
 @pytest.mark.skipif(not choice.loops_are_compiled(torch.float32), reason="without the extra fast")
 @pytest.mark.parametrize(
-    ("batch", "hidden", "expected"), [(3, 64, "padded"), (4, 64, "bptt"), (15, 4, "padded"), (16, 4, "bptt")]
+    ("batch", "hidden", "expected"), [(7, 64, "padded"), (8, 64, "bptt"), (31, 4, "padded"), (32, 4, "bptt")]
 )
 @pytest.mark.parametrize("learns", [False, True])
 def test_where_torchs_kernel_is_faster_than_compiled_loops(
     batch: int, hidden: int, expected: str, learns: bool, ran: list[str]
 ) -> None:
-    """N * width < 256"""
+    """T * N * width < 10,000, where every step is real"""
     expected = expected if torch.backends.mkldnn.is_available() else "bptt"
+    layer, x = masked("lstm", INPUT, hidden), torch.randn(20, batch, INPUT)
     with torch.set_grad_enabled(learns):
-        masked("lstm", INPUT, hidden)(torch.randn(20, batch, INPUT), lengths=[20, *[10] * (batch - 1)])
-    assert ran == [expected]
+        layer(x)
+        layer(x, lengths=[20] * batch)
+        layer(x, lengths=[20, *[10] * (batch - 1)])
+    assert ran == [expected, expected, "bptt"]
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="without oneDNN")
+def test_autocast_keeps_the_kernel_of_a_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our own loops have not its precision."""
+    monkeypatch.setattr(_choice, "lstm_kernel_runs", lambda _dtype: True)
+    call = open_call(masked("lstm", INPUT, 64), torch.randn(20, 8, INPUT), None, None, None, None)
+    compiled = choice.loops_are_compiled(torch.float32)
+    assert _choice.preferred(call, _choice.mode_of(call)) == ("bptt" if compiled else "padded")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _choice.preferred(call, _choice.mode_of(call)) == "padded"
 
 
 @pytest.mark.parametrize("name", ["gru", "rnn-tanh", "lstm-proj"])
@@ -85,10 +101,12 @@ def test_where_torchs_kernel_is_faster_than_compiled_loops(
         (4, 64, 32, False, True, "at once"),
         (5, 64, 32, False, True, "bptt"),
         (4, 64, 32, True, True, "bptt"),
-        (15, 4, 127, False, False, "padded"),
-        (15, 4, 127, True, False, "padded"),
-        (15, 4, 127, False, True, "bptt"),
-        (15, 4, 128, False, False, "bptt"),
+        (7, 4, 127, False, False, "padded"),
+        (7, 4, 127, True, False, "padded"),
+        (7, 4, 127, False, True, "bptt"),
+        (7, 4, 128, False, False, "bptt"),
+        (8, 4, 127, True, False, "bptt if compiled"),
+        (15, 4, 127, False, False, "bptt if compiled"),
         (16, 4, 127, False, False, "bptt"),
     ],
 )
@@ -98,6 +116,8 @@ def test_few_steps(
     layer = masked(name, INPUT, hidden)
     with torch.set_grad_enabled(learns):
         layer(torch.randn(steps, batch, INPUT), lengths=[steps, *[steps // 2] * (batch - 1)] if has_lengths else None)
+    if expected == "bptt if compiled":
+        expected = "bptt" if choice.loops_are_compiled(torch.float32) else "padded"
     assert ran == [expected]
 
 
@@ -123,15 +143,6 @@ def test_where_torchs_kernel_is_faster(
     with torch.set_grad_enabled(learns):
         layer(torch.randn(20, batch, INPUT), **values)
     assert ran == [expected]
-
-
-def test_a_few_small_steps(cell: str, ran: list[str]) -> None:
-    """Are over before a loop in Python has begun."""
-    layer = masked(cell, INPUT, 3)
-    with torch.no_grad():
-        layer(torch.randn(15, 2, INPUT), lengths=[3, 7])
-        layer(torch.randn(16, 2, INPUT), lengths=[3, 7])
-    assert ran == ["padded", "padded" if cell == "lstm" and torch.backends.mkldnn.is_available() else "bptt"]
 
 
 @pytest.mark.parametrize("form", CALLS)
@@ -239,8 +250,6 @@ def test_what_a_cpu_lacks_is_found_out_under_any_mode() -> None:
 
 
 def test_full_lengths_are_no_lengths(cell: str) -> None:
-    from masked_rnn._call import open_call
-
     layer = masked(cell, batch_first=True)
     assert open_call(layer, X, None, [6, 6, 6], None, None).lengths is None
     assert open_call(layer, X, None, [6, 6, 5], None, None).lengths is not None

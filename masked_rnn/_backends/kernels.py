@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._call import Call
 from .._cells import LayerWeights, States, flatten_weights, group_weights, stack_layers
-from .._torch import KERNELS, has_onednn
+from .._torch import KERNELS, has_onednn, is_autocast_on
 from .double_backward import DoubleBackward
 from .recurrence import scan_layers
 
@@ -51,10 +51,12 @@ def suits_kernel(
         return not learns and batch * hidden < 512 and (steps < 8 or (steps < 16 and not loops_are_compiled(x.dtype)))
     # Its vectors are 16 wide: it computes no less for a smaller layer.
     width = max(hidden, 16)
-    if loops_are_compiled(x.dtype):
-        return lengths is None and batch * width * steps < 10_000
+    compiled = loops_are_compiled(x.dtype)
     if lengths is None:
-        return True
+        # Autocast asks for a precision that only the kernel has.
+        return not compiled or is_autocast_on("cpu") or batch * width * steps < 10_000
+    if compiled:
+        return False
     real = int(lengths.sum()) / max(steps, 1) * width
     return batch * width < 1400 + (0.8 if learns else 1.6) * real
 
