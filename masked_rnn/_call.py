@@ -134,8 +134,9 @@ class Call:
         if self.segments is not None:
             return self.segments.plan
         if self.packed is not None:
-            sizes = self.packed.batch_sizes.tolist()
-            return Plan(sizes, self.batch, self.data.size(0), device, order=self.packed.sorted_indices)
+            sizes, order = self.packed.batch_sizes.tolist(), self.packed.sorted_indices
+            order = None if order is None else order.long()
+            return Plan(sizes, self.batch, self.data.size(0), device, order=order)
         if self.nested is not None:
             assert self.lengths is not None
             lengths, starts = (as_array(t.cpu()) for t in (self.lengths, self.nested.offsets()[:-1]))

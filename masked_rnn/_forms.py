@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ._cells import Layer
-from ._lengths import check_lengths, check_marks, is_on_host, values_can_be_read
+from ._lengths import check_lengths, check_marks, check_nested, check_packed, is_on_host, values_can_be_read
 from ._torch import is_autocast_on, is_traced, ragged_dim
 
 
@@ -44,6 +44,8 @@ def open_packed(input: PackedSequence) -> Opened:
     data, batch_sizes, order, _ = input
     if data.dim() != 2:
         raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
+    if values_can_be_read(batch_sizes):
+        check_packed(batch_sizes, order, data.size(0))
     batch: Any = batch_sizes[0] if order is None else order.size(0)
     return Opened("packed", data, batch if is_traced() else int(batch), batch_sizes.size(0), False)
 
@@ -60,6 +62,8 @@ def open_nested(input: Any) -> Opened:
         raise ValueError(f"a nested input must be of shape (N, j, I) with time ragged, got {tuple(input.shape)}")
     lengths = input.lengths()
     lengths = input.offsets().diff() if lengths is None else lengths
+    if values_can_be_read(lengths):
+        check_nested(input.offsets(), lengths, input.values().size(0))
     return Opened("nested", input.values(), lengths.size(0), 0, True, lengths)
 
 

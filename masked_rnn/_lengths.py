@@ -76,6 +76,41 @@ def check_range(lengths: Tensor, steps: int, layout: str) -> bool:
     return False
 
 
+def check_packed(batch_sizes: Tensor, order: Tensor | None, rows: int) -> None:
+    """What `pack_padded_sequence` makes sure of, and the constructor of a PackedSequence does not."""
+    sizes, fault = batch_sizes.tolist(), None
+    for t, (size, after) in enumerate(pairwise(sizes)):
+        if after > size:
+            fault = f"batch_sizes can't grow, but batch_sizes[{t}] = {size} and batch_sizes[{t + 1}] = {after}"
+            break
+    if not fault and sizes and sizes[-1] < 0:
+        fault = f"batch_sizes[{len(sizes) - 1}] = {sizes[-1]} is negative"
+    if not fault and sum(sizes) != rows:
+        fault = f"batch_sizes add up to {sum(sizes)}, but data has {rows} rows"
+    if not fault and order is not None and is_on_host(order):
+        places, batch = order.tolist(), sizes[0] if sizes else 0
+        if len(places) != batch:
+            fault = f"sorted_indices has {len(places)} elements, but batch_sizes[0] = {batch}"
+        elif sorted(places) != list(range(batch)):
+            k = next(k for k, place in enumerate(places) if not 0 <= place < batch or place in places[:k])
+            fault = f"sorted_indices must hold each of 0 to {batch - 1} once, but sorted_indices[{k}] = {places[k]}"
+    if fault:
+        raise ValueError(f"a PackedSequence's {fault}. Make it by torch.nn.utils.rnn.pack_padded_sequence.")
+
+
+def check_nested(offsets: Tensor, lengths: Tensor, rows: int) -> None:
+    """What `torch.nested.nested_tensor_from_jagged` takes as it is given."""
+    if not is_on_host(offsets):
+        return
+    bounds = offsets.tolist()
+    for n, (length, (start, stop)) in enumerate(zip(lengths.tolist(), pairwise(bounds), strict=True)):
+        if not 0 <= start <= start + length <= stop <= rows:
+            raise ValueError(
+                f"a nested input has {rows} rows, but its sequence {n} has {length} from row {start} on, and the next "
+                f"one begins at row {stop}. Make it by torch.nested.nested_tensor(..., layout=torch.jagged)."
+            )
+
+
 MARKS = {"mask": "True at real steps", "resets": "True where the state starts anew before the step"}
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracle import INPUT, masked, plain
 from torch import nn
-from torch.nn.utils.rnn import pack_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from masked_rnn import MaskedGRU
 
@@ -168,6 +168,51 @@ def test_packed_and_nested_input_carry_their_own(given: dict[str, Any]) -> None:
         layer(pack_sequence(rows), **given)
     with pytest.raises(ValueError, match=f"a nested tensor carries its own lengths: {name} must be None"):
         layer(torch.nested.nested_tensor(rows, layout=torch.jagged), **given)
+
+
+@pytest.mark.parametrize(
+    ("rows", "sizes", "order", "words"),
+    [
+        (6, [1, 2, 3], None, r"batch_sizes can't grow, but batch_sizes\[0\] = 1 and batch_sizes\[1\] = 2"),
+        (7, [3, 2, 4], None, r"batch_sizes can't grow, but batch_sizes\[1\] = 2 and batch_sizes\[2\] = 4"),
+        (2, [3, -1], None, r"batch_sizes\[1\] = -1 is negative"),
+        (4, [3, 2, 1], None, "batch_sizes add up to 6, but data has 4 rows"),
+        (9, [3, 2, 1], None, "batch_sizes add up to 6, but data has 9 rows"),
+        (6, [3, 2, 1], [0, 1, 7], r"sorted_indices must hold each of 0 to 2 once, but sorted_indices\[2\] = 7"),
+        (6, [3, 2, 1], [0, -1, 2], r"sorted_indices must hold each of 0 to 2 once, but sorted_indices\[1\] = -1"),
+        (6, [3, 2, 1], [1, 1, 0], r"sorted_indices must hold each of 0 to 2 once, but sorted_indices\[1\] = 1"),
+        (6, [3, 2, 1], [1, 0], r"sorted_indices has 2 elements, but batch_sizes\[0\] = 3"),
+    ],
+)
+def test_a_packed_sequence_that_nobody_packed(
+    cell: str, rows: int, sizes: list[int], order: list[int] | None, words: str
+) -> None:
+    """Its constructor checks nothing: the compiled loops would read past its memory."""
+    places = None if order is None else torch.tensor(order)
+    packed = PackedSequence(torch.zeros(rows, INPUT), torch.tensor(sizes), places, places)
+    with pytest.raises(ValueError, match=f"a PackedSequence's {words}. Make it by"):
+        masked(cell)(packed)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "lengths", "words"),
+    [
+        ([0, 3, 9], None, "has 7 rows, but its sequence 1 has 6 from row 3 on, and the next one begins at row 9"),
+        ([0, 5, 2, 7], None, "has 7 rows, but its sequence 1 has -3 from row 5 on, and the next one begins at row 2"),
+        ([-2, 3, 7], None, "has 7 rows, but its sequence 0 has 5 from row -2 on, and the next one begins at row 3"),
+        ([0, 3, 7], [4, 1], "has 7 rows, but its sequence 0 has 4 from row 0 on, and the next one begins at row 3"),
+        ([0, 3, 7], [3, -1], "has 7 rows, but its sequence 1 has -1 from row 3 on, and the next one begins at row 7"),
+    ],
+)
+def test_a_nested_tensor_that_leaves_its_memory(
+    cell: str, offsets: list[int], lengths: list[int] | None, words: str
+) -> None:
+    own = None if lengths is None else torch.tensor(lengths)
+    nested = torch.nested.nested_tensor_from_jagged(
+        torch.zeros(7, INPUT), torch.tensor(offsets), own, min_seqlen=0, max_seqlen=7
+    )
+    with pytest.raises(ValueError, match=f"a nested input {words}. Make it by"):
+        masked(cell)(nested)
 
 
 def test_strided_nested_input() -> None:

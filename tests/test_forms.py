@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracle import INPUT, as_hx, as_tuple, assert_same, call, cotangents, masked, oracle, prefix_mask, random_states
 from torch import Tensor
-from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 LENGTHS = [3, 6, 1, 4]
 
@@ -212,6 +212,16 @@ def test_enforce_sorted(cell: str, backend: str, x: Tensor, given: str, monkeypa
     monkeypatch.setattr(Tensor, "sort", lambda *_, **__: pytest.fail("nothing is to be sorted"))
     value = lengths if given == "lengths" else mask
     assert_same(call(layer, x, states, pulled, **{given: value}), expected)
+
+
+def test_a_packed_sequence_with_small_integers(cell: str, backend: str) -> None:
+    """torch.nn takes any that can index."""
+    packed = pack_sequence([torch.randn(n, INPUT) for n in (2, 4, 1)], enforce_sorted=False)
+    places = (packed.sorted_indices.int(), packed.unsorted_indices.int())
+    layer = masked(cell, backend=backend)
+    expected, found = layer(packed), layer(PackedSequence(packed.data, packed.batch_sizes, *places))
+    torch.testing.assert_close(found[0].data, expected[0].data)
+    torch.testing.assert_close(found[1], expected[1])
 
 
 def test_packing_agrees_with_torch() -> None:
