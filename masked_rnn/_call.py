@@ -81,6 +81,12 @@ class Call:
         """What is drawn between layers."""
         return drawn_dropout(self.layer)
 
+    @property
+    def packed_order(self) -> Tensor | None:
+        """The sequence at each sorted place of a PackedSequence; None: as they come. Any integers may have come in."""
+        order = None if self.packed is None else self.packed.sorted_indices
+        return None if order is None else order.long()
+
     def real(self) -> Tensor | None:
         """What says which steps are real, where anything does."""
         if self.packed is not None:
@@ -134,9 +140,8 @@ class Call:
         if self.segments is not None:
             return self.segments.plan
         if self.packed is not None:
-            sizes, order = self.packed.batch_sizes.tolist(), self.packed.sorted_indices
-            order = None if order is None else order.long()
-            return Plan(sizes, self.batch, self.data.size(0), device, order=order)
+            sizes = self.packed.batch_sizes.tolist()
+            return Plan(sizes, self.batch, self.data.size(0), device, order=self.packed_order)
         if self.nested is not None:
             assert self.lengths is not None
             lengths, starts = (as_array(t.cpu()) for t in (self.lengths, self.nested.offsets()[:-1]))

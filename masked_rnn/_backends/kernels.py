@@ -51,11 +51,10 @@ def suits_kernel(
         return not learns and batch * hidden < 512 and (steps < 8 or (steps < 16 and not loops_are_compiled(x.dtype)))
     # Its vectors are 16 wide: it computes no less for a smaller layer.
     width = max(hidden, 16)
-    compiled = loops_are_compiled(x.dtype)
     if lengths is None:
-        # Autocast asks for a precision that only the kernel has.
-        return not compiled or is_autocast_on("cpu") or batch * width * steps < 10_000
-    if compiled:
+        # Autocast asks for a precision that only the kernel has. To ask for compiled loops, last, may compile them.
+        return batch * width * steps < 10_000 or is_autocast_on("cpu") or not loops_are_compiled(x.dtype)
+    if loops_are_compiled(x.dtype):
         return False
     real = int(lengths.sum()) / max(steps, 1) * width
     return batch * width < 1400 + (0.8 if learns else 1.6) * real

@@ -92,9 +92,16 @@ def place_last(spec: LayerSpec, history: Tensor, initial: Tensor) -> Tensor:
     return restore_states(last if spec.pair else last.unsqueeze(0), initial, spec.plan)
 
 
+def last_gradient(initial: Tensor, d_last: Tensor | None) -> Tensor:
+    """The last state's gradient, in memory of its own; of a row without steps it is the initial state's, too."""
+    if d_last is None:
+        return torch.zeros_like(initial, memory_format=torch.contiguous_format)
+    return d_last.clone(memory_format=torch.contiguous_format)
+
+
 def place_initial(spec: LayerSpec, carried: Tensor | None, d_last: Tensor | None, initial: Tensor) -> Tensor:
     """The initial state's gradient: what came back through the steps; of a row without steps, its last state's."""
-    grad = torch.zeros_like(initial) if d_last is None else d_last.clone()
+    grad = last_gradient(initial, d_last)
     if carried is None:
         return grad
     return restore_states(carried if spec.pair else carried.unsqueeze(0), grad, spec.plan)

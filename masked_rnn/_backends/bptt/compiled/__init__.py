@@ -15,7 +15,7 @@ from ...._plan import Chunk
 from ...._torch import as_array, below_autograd
 from .. import loops
 from ..cells import Cell
-from ..spec import LayerSpec, Saved, new_saved
+from ..spec import LayerSpec, Saved, last_gradient, new_saved
 from . import kernels, records, threads
 from .tile import TILE_BYTES, TILE_ROWS
 
@@ -80,7 +80,7 @@ def backward(
     # What hooks on saved tensors gave back may lie in any way.
     saved = Saved(tuple(h.contiguous() for h in saved.history), [b.contiguous() for b in saved.buffers])
     layer = _Layer(spec, cell, _rows(x), initial, saved, spec.chunks(cell, x.element_size()))
-    grads = tuple(_own(h, d) for h, d in zip(initial, d_last, strict=True))
+    grads = tuple(last_gradient(h, d) for h, d in zip(initial, d_last, strict=True))  # carried back in place
     projects = want_weights and cell.w_hr is not None
     width = cell.width * H + (P + inputs) * want_weights + (P + H) * projects
     chunks = plan.chunks(max(1, DELTA_BYTES // (width * x.element_size())))
@@ -142,13 +142,6 @@ def prepare(dtype: torch.dtype) -> None:
     bits = torch.finfo(dtype).bits
     for name in ("pack", "forward", "backward", "weight_gradients"):
         threads.entry(f"{name}{bits}")
-
-
-def _own(initial: Tensor, d_last: Tensor | None) -> Tensor:
-    """The last states' gradients, which the loops carry back in place to the initial ones'."""
-    if d_last is None:
-        return torch.zeros_like(initial, memory_format=torch.contiguous_format)
-    return d_last.clone(memory_format=torch.contiguous_format)
 
 
 def _rows(x: Tensor) -> Tensor:
