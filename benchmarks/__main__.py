@@ -20,7 +20,7 @@ from .contenders import BACKENDS, CAPTURED, CONTENDERS
 from .problem import CELLS, SHAPES
 from .report import print_figures, print_speedups, print_summary, progress
 from .rows import write
-from .suite import QUICK, WORKS, Plan, Suite
+from .suite import ON_CUDA, QUICK, WORKS, Plan, Suite
 
 PUBLISHED = Path(__file__).resolve().parent / "results"
 BUSY = 0.5
@@ -40,7 +40,8 @@ def main() -> int:
         suite.run()
     print_speedups(suite.rows)
     print_summary(suite.rows)
-    print_figures(suite.rows)
+    if plan.device == "cpu":
+        print_figures(suite.rows)
     for name, why in suite.left_out.items():
         print(f"left out: {name} ({why})")
     if not is_publishable:
@@ -79,12 +80,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--budget", type=positive, help="seconds of timing for each shape and work")
     parser.add_argument("--growth", type=positive, help="the longest T of the works growth and memory")
     parser.add_argument("--threads", type=int, choices=range(1, 257), metavar="N", default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: those that run there")
     parser.add_argument("--out", type=Path, default=PUBLISHED)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and (lost := set(arguments.only or ()) - set(ON_CUDA)):
+        parser.error(f"--only {','.join(sorted(lost))}: on cuda, expected some of {','.join(ON_CUDA)}")
+    return arguments
 
 
 def make_plan(arguments: argparse.Namespace) -> Plan:
     plan = QUICK if arguments.quick else Plan()
+    if arguments.device == "cuda":
+        plan = replace(plan, device="cuda", works=ON_CUDA)
     plan = replace(plan, threads=arguments.threads, backends=arguments.backends, captured=arguments.captured)
     if arguments.cell:
         plan = replace(plan, cells=arguments.cell)
@@ -105,14 +112,14 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
 def file_name(quick: bool, plan: Plan) -> str:
     """<device>-torch<version>[-numba]-<date>.csv; a run that isn't the whole suite says so."""
     parts = [
-        "cpu",
+        plan.device,
         f"torch{version('torch').split('+')[0]}",
-        *["numba"] * (find_spec("numba") is not None),
+        *["numba"] * (plan.device == "cpu" and find_spec("numba") is not None),
         datetime.date.today().isoformat(),
     ]
     parts += ["quick"] * quick
     parts += plan.cells if plan.cells != (QUICK if quick else Plan()).cells else ()
-    parts += plan.works if plan.works != WORKS else ()
+    parts += plan.works if plan.works not in (WORKS, ON_CUDA) else ()
     return "-".join(parts) + ".csv"
 
 
@@ -122,7 +129,7 @@ def facts(suite: Suite, busy: float, seconds: float) -> dict[str, str]:
     )
     return {
         "command": f"python -m benchmarks {shlex.join(sys.argv[1:])}",
-        "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
+        "machine": f"{card(suite.plan.device)}{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
         "threads": str(suite.plan.threads),
         "python": platform.python_version(),
         "versions": ", ".join(dict.fromkeys(row.version for row in suite.rows)),
@@ -131,6 +138,14 @@ def facts(suite: Suite, busy: float, seconds: float) -> dict[str, str]:
         "took": f"{seconds / 60:.0f} minutes",
         "left out": "; ".join(f"{name} ({why})" for name, why in suite.left_out.items()) or "none",
     }
+
+
+def card(device: str) -> str:
+    if device == "cpu":
+        return ""
+    import torch
+
+    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}; "
 
 
 def load() -> float:

@@ -11,13 +11,16 @@ from typing import Any, Self
 from . import sharing
 from .contenders import BACKENDS, CAPTURED, CONTENDERS, OURS, PADDED, PRODUCTS, RECIPE, Contender
 from .measure import Entry, Times, ratio, take_turns
-from .oracle import faults, oracle, prove
+from .oracle import TOLERANCE, faults, oracle, prove
 from .problem import SHAPES, Problem, Result, Shape
 from .rows import Row
 from .worker import ContenderError, Worker
 
 BY_CELL = ("growth", "memory", "peak", "one_step", "threads", "busy")
 WORKS = ("training", "inference", *BY_CELL)
+ON_CUDA = ("training", "inference", "growth", "one_step")
+TF32 = 5e-3
+"""What an output may be off by where products are made in TensorFloat-32, as cuDNN's are."""
 STEPS = {"training": "train", "inference": "infer"}
 PEAK_SHAPES = (SHAPES[5], SHAPES[0])
 SGEMM_SIZES = (1024, 2048, 3072)
@@ -48,6 +51,7 @@ class Plan:
     """The recipe's cost is quadratic in T: at 4000 a step takes minutes."""
     memory: int = 2000
     threads: int = 2
+    device: str = "cpu"
 
 
 QUICK = Plan(
@@ -105,7 +109,9 @@ class Suite:
     def contenders(self, cell: str) -> list[Contender]:
         """Those that can run here; the others are left out by name."""
         wanted = (*CONTENDERS, *(BACKENDS * self.plan.backends), *(CAPTURED * self.plan.captured))
+        device = self.plan.device
         chosen = [c for c in wanted if c == OURS or self.plan.only is None or c.name in self.plan.only]
+        chosen = [c.on(device) for c in chosen if device in c.devices]
         for contender in chosen:
             if missing := contender.missing():
                 self.left_out[contender.name] = f"not installed: {', '.join(missing)}"
@@ -114,7 +120,7 @@ class Suite:
     def worker(self, contender: Contender) -> Worker:
         worker = self.workers.get(contender.module)
         if worker is None or not worker.process.is_alive():
-            worker = self.workers[contender.module] = Worker(self.plan.threads)
+            worker = self.workers[contender.module] = Worker(self.plan.threads, self.plan.device)
         return worker
 
     def race(self, suffix: str, contenders: Sequence[Contender], problem: Problem, works: Sequence[str]) -> None:
@@ -144,7 +150,8 @@ class Suite:
             wrong: list[str] = []
             try:
                 for step in {training and contender.trains, False}:
-                    wrong += faults(checked, self.worker(contender).result(contender, checked, step), truths[checked])
+                    found = self.worker(contender).result(contender, checked, step)
+                    wrong += faults(checked, found, truths[checked], TOLERANCE if self.plan.device == "cpu" else TF32)
             except ContenderError as error:
                 wrong = [str(error)]
             if contender == OURS and wrong:

@@ -22,9 +22,8 @@ from .problem import Problem, Result
 
 CAN_STOP = hasattr(signal, "SIGSTOP")
 ENVIRONMENT = {
-    "CUDA_VISIBLE_DEVICES": "-1",
     "GLOG_minloglevel": "3",
-    "JAX_PLATFORMS": "cpu",
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "KERAS_BACKEND": "tensorflow",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
@@ -37,11 +36,13 @@ class ContenderError(Exception):
 class Worker:
     """The near end. Every method of `Bench` can be called on it."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, device: str = "cpu") -> None:
         self.log = tempfile.NamedTemporaryFile()  # noqa: SIM115
         here, there = get_context("spawn").Pipe()
         self.pipe = here
-        self.process = get_context("spawn").Process(target=serve, args=(there, threads, self.log.name), daemon=True)
+        self.process = get_context("spawn").Process(
+            target=serve, args=(there, threads, device, self.log.name), daemon=True
+        )
         self.process.start()
         there.close()
 
@@ -121,12 +122,14 @@ class Bench:
         self.runners.clear()
 
 
-def serve(pipe: Connection, threads: int, log_path: str) -> None:
+def serve(pipe: Connection, threads: int, device: str, log_path: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":  # a stopped process can't notice that its parent was killed
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ.update(ENVIRONMENT, OMP_NUM_THREADS=str(threads))
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     log = os.open(log_path, os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)

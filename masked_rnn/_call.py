@@ -33,7 +33,7 @@ from ._plan import (
 )
 from ._segments import Segments
 from ._states import close_states, forget, open_states
-from ._torch import as_array, is_traced, jagged_like, unsafe_view
+from ._torch import as_array, is_traced, jagged_like, to_device, unsafe_view
 
 Restore = Callable[[Tensor], Tensor]
 """Brings an output into the layout that its input had."""
@@ -171,7 +171,7 @@ class Call:
             return self._padded_rows()
         x, restore = self._time_first()
         if self.mask is None:
-            return x, None if self.lengths is None else self.lengths.to(x.device), restore
+            return x, None if self.lengths is None else to_device(self.lengths, x.device), restore
         x, place = move_to_front(x, self.mask)
         return x, self.mask.sum(0), lambda output: restore(move_back(output, place))
 

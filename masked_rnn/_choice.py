@@ -10,14 +10,14 @@ from torch import Tensor
 
 from ._backends import bptt, packed, padded, scan
 from ._backends.bptt.choice import loops_are_compiled
-from ._backends.kernels import suits_kernel
+from ._backends.kernels import runs_cudnn, suits_kernel
 from ._call import Call
 from ._capture import onnx, operator
 from ._cells import States
-from ._lengths import is_on_host
 from ._torch import (
     forward_gradients_run,
     is_autocast_on,
+    is_capturing,
     is_exporting_onnx,
     is_traced,
     is_transformed,
@@ -41,6 +41,8 @@ ONNX = Backend("onnx", onnx.run)
 
 STEP_BY_STEP = ("scan", "operator")
 """Those that take resets as they are."""
+MOST_PADDING = 0.8
+"""The share of padding up to which rows, on an accelerator, are padded."""
 
 
 def run(call: Call) -> tuple[Tensor, States]:
@@ -49,7 +51,7 @@ def run(call: Call) -> tuple[Tensor, States]:
         return _run(backend, call)
     # Each segment is a sequence of its own: no backend but those above knows of resets.
     cut, segments = call.cut(call.resets)
-    output, states = _run(backend, cut)
+    output, states = _run(choose(cut), cut)
     last = (segments.last(new, h.to(new.dtype)) for new, h in zip(states, call.states, strict=True))
     return call.from_rows(output), tuple(last)
 
@@ -59,17 +61,19 @@ def _run(backend: Backend, call: Call) -> tuple[Tensor, States]:
     if backend.name in ("packed", "padded") or not is_autocast_on(device):
         return backend.run(call)
     # The rest is our own arithmetic: it runs in the weights' precision, and only its results have autocast's.
-    dtype, *dtypes = _dtypes_under_autocast(call, torch.get_autocast_dtype(device))
+    dtype, *dtypes = _dtypes_under_autocast(call)
     with torch.autocast(device, enabled=False):
         output, states = backend.run(call.in_weights_dtype())
     return output.to(dtype), tuple(h.to(d) for h, d in zip(states, dtypes, strict=True))
 
 
-def _dtypes_under_autocast(call: Call, autocast: torch.dtype) -> list[torch.dtype]:
-    """Those of the output and the last states that `torch.nn` returns: a GRU's h and a projected LSTM's c keep the
-    precision they came in."""
+def _dtypes_under_autocast(call: Call) -> list[torch.dtype]:
+    """Those of the output and the last states that `torch.nn` returns: cuDNN's are float16 whatever autocast asks for;
+    elsewhere a GRU's h and a projected LSTM's c keep the precision they came in."""
     weights = call.parameters[0].dtype
-    low = weights if weights == torch.float64 else autocast
+    if runs_cudnn(call.data):
+        return [weights if weights == torch.float64 else torch.float16] * (1 + len(call.states))
+    low = weights if weights == torch.float64 else torch.get_autocast_dtype(call.data.device.type)
     wide = [torch.promote_types(low, h.dtype) for h in call.states]
     if call.layer.mode == "GRU":
         return [wide[0], wide[0]]
@@ -118,18 +122,19 @@ def _has_no_step(name: str, call: Call, mode: Mode) -> bool:
 
 
 def preferred(call: Call, mode: Mode) -> str:
-    """What `auto` takes: by measurement on the CPU; see docs/backends.md."""
+    """What `auto` takes, by measurement; see docs/backends.md."""
+    device = call.data.device
     if mode.only_scan:
         return "scan"
-    if not mode.readable:
+    if not mode.readable or is_capturing(device):
         if call.resets is not None:
             return "scan"
         return "packed" if call.packed is not None else "padded"
-    if call.data.device.type == "cpu":
+    if device.type == "cpu":
         return "padded" if _suits_kernel(call) and not _why_no_lstm_kernel(call) else "bptt"
-    if all(t is None or is_on_host(t) for t in (call.lengths, call.mask, call.resets)) or call.form == "nested":
-        return "packed"
-    return "padded" if call.resets is None else "scan"
+    # On an accelerator the kernel over packed rows starts some more for every step, the one over a padded batch one
+    # for all; only of a batch that is nearly all padding does it make too much.
+    return "packed" if call.data.dim() == 2 and call.plan.share_of_padding() > MOST_PADDING else "padded"
 
 
 def _suits_kernel(call: Call) -> bool:

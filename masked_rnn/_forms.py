@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ._cells import Layer
 from ._lengths import check_lengths, check_marks, check_nested, check_packed, is_on_host, values_can_be_read
-from ._torch import is_autocast_on, is_traced, ragged_dim
+from ._torch import is_autocast_on, is_traced, ragged_dim, to_device
 
 
 class Opened(NamedTuple):
@@ -100,7 +100,7 @@ def open_lengths(opened: Opened, lengths: Any, mask: Any) -> tuple[Tensor | None
     if lengths is not None:
         return check_lengths(lengths, batch, steps, data.device, batch_first), None
     if mask is not None:
-        mask = _open_marks("mask", mask, opened).to(data.device)
+        mask = to_device(_open_marks("mask", mask, opened), data.device)
         return (mask[0].long(), None) if not is_traced() and steps == 1 else (None, mask)
     if steps == 0:
         raise RuntimeError(

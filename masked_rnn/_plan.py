@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._torch import Array, as_array
+from ._torch import Array, as_array, to_device
 
 
 class Plan:
@@ -47,8 +47,12 @@ class Plan:
         """The first row of each step."""
         self.rows = self.starts[-1]
 
+    def share_of_padding(self) -> float:
+        """Of the sequences that have a step, padded to the longest."""
+        return 1 - self.rows / max(self.sequences * len(self.batch_sizes), 1)
+
     def _tensor(self, array: Array) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
+        return to_device(torch.from_numpy(array), self.device)
 
     @cached_property
     def step_tables(self) -> tuple[Tensor, Tensor]:
@@ -184,8 +188,10 @@ def plan_rows(
     index = starts[place if order is None else order[place]] + stride * step
     index = index if rows is None else rows[index]
     batch_sizes = sizes.tolist()
-    sequences = None if order is None else torch.from_numpy(order[: batch_sizes[0] if batch_sizes else 0]).to(device)
-    return Plan(batch_sizes, batch, size, device, torch.from_numpy(index).to(device), sequences)
+    sequences = None
+    if order is not None:
+        sequences = to_device(torch.from_numpy(order[: batch_sizes[0] if batch_sizes else 0]), device)
+    return Plan(batch_sizes, batch, size, device, to_device(torch.from_numpy(index), device), sequences)
 
 
 def move_to_front(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ._plan import Plan, plan_listed, real_mask, real_rows
-from ._torch import Array, as_array
+from ._torch import Array, as_array, to_device
 
 
 class Move(NamedTuple):
@@ -56,7 +56,7 @@ class Segments:
 
         def move(where: Array) -> Move:
             segments = where.nonzero()[0]
-            return Move(*(torch.from_numpy(t).to(device) for t in (row[begins[segments]], segments)))
+            return Move(*(to_device(torch.from_numpy(t), device) for t in (row[begins[segments]], segments)))
 
         starts, ends = move(first), move(last)
         self._enter: Moves = (move(first & ~anew), ends)[:directions]

@@ -251,6 +251,19 @@ def _try_lstm_kernel(dtype: torch.dtype) -> bool:
     return True
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is recording: nothing may wait for the device."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Where it lies on the host, by way of pinned memory, so that nobody waits for the device."""
+    if device.type != "cuda" or not tensor.is_cpu or is_capturing(device):
+        return tensor.to(device)
+    # Memory of our own: a caller may change theirs before it is read. A captured graph would read it at each replay.
+    return torch.empty_like(tensor, pin_memory=True).copy_(tensor).to(device, non_blocking=True)
+
+
 def assert_async(holds: Tensor, message: str) -> None:
     """Raise if a bool tensor is False, without waiting for its device; the report comes from there."""
     check = _find("_assert_async")

@@ -212,12 +212,11 @@ def every(**options: Sequence[Any]) -> list[dict[str, Any]]:
 def which_ran(monkeypatch: Any) -> list[str]:
     """The names of the backends that run from here on, as they do, and "at once" where none was chosen."""
     names: list[str] = []
-    choose, run_at_once = _choice.choose, base.run_at_once
+    run, run_at_once = _choice._run, base.run_at_once
 
-    def noting(call: Any) -> Any:
-        backend = choose(call)
+    def noting(backend: Any, call: Any) -> Any:
         names.append(backend.name)
-        return backend
+        return run(backend, call)
 
     def noting_at_once(*given: Any) -> Any:
         result = run_at_once(*given)
@@ -225,6 +224,6 @@ def which_ran(monkeypatch: Any) -> list[str]:
             names.append("at once")
         return result
 
-    monkeypatch.setattr(_choice, "choose", noting)
+    monkeypatch.setattr(_choice, "_run", noting)
     monkeypatch.setattr(base, "run_at_once", noting_at_once)
     return names

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pack_sequence
 from masked_rnn import _choice, _torch
 from masked_rnn._backends.bptt import choice
 from masked_rnn._call import open_call
+from masked_rnn._plan import Plan
 
 X = torch.randn(3, 6, INPUT)
 ROWS = [X[0], X[1, :4], X[2, :1]]
@@ -152,30 +153,23 @@ def test_a_forced_backend_runs(cell: str, backend: str, form: str, ran: list[str
     assert ran == [backend]
 
 
-@pytest.mark.parametrize(("lengths_on", "expected"), [(None, "packed"), ("cpu", "packed"), ("cuda", "padded")])
-def test_elsewhere_the_lengths_place_decides(lengths_on: str | None, expected: str) -> None:
-    class There(torch.Tensor):
-        """On another device, as far as the choice goes."""
+@pytest.mark.parametrize("capturing", [False, True])
+def test_elsewhere(capturing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an accelerator `padded` runs, but for rows that are nearly all padding, and while a CUDA graph is recorded."""
+    monkeypatch.setattr(_choice, "is_capturing", lambda _device: capturing)
+    mode = _choice.Mode(only_scan=None, traced=False, readable=True)
 
-        where: str
+    def taken(dims: int, sizes: tuple[int, ...] = (), **given: Any) -> str:
+        data = SimpleNamespace(device=SimpleNamespace(type="xpu"), dim=lambda: dims)
+        plan = Plan(list(sizes), 9, sum(sizes), torch.device("cpu"))
+        call: Any = SimpleNamespace(data=data, plan=plan, **{"resets": None, "packed": None, **given})
+        return _choice.preferred(call, mode)
 
-        @property
-        def device(self) -> Any:  # type: ignore[override]
-            return SimpleNamespace(type=self.where)
-
-    def on(device: str | None) -> Any:
-        if device is None:
-            return None
-        tensor = torch.ones(3, dtype=torch.int64).as_subclass(There)
-        tensor.where = device
-        return tensor
-
-    for given in ("lengths", "mask", "resets"):
-        nothing = {"lengths": None, "mask": None, "resets": None, "packed": None}
-        call: Any = SimpleNamespace(data=on("cuda"), form="padded", states=(), **nothing)
-        setattr(call, given, on(lengths_on))
-        mode = _choice.Mode(only_scan=None, traced=False, readable=True)
-        assert _choice.preferred(call, mode) == ("scan" if given == "resets" and expected == "padded" else expected)
+    assert taken(3) == "padded"
+    assert taken(3, resets=True) == ("scan" if capturing else "padded")
+    assert taken(2, (9, *[1] * 9)) == "padded"
+    assert taken(2, (9, *[1] * 12)) == ("padded" if capturing else "packed")
+    assert taken(2, (5, 1, 1), packed=True) == ("packed" if capturing else "padded")
 
 
 @pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "dual"])

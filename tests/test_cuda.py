@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -26,12 +29,9 @@ from oracle import (
     random_states,
 )
 from torch import Tensor
+from torch.nn.utils.rnn import pack_sequence
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA is not available"),
-    # One layer or direction of several is no flat chunk of weights, and is copied into one.
-    pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk:UserWarning"),
-]
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA is not available")
 
 STEPS = 5
 LENGTHS = [3, 4, 0, 1]
@@ -48,8 +48,15 @@ FORMS = {  # what is given, and what it means
     "device-empty-mask": ({"mask": NONE}, NONE),
     "host-resets": ({"lengths": LENGTHS, "resets": RESETS}, prefix_mask(LENGTHS, STEPS)),
     "device-resets": ({"mask": HOLES, "resets": RESETS}, HOLES),
+    "device-resets-alone": ({"resets": RESETS}, torch.ones(4, STEPS, dtype=torch.bool)),
     "neither": ({}, torch.ones(4, STEPS, dtype=torch.bool)),
 }
+
+
+@pytest.fixture(autouse=True)
+def _every_digit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No TensorFloat-32, which cuDNN's RNNs take by default."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture(params=("auto", *BACKENDS))
@@ -74,9 +81,14 @@ def home(run: Run) -> Run:
     return Run(run.output.cpu(), tuple(h.cpu() for h in run.states), gradients)
 
 
-@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-9), (torch.float32, 5e-3)])  # with TF32
-def test_as_on_the_cpu_in_float64(cell: str, backend: str, dtype: torch.dtype, atol: float) -> None:
-    for options in every(num_layers=[1, 2], bidirectional=[False, True], batch_first=[False, True]):
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("cudnn", [True, False])
+def test_as_on_the_cpu_in_float64(
+    cell: str, backend: str, dtype: torch.dtype, atol: float, cudnn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", cudnn)
+    batch_first = [False, True] if cudnn else [True]
+    for options in every(num_layers=[1, 2], bidirectional=[False, True], batch_first=batch_first, bias=[True, False]):
         for form, (given, mask) in FORMS.items():
             layer = masked(cell, backend=backend, **options).to(dtype)
             x = torch.randn(4, STEPS, INPUT, dtype=dtype).masked_fill(~mask.unsqueeze(-1), torch.nan)
@@ -99,7 +111,10 @@ def training_step(layer: Any, x: Tensor, **given: Any) -> tuple[Tensor, ...]:
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @pytest.mark.parametrize(
     ("backend", "form"),
-    [*product(["auto", "padded"], ["device", "device-mask", "device-empty"]), ("auto", "device-resets")],
+    [
+        *product(["auto", "padded"], ["list", "host", "host-mask", "device", "device-mask", "device-empty", "neither"]),
+        ("scan", "device-resets"),
+    ],
 )
 def test_nothing_waits(cell: str, backend: str, form: str, refusing_to_wait: Any) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=backend).cuda()
@@ -109,9 +124,11 @@ def test_nothing_waits(cell: str, backend: str, form: str, refusing_to_wait: Any
     training_step(layer, x, **given)
 
 
-@pytest.mark.parametrize("form", ["device", "device-mask"])
-def test_a_captured_graph_follows_the_lengths(cell: str, form: str) -> None:
-    layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend="padded").double()
+@pytest.mark.parametrize(
+    ("backend", "form"), [*product(["auto", "padded"], ["device", "device-mask"]), ("auto", "device-resets-alone")]
+)
+def test_a_captured_graph_follows_what_it_is_given(cell: str, backend: str, form: str) -> None:
+    layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=backend).double()
     there = copy.deepcopy(layer).cuda()
     x = torch.randn(4, STEPS, INPUT, dtype=torch.float64, device="cuda", requires_grad=True)
     given, graph, aside = given_as(form), torch.cuda.CUDAGraph(), torch.cuda.Stream()
@@ -169,3 +186,104 @@ def test_second_derivatives(cell: str, backend: str) -> None:
     expected = penalty(layer, "cpu")
     for found, own in zip(penalty(copy.deepcopy(layer).cuda(), "cuda"), expected, strict=True):
         torch.testing.assert_close(found, own)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_second_derivatives_under_autocast(cell: str, backend: str, dtype: torch.dtype) -> None:
+    layer = masked(cell, batch_first=True, backend=backend)
+    x, lengths = torch.randn(4, STEPS, INPUT), torch.tensor(LENGTHS)
+
+    def penalty(own: Any, device: str, enabled: bool) -> Tensor:
+        leaf = x.to(device).requires_grad_()
+        with torch.autocast(device, dtype=dtype, enabled=enabled):
+            output, _ = own(leaf, lengths=lengths)
+            (dx,) = torch.autograd.grad(output.float().square().sum(), leaf, create_graph=True)
+        (g,) = torch.autograd.grad(dx.square().sum(), own.weight_hh_l0)
+        return g.cpu()
+
+    expected = penalty(layer, "cpu", False)
+    torch.testing.assert_close(penalty(copy.deepcopy(layer).cuda(), "cuda", True), expected, atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision(cell: str, backend: str, dtype: torch.dtype) -> None:
+    layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=backend).to(dtype)
+    x = torch.randn(4, STEPS, INPUT, dtype=dtype)
+    exact = copy.deepcopy(layer).double()
+    expected, expected_last = exact(x.double(), lengths=LENGTHS)
+    output, last = layer.cuda()(x.cuda(), lengths=LENGTHS)
+    for found, own in zip((output, *as_tuple(last)), (expected, *as_tuple(expected_last)), strict=True):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double().cpu(), own, atol=20 * torch.finfo(dtype).eps, rtol=0)
+
+
+def test_dropout_is_drawn_again_by_a_checkpoint(cell: str, backend: str) -> None:
+    layer = masked(cell, num_layers=2, dropout=0.5, batch_first=True, backend=backend).double().cuda()
+    x = torch.randn(4, STEPS, INPUT, dtype=torch.float64, device="cuda", requires_grad=True)
+
+    def run() -> Tensor:
+        output: Tensor = layer(x, lengths=LENGTHS)[0]
+        return output
+
+    def gradients(through: Any) -> tuple[Tensor, ...]:
+        torch.manual_seed(3)
+        return torch.autograd.grad(through().square().sum(), [x, *layer.parameters()])
+
+    again = partial(torch.utils.checkpoint.checkpoint, run, use_reentrant=False)
+    for a, b in zip(gradients(run), gradients(again), strict=True):
+        torch.testing.assert_close(a, b)
+    assert not torch.equal(run(), run())
+
+
+@pytest.mark.parametrize("form", ["packed", "nested"])
+def test_rows(cell: str, backend: str, form: str) -> None:
+    """A PackedSequence, and a nested tensor."""
+    layer = masked(cell, num_layers=2, bidirectional=True, backend=backend).double()
+    rows = [torch.randn(n, INPUT, dtype=torch.float64) for n in (3, 5, 1)]
+
+    def run(own: Any, device: str) -> list[Tensor]:
+        leaves = [row.to(device).requires_grad_() for row in rows]
+        if form == "packed":
+            given: Any = pack_sequence(leaves, enforce_sorted=False)
+        else:
+            given = torch.nested.as_nested_tensor(leaves, layout=torch.jagged)
+        output, last = own(given)
+        values = output.data if form == "packed" else output.values()
+        results = [values, *as_tuple(last)]
+        return [t.cpu() for t in (*results, *torch.autograd.grad(sum(t.square().sum() for t in results), leaves))]
+
+    expected = run(layer, "cpu")
+    for found, own in zip(run(copy.deepcopy(layer).cuda(), "cuda"), expected, strict=True):
+        torch.testing.assert_close(found, own)
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled(cell: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`reduce-overhead` records a CUDA graph."""
+    monkeypatch.setattr(torch._dynamo.config, "allow_rnn", True)
+    layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True).cuda()
+    compiled = torch.compile(layer, fullgraph=True, mode=mode)
+    for lengths in ([3, 4, 0, 1], [5, 5, 2, 3], [1, 0, 4, 4]):
+        x = torch.randn(4, STEPS, INPUT, device="cuda", requires_grad=True)
+        results = []
+        for own in (layer, compiled):
+            output, last = own(x, lengths=torch.tensor(lengths, device="cuda"))
+            loss = output.square().sum() + sum(h.sum() for h in as_tuple(last))
+            gradients = torch.autograd.grad(loss, [x, *layer.parameters()])
+            results.append([t.clone() for t in (output, *as_tuple(last), *gradients)])
+        for found, own in zip(*results, strict=True):
+            torch.testing.assert_close(found, own)
+
+
+def test_a_length_out_of_range_is_told_by_the_device() -> None:
+    """By an assertion that ends the process's use of it, so in a process of its own."""
+    code = (
+        "import torch, masked_rnn\n"
+        "gru = masked_rnn.MaskedGRU(2, 2, batch_first=True).cuda()\n"
+        "gru(torch.randn(2, 3, 2).cuda(), lengths=torch.tensor([3, 4]).cuda())\n"
+        "torch.cuda.synchronize()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode
+    assert "a length is out of range: expected 0 <= length <= 3" in ended.stderr

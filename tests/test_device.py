@@ -64,7 +64,7 @@ CALLS = [  # the form, num_layers, bidirectional, batch_first, hx
 ]
 UP = ["upload"]
 WAITS = {  # with lengths on the host, a mask on the host, and either on the device
-    "auto": (2 * UP, UP, []),
+    "auto": (UP, UP, []),
     # A mask goes there and back.
     "packed": (2 * UP, [*UP, "_to_copy", *2 * UP], ["_to_copy", *2 * UP]),
     "padded": (UP, UP, []),
@@ -218,17 +218,39 @@ def test_what_waits(cell: str, form: str) -> None:
 
 @pytest.mark.parametrize("form", WITH_RESETS)
 def test_what_waits_with_resets(cell: str, form: str, ran: list[str]) -> None:
-    """Resets on the device are followed step by step, without a wait; those on the host cut the rows there."""
-    layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True).to(DEVICE)
-    x = torch.randn(4, STEPS, INPUT).to(DEVICE).requires_grad_()
-    with watching() as waits:
-        output, last = layer(x, **WITH_RESETS[form])
-        (output.sum() + sum(h.sum() for h in as_tuple(last))).backward()
-    assert ran == ["packed" if form == "host-resets" else "scan"]
-    if form.startswith("device"):
-        assert not waits
-    else:
-        assert set(waits) == {"upload"}
+    """`auto` cuts rows at their resets, on the host, which has to read what is on the device; `scan` waits for nothing."""
+    for backend in ("auto", "scan"):
+        layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=backend).to(DEVICE)
+        x = torch.randn(4, STEPS, INPUT).to(DEVICE).requires_grad_()
+        with watching() as waits:
+            output, last = layer(x, **WITH_RESETS[form])
+            (output.sum() + sum(h.sum() for h in as_tuple(last))).backward()
+        reads = backend == "auto" and (
+            form.startswith("device") or form == "host-resets-mask"
+        )  # a mask goes there first
+        assert ("_to_copy" in waits) == reads
+        if backend == "scan" and form.startswith("device"):
+            assert not waits
+    assert ran == ["padded", "scan"]
+
+
+def test_rows_that_are_nearly_all_padding_stay_packed(layer: Any, ran: list[str]) -> None:
+    if layer.backend != "auto":
+        return
+    there, x = copy.deepcopy(layer).to(DEVICE), torch.randn(10, 30, INPUT, dtype=torch.float64)
+    resets = torch.zeros(10, 30, dtype=torch.bool)
+    resets[1:] = True
+    for lengths, given in (([30] + 9 * [1], {}), ([30] * 10, {"resets": resets})):
+        del ran[:]
+        found, expected = (
+            outcome(own, leaf, leaf, **given)
+            if given
+            else outcome(own, pack_padded_sequence(leaf, torch.tensor(lengths), batch_first=True), leaf)
+            for own, d in ((there, DEVICE), (layer, "cpu"))
+            for leaf in [x.to(d).requires_grad_()]
+        )
+        assert_agree(found, expected)
+        assert ran == ["packed", "bptt"]
 
 
 @pytest.mark.parametrize("backend", WAITS)

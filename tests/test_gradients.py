@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from masked_rnn import MaskedGRU
-from masked_rnn._backends import bptt, double_backward, kernels
+from masked_rnn._backends import bptt, kernels
 
 
 def functional(layer: Any, batch: int, steps: int, **given: Any) -> tuple[Any, list[Tensor]]:
@@ -251,6 +251,30 @@ def test_saved_tensors_may_be_changed_where_torch_allows_it(cell: str, backend: 
         torch.testing.assert_close(a, b)
 
 
+class DifferentiatedOnce:
+    """A kernel as cuDNN's is: its backward has none of its own, and runs only if the forward was called training."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __call__(self, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        _has_biases, is_training, *_ = (a for a in args if isinstance(a, bool))
+        return Once.apply(is_training, *self.kernel(x, *args))
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, is_training: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.is_training = is_training
+        return tuple(t.clone() for t in tensors)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        assert ctx.is_training, "cudnn RNN backward can only be called in training mode"
+        return None, *grads
+
+
 @pytest.mark.parametrize("kernel", ["packed", "padded"])
 @pytest.mark.parametrize("given", [{}, {"lengths": [3, 0, 4]}], ids=str)
 def test_a_kernel_that_differentiates_once(
@@ -272,12 +296,9 @@ def test_a_kernel_that_differentiates_once(
 
     expected = first_and_second()
     monkeypatch.setattr(kernels, "runs_cudnn", lambda _x: True)
-    applied = []
-    apply = double_backward.DoubleBackward.apply
-    monkeypatch.setattr(kernels.DoubleBackward, "apply", lambda *a: applied.append(1) or apply(*a))
+    monkeypatch.setitem(kernels.KERNELS, layer.mode, DifferentiatedOnce(kernels.KERNELS[layer.mode]))
     for a, b in zip(first_and_second(), expected, strict=True):
         torch.testing.assert_close(a, b)
-    assert applied
     layer.dropout = 0.5
     torch.manual_seed(1)
     noisy = layer(x, **given)[0]
@@ -286,13 +307,34 @@ def test_a_kernel_that_differentiates_once(
     assert not torch.equal(layer(x, **given)[0], noisy)
     torch.manual_seed(1)
     with torch.no_grad():
-        assert torch.equal(layer(x, **given)[0], noisy)
+        torch.testing.assert_close(layer(x, **given)[0], noisy)
     time_first = copy.deepcopy(layer)
     time_first.batch_first = False
     torch.manual_seed(1)
     torch.testing.assert_close(time_first(x.transpose(0, 1), **given)[0].transpose(0, 1), noisy)
     (dx,) = torch.autograd.grad(noisy.square().sum(), x, create_graph=True)
     dx.square().sum().backward()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_weights_in_one_chunk(cell: str, bias: bool) -> None:
+    """As cuDNN wants those of a layer: matrices, then biases, from the start of their memory on."""
+    layer = masked(cell, bidirectional=True, bias=bias)
+    own = list(layer.parameters())
+    chunk = kernels.in_one_chunk(own)
+    inside = [p for p in chunk if p.dim() == 2] + [p for p in chunk if p.dim() == 1]
+    offset = 0
+    for p in inside:
+        assert p.is_contiguous()
+        assert p.storage_offset() == offset
+        offset += p.numel()
+    assert len({p.untyped_storage().data_ptr() for p in chunk}) == 1
+    assert all(torch.equal(a, b) for a, b in zip(chunk, own, strict=True))
+    assert kernels.in_one_chunk(chunk) is chunk
+    halves = kernels.in_one_chunk(chunk[len(chunk) // 2 :])
+    assert halves[0].storage_offset() == 0
+    for g in torch.autograd.grad(sum(p.sum() for p in chunk), own):
+        assert torch.equal(g, torch.ones_like(g))
 
 
 @pytest.mark.parametrize("batch_first", [False, True])

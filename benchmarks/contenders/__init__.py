@@ -35,7 +35,7 @@ class Contender:
     """The class in that module."""
     needs: tuple[str, ...]
     """Packages, by the names they are imported by."""
-    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    options: Mapping[str, Any] = field(default_factory=dict, compare=False)
     trains: bool = True
     takes_lengths: bool = True
     """False: runs over padding, so it can only be right, and is only checked, where every length is T."""
@@ -44,9 +44,14 @@ class Contender:
     cells: tuple[str, ...] = CELLS
     is_layer: bool = True
     """False: there is no result to check."""
+    devices: tuple[str, ...] = ("cpu",)
+    """Those it can run on; one that can choose is built with the option `device`."""
 
     def missing(self) -> list[str]:
         return [package for package in self.needs if find_spec(package) is None]
+
+    def on(self, device: str) -> Contender:
+        return self if self.devices == ("cpu",) else replace(self, options={**self.options, "device": device})
 
     def fit(self, problem: Problem) -> Problem:
         """The problem with weights that the contender can carry."""
@@ -79,14 +84,15 @@ def version_of(package: str) -> str:
         return "?"
 
 
-OURS = Contender("masked_rnn", "torch_layers", "Masked", ("masked_rnn", "torch", "numba"))
+ANYWHERE = ("cpu", "cuda")
+OURS = Contender("masked_rnn", "torch_layers", "Masked", ("masked_rnn", "torch", "numba"), devices=ANYWHERE)
 WITHOUT_EXTRA = Contender("masked_rnn-ops", "torch_layers", "WithoutExtra", ("masked_rnn", "torch"))
-RECIPE = Contender("recipe", "torch_layers", "Recipe", ("torch",))
-PADDED = Contender("padded", "torch_layers", "Padded", ("torch",), takes_lengths=False)
+RECIPE = Contender("recipe", "torch_layers", "Recipe", ("torch",), devices=ANYWHERE)
+PADDED = Contender("padded", "torch_layers", "Padded", ("torch",), takes_lengths=False, devices=ANYWHERE)
 OTHERS = (
     Contender("keras", "keras_layers", "Keras", ("keras", "tensorflow")),
     Contender("keras-xla", "keras_layers", "Keras", ("keras", "tensorflow"), {"jit_compile": True}),
-    Contender("flax", "flax_layers", "Flax", ("flax", "jax"), has_hidden_bias=False),
+    Contender("flax", "flax_layers", "Flax", ("flax", "jax"), has_hidden_bias=False, devices=ANYWHERE),
     Contender("paddle", "paddle_layers", "Paddle", ("paddle",)),
     Contender("onnxruntime", "onnxruntime_layers", "OnnxRuntime", ("onnxruntime", "onnx"), trains=False),
 )
@@ -98,7 +104,22 @@ CAPTURED = (
     ),
 )
 BACKENDS = tuple(
-    Contender(f"masked_rnn-{backend}", "torch_layers", "Masked", ("masked_rnn", "torch"), {"backend": backend})
+    Contender(
+        f"masked_rnn-{backend}",
+        "torch_layers",
+        "Masked",
+        ("masked_rnn", "torch"),
+        {"backend": backend},
+        devices=ANYWHERE,
+    )
     for backend in ("packed", "padded", "bptt", "scan")
 )
-CONTENDERS = (OURS, WITHOUT_EXTRA, RECIPE, PADDED, *OTHERS, PRODUCTS)
+LENGTHS_ON_DEVICE = tuple(
+    replace(c, name=f"{c.name}-lengths-there", options={**c.options, "lengths_there": True}, devices=("cuda",))
+    for c in (OURS, RECIPE, *BACKENDS[:2])
+)
+"""On an accelerator, with lengths that lie there too."""
+GRAPH = Contender(
+    "masked_rnn-graph", "torch_layers", "Graph", ("masked_rnn", "torch"), {"lengths_there": True}, devices=("cuda",)
+)
+CONTENDERS = (OURS, WITHOUT_EXTRA, RECIPE, PADDED, *OTHERS, PRODUCTS, *LENGTHS_ON_DEVICE, GRAPH)

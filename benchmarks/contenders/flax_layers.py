@@ -41,7 +41,8 @@ class Stack(nnx.Module):
 
 
 class Flax:
-    def __init__(self, problem: Problem, threads: int) -> None:
+    def __init__(self, problem: Problem, threads: int, device: str = "cpu") -> None:
+        jax.config.update("jax_platforms", device)
         self.problem = problem
         data, shape = problem.data(), problem.shape
         self.names: list[str] = []

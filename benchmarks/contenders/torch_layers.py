@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,34 +26,45 @@ MASKED: dict[str, type[nn.RNNBase]] = {
 class TorchRunner:
     layers = PLAIN
 
-    def __init__(self, problem: Problem, threads: int, **options: Any) -> None:
+    def __init__(
+        self, problem: Problem, threads: int, device: str = "cpu", lengths_there: bool = False, **options: Any
+    ) -> None:
         torch.set_num_threads(threads)
+        self.device = device
         data, shape = problem.data(), problem.shape
         self.layer = self.layers[problem.cell](
             shape.I, shape.H, shape.L, batch_first=True, bidirectional=shape.bidirectional, **options
         )
         self.layer.load_state_dict({name: torch.from_numpy(w) for name, w in data.weights.items()})
-        self.input = torch.from_numpy(data.input)
-        self.lengths = None if problem.full else torch.from_numpy(data.lengths)
-        self.cotangents = [torch.from_numpy(d) for d in (data.d_output, *data.d_states)]
+        self.layer.to(device)
+        self.input = torch.from_numpy(data.input).to(device)
+        self.lengths = None if problem.full else torch.from_numpy(data.lengths).to(device if lengths_there else "cpu")
+        self.cotangents = [torch.from_numpy(d).to(device) for d in (data.d_output, *data.d_states)]
 
     def forward(self) -> tuple[Tensor, ...]:
         raise NotImplementedError
 
+    def wait(self) -> None:
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+
     def infer(self) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            return self.forward()
+            results = self.forward()
+        self.wait()
+        return results
 
     def train(self) -> tuple[Tensor, ...]:
         self.layer.zero_grad(set_to_none=True)
         results = self.forward()
         torch.autograd.backward(results, self.cotangents)
+        self.wait()
         return results
 
     def result(self, training: bool) -> Result:
-        output, *states = self.train() if training else self.infer()
-        grads = {name: p.grad.numpy() for name, p in self.layer.named_parameters() if p.grad is not None}
-        return Result(output.detach().numpy(), tuple(h.detach().numpy() for h in states), grads if training else None)
+        output, *states = (t.detach().cpu().numpy() for t in (self.train() if training else self.infer()))
+        grads = {name: p.grad.cpu().numpy() for name, p in self.layer.named_parameters() if p.grad is not None}
+        return Result(output, tuple(states), grads if training else None)
 
 
 class Masked(TorchRunner):
@@ -65,6 +76,42 @@ class Masked(TorchRunner):
     def forward(self) -> tuple[Tensor, ...]:
         output, last = self.layer(self.input, lengths=self.lengths)
         return output, *flat(last)
+
+
+class Graph(Masked):
+    """Captured once, with its gradients, and replayed."""
+
+    def __init__(self, problem: Problem, threads: int, **options: Any) -> None:
+        super().__init__(problem, threads, **options)
+        self.inference, self.training = self.captured(super().infer), self.captured(super().train)
+
+    def wait(self) -> None:
+        if not torch.cuda.is_current_stream_capturing():
+            super().wait()
+
+    def captured(self, step: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = step()
+
+        def replay() -> tuple[Tensor, ...]:
+            graph.replay()
+            self.wait()
+            return results
+
+        return replay
+
+    def infer(self) -> tuple[Tensor, ...]:
+        return self.inference()
+
+    def train(self) -> tuple[Tensor, ...]:
+        return self.training()
 
 
 class WithoutExtra(Masked):
@@ -100,7 +147,7 @@ class Recipe(TorchRunner):
 
     def forward(self) -> tuple[Tensor, ...]:
         N, T, _ = self.input.shape
-        lengths = torch.full((N,), T) if self.lengths is None else self.lengths
+        lengths = torch.full((N,), T) if self.lengths is None else self.lengths.cpu()
         lengths, order = lengths.sort(descending=True)
         packed, last = self.layer(pack_padded_sequence(self.input[order], lengths, batch_first=True))
         output, _ = pad_packed_sequence(packed, batch_first=True, total_length=T)

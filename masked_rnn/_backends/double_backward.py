@@ -27,7 +27,8 @@ def gradient_of(
     with torch.enable_grad(), torch.autocast(device, enabled=False):
         # Aliases, so that the gradient by one input does not run on into another that it was made from.
         aliases = [None if t is None else t.view_as(t) for t in inputs]
-        pairs = [(o, g) for o, g in zip(recurrence(*aliases), grads, strict=True) if g is not None and o.requires_grad]
+        results = zip(recurrence(*aliases), grads, strict=True)
+        pairs = [(o, g.to(o.dtype)) for o, g in results if g is not None and o.requires_grad]
         wanted = [t for t, need in zip(aliases, needs, strict=True) if need and t is not None]
         found: Sequence[Tensor | None] = [None] * len(wanted)
         if pairs and wanted:
@@ -38,25 +39,23 @@ def gradient_of(
 
 
 class DoubleBackward(torch.autograd.Function):
-    """`kernel(*inputs)`, for a kernel whose own backward can't be differentiated (cuDNN's)."""
+    """The outputs of a kernel whose own backward can't be differentiated (cuDNN's), as they are.
+
+    Their gradients go to the kernel, as if this were not here; or, where they will be differentiated, past it, by way
+    of `recurrence(*inputs)`, to its inputs.
+    """
 
     @staticmethod
-    def forward(ctx: Any, kernel: Recurrence, recurrence: Recurrence, *inputs: Tensor) -> tuple[Tensor, ...]:
-        with torch.enable_grad():
-            ctx.inner = [t.detach().requires_grad_(t.requires_grad) for t in inputs]
-            ctx.outputs = kernel(*ctx.inner)
-        ctx.recurrence = recurrence
-        ctx.save_for_backward(*inputs)
+    def forward(ctx: Any, recurrence: Recurrence, n_outputs: int, *outputs_and_inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.recurrence, ctx.n_outputs = recurrence, n_outputs
+        ctx.save_for_backward(*outputs_and_inputs[n_outputs:])
         ctx.set_materialize_grads(False)
-        return tuple(o.detach() for o in ctx.outputs)
+        return tuple(o.detach() for o in outputs_and_inputs[:n_outputs])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
-        if needs_another_backward(grads):
-            return None, None, *gradient_of(ctx.recurrence, inputs, needs, grads)
-        pairs = [(o, g) for o, g in zip(ctx.outputs, grads, strict=True) if g is not None]
-        outputs, cotangents = zip(*pairs, strict=True)
-        wanted = [t for t, need in zip(ctx.inner, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(outputs, wanted, cotangents, retain_graph=True, allow_unused=True))
-        return None, None, *(next(found) if need else None for need in needs)
+        needs = ctx.needs_input_grad[2 + ctx.n_outputs :]
+        if not needs_another_backward(grads):
+            return None, None, *grads, *[None] * len(needs)
+        nothing = [None] * ctx.n_outputs
+        return None, None, *nothing, *gradient_of(ctx.recurrence, ctx.saved_tensors, needs, grads)

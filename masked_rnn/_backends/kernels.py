@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._call import Call
 from .._cells import LayerWeights, States, flatten_weights, group_weights, stack_layers
-from .._torch import KERNELS, has_onednn, is_autocast_on
+from .._torch import KERNELS, has_onednn, is_autocast_on, is_fake
 from .double_backward import DoubleBackward
 from .recurrence import scan_layers
 
@@ -81,7 +81,27 @@ def run_layer(
     mode: str, x: Tensor, initial: States, weights: LayerWeights, batch_sizes: Tensor | None = None
 ) -> tuple[Tensor, States]:
     """One layer over a padded batch, time first, or over packed rows."""
-    return run_kernel(mode, x, initial, flatten_weights([weights]), 1, len(weights), batch_sizes)
+    parameters = flatten_weights([weights])
+    if runs_cudnn(x) and not is_fake(x):
+        parameters = in_one_chunk(parameters)
+    return run_kernel(mode, x, initial, parameters, 1, len(weights), batch_sizes)
+
+
+def in_one_chunk(parameters: list[Tensor]) -> list[Tensor]:
+    """The same, as cuDNN wants them in memory: one after the other, matrices before biases. Where they lie otherwise,
+    PyTorch copies each at every call, and warns that the user should do what no user of one layer of several can."""
+    order = sorted(range(len(parameters)), key=lambda k: -parameters[k].dim())
+    inside = [parameters[k] for k in order]
+    ends = [p.data_ptr() + p.nbytes for p in inside]
+    begins = [p.data_ptr() for p in inside]
+    if begins == [inside[0].untyped_storage().data_ptr(), *ends[:-1]] and all(p.is_contiguous() for p in inside):
+        return parameters
+    biases = [p for p in inside if p.dim() == 1]
+    # cuDNN has room for biases that are not there, too.
+    rest = [] if biases else [inside[0].new_zeros(sum(p.size(0) for p in inside))]
+    parts = torch.cat([*(p.reshape(-1) for p in inside), *rest]).split([p.numel() for p in (*inside, *rest)])
+    placed = {k: part.view(p.shape) for k, part, p in zip(order, parts, inside, strict=False)}
+    return [placed[k] for k in range(len(parameters))]
 
 
 def run_kernel(
@@ -97,7 +117,9 @@ def run_kernel(
 ) -> tuple[Tensor, States]:
     """A stack of layers over a padded batch, or over packed rows where `batch_sizes` are given."""
     has_biases = len(parameters) >= 4 * layers * directions
-    options = (has_biases, layers, dropout, dropout > 0, directions == 2)
+    learns = torch.is_grad_enabled() and runs_cudnn(x)
+    # What a module calls training draws dropout, and is when cuDNN saves what its gradient needs.
+    options = (has_biases, layers, dropout, dropout > 0 or learns, directions == 2)
 
     def kernel(x: Tensor, *tensors: Tensor) -> Sequence[Tensor]:
         states, parameters = tensors[: len(initial)], tensors[len(initial) :]
@@ -111,11 +133,13 @@ def run_kernel(
 
     def recurrence(x: Tensor, *tensors: Tensor) -> Sequence[Tensor]:
         grouped = group_weights(tensors[len(initial) :], layers, directions)
-        output, last = scan_layers(mode, x, tuple(tensors[: len(initial)]), grouped, batch_sizes, batch_first)
+        dtype = grouped[0][0].w_ih.dtype  # under autocast the kernel takes any
+        x, *states = (t.to(dtype) for t in (x, *tensors[: len(initial)]))
+        output, last = scan_layers(mode, x, tuple(states), grouped, batch_sizes, batch_first)
         return output, *last
 
-    if runs_cudnn(x) and torch.is_grad_enabled():
-        output, *last = DoubleBackward.apply(kernel, recurrence, x, *initial, *parameters)  # type: ignore[no-untyped-call]
-    else:
-        output, *last = kernel(x, *initial, *parameters)
+    results = kernel(x, *initial, *parameters)
+    if learns:
+        results = DoubleBackward.apply(recurrence, len(results), *results, x, *initial, *parameters)  # type: ignore[no-untyped-call]
+    output, *last = results
     return output, tuple(last)
