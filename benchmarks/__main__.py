@@ -129,7 +129,8 @@ def facts(suite: Suite, busy: float, seconds: float) -> dict[str, str]:
     )
     return {
         "command": f"python -m benchmarks {shlex.join(sys.argv[1:])}",
-        "machine": f"{card(suite.plan.device)}{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
+        "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
+        **({} if suite.plan.device == "cpu" else {"card": card()}),
         "threads": str(suite.plan.threads),
         "python": platform.python_version(),
         "versions": ", ".join(dict.fromkeys(row.version for row in suite.rows)),
@@ -140,12 +141,10 @@ def facts(suite: Suite, busy: float, seconds: float) -> dict[str, str]:
     }
 
 
-def card(device: str) -> str:
-    if device == "cpu":
-        return ""
+def card() -> str:
     import torch
 
-    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}; "
+    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
 
 
 def load() -> float:

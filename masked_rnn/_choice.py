@@ -68,12 +68,13 @@ def _run(backend: Backend, call: Call) -> tuple[Tensor, States]:
 
 
 def _dtypes_under_autocast(call: Call) -> list[torch.dtype]:
-    """Those of the output and the last states that `torch.nn` returns: cuDNN's are float16 whatever autocast asks for;
-    elsewhere a GRU's h and a projected LSTM's c keep the precision they came in."""
-    weights = call.parameters[0].dtype
-    if runs_cudnn(call.data):
-        return [weights if weights == torch.float64 else torch.float16] * (1 + len(call.states))
-    low = weights if weights == torch.float64 else torch.get_autocast_dtype(call.data.device.type)
+    """Those of the output and the last states that `torch.nn` returns. cuDNN's are float16 whatever autocast asks for.
+    On a CPU a GRU's h and a projected LSTM's c keep the precision they came in."""
+    weights, device = call.parameters[0].dtype, call.data.device.type
+    autocast = torch.float16 if runs_cudnn(call.data) else torch.get_autocast_dtype(device)
+    low = weights if weights == torch.float64 else autocast
+    if device == "cuda":
+        return [low] * (1 + len(call.states))
     wide = [torch.promote_types(low, h.dtype) for h in call.states]
     if call.layer.mode == "GRU":
         return [wide[0], wide[0]]

@@ -30,6 +30,7 @@ from oracle import (
 )
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
+from torch.utils.checkpoint import checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA is not available")
 
@@ -81,7 +82,7 @@ def home(run: Run) -> Run:
     return Run(run.output.cpu(), tuple(h.cpu() for h in run.states), gradients)
 
 
-@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-9), (torch.float32, 5e-4)])  # cuDNN's own error
 @pytest.mark.parametrize("cudnn", [True, False])
 def test_as_on_the_cpu_in_float64(
     cell: str, backend: str, dtype: torch.dtype, atol: float, cudnn: bool, monkeypatch: pytest.MonkeyPatch
@@ -150,8 +151,11 @@ def test_a_captured_graph_follows_what_it_is_given(cell: str, backend: str, form
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float16, 2e-2), (torch.bfloat16, 1e-1)])
-@pytest.mark.parametrize("form", ["host", "device"])
-def test_autocast(cell: str, backend: str, form: str, dtype: torch.dtype, atol: float) -> None:
+@pytest.mark.parametrize(("form", "cudnn"), [("host", True), ("device", True), ("host", False)])
+def test_autocast(
+    cell: str, backend: str, form: str, dtype: torch.dtype, atol: float, cudnn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", cudnn)
     layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=backend)
     theirs = plain(cell, num_layers=2, bidirectional=True, batch_first=True).cuda()
     mask = prefix_mask(LENGTHS, STEPS)
@@ -219,20 +223,25 @@ def test_low_precision(cell: str, backend: str, dtype: torch.dtype) -> None:
 
 def test_dropout_is_drawn_again_by_a_checkpoint(cell: str, backend: str) -> None:
     layer = masked(cell, num_layers=2, dropout=0.5, batch_first=True, backend=backend).double().cuda()
-    x = torch.randn(4, STEPS, INPUT, dtype=torch.float64, device="cuda", requires_grad=True)
+    x = torch.randn(4, STEPS, INPUT, dtype=torch.float64, device="cuda")
 
-    def run() -> Tensor:
+    def run(x: Tensor) -> Tensor:
         output: Tensor = layer(x, lengths=LENGTHS)[0]
         return output
 
-    def gradients(through: Any) -> tuple[Tensor, ...]:
+    def gradients(through: Any) -> list[Tensor]:
+        layer.zero_grad()
+        leaf = x.detach().clone().requires_grad_()
         torch.manual_seed(3)
-        return torch.autograd.grad(through().square().sum(), [x, *layer.parameters()])
+        through(leaf).square().sum().backward()
+        return [leaf.grad, *(p.grad for p in layer.parameters())]
 
-    again = partial(torch.utils.checkpoint.checkpoint, run, use_reentrant=False)
-    for a, b in zip(gradients(run), gradients(again), strict=True):
-        torch.testing.assert_close(a, b)
-    assert not torch.equal(run(), run())
+    expected = gradients(run)
+    for use_reentrant in (False, True):  # the latter runs once without gradients, and once with
+        again = partial(checkpoint, run, use_reentrant=use_reentrant)
+        for a, b in zip(gradients(again), expected, strict=True):
+            torch.testing.assert_close(a, b)
+    assert not torch.equal(run(x), run(x))
 
 
 @pytest.mark.parametrize("form", ["packed", "nested"])
@@ -259,6 +268,7 @@ def test_rows(cell: str, backend: str, form: str) -> None:
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # the compiler's own trial
 def test_compiled(cell: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`reduce-overhead` records a CUDA graph."""
     monkeypatch.setattr(torch._dynamo.config, "allow_rnn", True)

@@ -218,17 +218,17 @@ def test_what_waits(cell: str, form: str) -> None:
 
 @pytest.mark.parametrize("form", WITH_RESETS)
 def test_what_waits_with_resets(cell: str, form: str, ran: list[str]) -> None:
-    """`auto` cuts rows at their resets, on the host, which has to read what is on the device; `scan` waits for nothing."""
+    """`auto` cuts rows at their resets on the host, which has to read what is on the device; `scan` reads nothing."""
     for backend in ("auto", "scan"):
         layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=backend).to(DEVICE)
         x = torch.randn(4, STEPS, INPUT).to(DEVICE).requires_grad_()
         with watching() as waits:
             output, last = layer(x, **WITH_RESETS[form])
             (output.sum() + sum(h.sum() for h in as_tuple(last))).backward()
-        reads = backend == "auto" and (
-            form.startswith("device") or form == "host-resets-mask"
-        )  # a mask goes there first
-        assert ("_to_copy" in waits) == reads
+        # A mask goes there first.
+        assert ("_to_copy" in waits) == (
+            backend == "auto" and (form.startswith("device") or form == "host-resets-mask")
+        )
         if backend == "scan" and form.startswith("device"):
             assert not waits
     assert ran == ["padded", "scan"]

@@ -331,8 +331,15 @@ def test_weights_in_one_chunk(cell: str, bias: bool) -> None:
     assert len({p.untyped_storage().data_ptr() for p in chunk}) == 1
     assert all(torch.equal(a, b) for a, b in zip(chunk, own, strict=True))
     assert kernels.in_one_chunk(chunk) is chunk
-    halves = kernels.in_one_chunk(chunk[len(chunk) // 2 :])
-    assert halves[0].storage_offset() == 0
+    half = len(chunk) // 2
+    for part in (chunk[:half], chunk[half:]):  # in memory that goes on, or has begun before
+        again = kernels.in_one_chunk(part)
+        assert again[0].storage_offset() == 0
+        assert again is not part
+        if not bias:
+            memory = torch.empty(0).set_(again[0].untyped_storage())
+            assert not memory[sum(p.numel() for p in part) :].any()
+            assert memory.numel() == sum(p.numel() + p.size(0) for p in part)
     for g in torch.autograd.grad(sum(p.sum() for p in chunk), own):
         assert torch.equal(g, torch.ones_like(g))
 

@@ -81,27 +81,7 @@ def run_layer(
     mode: str, x: Tensor, initial: States, weights: LayerWeights, batch_sizes: Tensor | None = None
 ) -> tuple[Tensor, States]:
     """One layer over a padded batch, time first, or over packed rows."""
-    parameters = flatten_weights([weights])
-    if runs_cudnn(x) and not is_fake(x):
-        parameters = in_one_chunk(parameters)
-    return run_kernel(mode, x, initial, parameters, 1, len(weights), batch_sizes)
-
-
-def in_one_chunk(parameters: list[Tensor]) -> list[Tensor]:
-    """The same, as cuDNN wants them in memory: one after the other, matrices before biases. Where they lie otherwise,
-    PyTorch copies each at every call, and warns that the user should do what no user of one layer of several can."""
-    order = sorted(range(len(parameters)), key=lambda k: -parameters[k].dim())
-    inside = [parameters[k] for k in order]
-    ends = [p.data_ptr() + p.nbytes for p in inside]
-    begins = [p.data_ptr() for p in inside]
-    if begins == [inside[0].untyped_storage().data_ptr(), *ends[:-1]] and all(p.is_contiguous() for p in inside):
-        return parameters
-    biases = [p for p in inside if p.dim() == 1]
-    # cuDNN has room for biases that are not there, too.
-    rest = [] if biases else [inside[0].new_zeros(sum(p.size(0) for p in inside))]
-    parts = torch.cat([*(p.reshape(-1) for p in inside), *rest]).split([p.numel() for p in (*inside, *rest)])
-    placed = {k: part.view(p.shape) for k, part, p in zip(order, parts, inside, strict=False)}
-    return [placed[k] for k in range(len(parameters))]
+    return run_kernel(mode, x, initial, flatten_weights([weights]), 1, len(weights), batch_sizes)
 
 
 def run_kernel(
@@ -117,7 +97,10 @@ def run_kernel(
 ) -> tuple[Tensor, States]:
     """A stack of layers over a padded batch, or over packed rows where `batch_sizes` are given."""
     has_biases = len(parameters) >= 4 * layers * directions
-    learns = torch.is_grad_enabled() and runs_cudnn(x)
+    on_cudnn = runs_cudnn(x)
+    learns = on_cudnn and torch.is_grad_enabled()
+    if on_cudnn and not is_fake(x):
+        parameters = in_one_chunk(parameters)
     # What a module calls training draws dropout, and is when cuDNN saves what its gradient needs.
     options = (has_biases, layers, dropout, dropout > 0 or learns, directions == 2)
 
@@ -143,3 +126,22 @@ def run_kernel(
         results = DoubleBackward.apply(recurrence, len(results), *results, x, *initial, *parameters)  # type: ignore[no-untyped-call]
     output, *last = results
     return output, tuple(last)
+
+
+def in_one_chunk(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+    """A stack's weights as cuDNN has them in memory: one after the other, matrices, then biases, zeros where there are
+    none. Where they lie otherwise, PyTorch copies them one by one, and warns of what no user of one layer of several
+    can change; where no biases follow, it has cuDNN take what does for them."""
+    order = sorted(range(len(parameters)), key=lambda k: -parameters[k].dim())
+    inside = [parameters[k] for k in order]
+    has_biases = inside[-1].dim() == 1
+    room = 0 if has_biases else sum(p.size(0) for p in inside)
+    begins, memory = [p.data_ptr() for p in inside], inside[0].untyped_storage()
+    ends = [p.data_ptr() + p.nbytes for p in inside]
+    has_room = has_biases or ends[-1] + room * inside[0].element_size() >= memory.data_ptr() + memory.nbytes()
+    if has_room and begins == [memory.data_ptr(), *ends[:-1]] and all(p.is_contiguous() for p in inside):
+        return parameters
+    zeros = inside[0].new_zeros(room)
+    parts = torch.cat([*(p.reshape(-1) for p in inside), zeros]).split([*(p.numel() for p in inside), room])
+    placed = {k: part.view(p.shape) for k, part, p in zip(order, parts, inside, strict=False)}
+    return [placed[k] for k in range(len(parameters))]
