@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from masked_rnn import MaskedGRU
 from masked_rnn._backends.bptt.choice import loops_are_compiled
 
-from .__main__ import load, processor
+from .__main__ import card, load, processor
 from .contenders import version_of
 from .measure import MOST_ROUNDS, Times, ratio
 from .report import print_table
@@ -52,24 +52,26 @@ class Contender(NamedTuple):
         with torch.set_grad_enabled(learns):
             output = self.forward()
         gradients = torch.autograd.grad(output, list(self.layer.parameters()), cotangent) if learns else ()
+        if output.is_cuda:
+            torch.cuda.synchronize()
         return output.detach(), *gradients
 
 
-def draw(steps: int) -> Task:
+def draw(steps: int, device: str) -> Task:
     torch.manual_seed(1)
     resets = torch.rand(BATCH, steps) < 1 / EPISODE
     resets[0, 0] = True  # so that a state which is handed in is dropped, too
     x, cotangent = torch.randn(2, BATCH, steps, WIDTH)
-    return Task(x, torch.randn(1, BATCH, WIDTH), resets, cotangent)
+    return Task(*(t.to(device) for t in (x, torch.randn(1, BATCH, WIDTH), resets, cotangent)))
 
 
 def masked(task: Task) -> Contender:
-    layer = MaskedGRU(WIDTH, WIDTH, batch_first=True)
+    layer = MaskedGRU(WIDTH, WIDTH, batch_first=True, device=task.x.device)
     return Contender(layer, lambda: layer(task.x, task.hx, resets=task.resets)[0])
 
 
 def loop_cell(task: Task) -> Contender:
-    cell, keep = nn.GRUCell(WIDTH, WIDTH), 1 - task.resets.float()
+    cell, keep = nn.GRUCell(WIDTH, WIDTH, device=task.x.device), 1 - task.resets.float()
 
     def forward() -> Tensor:
         h, outputs = task.hx[0], []
@@ -83,7 +85,7 @@ def loop_cell(task: Task) -> Contender:
 
 def loop_gru(task: Task) -> Contender:
     """As CleanRL and sb3-contrib run nn.LSTM: the layer, a step at a time."""
-    layer, keep = nn.GRU(WIDTH, WIDTH, batch_first=True), 1 - task.resets.float()
+    layer, keep = nn.GRU(WIDTH, WIDTH, batch_first=True, device=task.x.device), 1 - task.resets.float()
 
     def forward() -> Tensor:
         h, outputs = task.hx, []
@@ -101,9 +103,9 @@ def torchrl(task: Task, backend: str = "pad") -> Contender:
     from torchrl.modules import GRUModule, set_recurrent_mode
 
     keys = {"in_keys": ["x", "state"], "out_keys": ["output", ("next", "state")]}
-    module = GRUModule(WIDTH, WIDTH, recurrent_backend=backend, **keys)
+    module = GRUModule(WIDTH, WIDTH, recurrent_backend=backend, device=task.x.device, **keys)
     # As a rollout leaves it: a state for each step, of which those that pieces begin with are read.
-    states = torch.zeros(*task.resets.shape, 1, WIDTH)
+    states = torch.zeros(*task.resets.shape, 1, WIDTH, device=task.x.device)
     states[:, 0, 0] = task.hx[0] * ~task.resets[:, :1]
 
     def forward() -> Tensor:
@@ -157,11 +159,13 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=20, help="seconds of timing for each contender and work")
     parser.add_argument("--against", type=some, default=list(OTHERS), metavar="A,B", help=f"of {','.join(OTHERS)}")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     busy = load()
 
-    task = draw(QUICK_STEPS if arguments.quick else STEPS)
+    torch.backends.cudnn.allow_tf32 = False  # which is no cause to call a contender wrong
+    task = draw(QUICK_STEPS if arguments.quick else STEPS, arguments.device)
     ours = masked(task)
     seconds: dict[str, list[float]] = {"training": [], "inference": []}
     cells: dict[tuple[str, str], str] = {}
@@ -189,6 +193,8 @@ def main() -> None:
     print_table(table)
     print("", *left_out, sep="\n")
     print(f"{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}; load before {busy:.1f}")
+    if arguments.device == "cuda":
+        print(card())
     versions = ", ".join(f"{package} {version_of(package)}" for package in ("torch", "numba", "torchrl"))
     loops = "compiled loops" if loops_are_compiled(torch.float32) else "loops of ops"
     print(f"masked_rnn with {loops}, {versions}, {torch.get_num_threads()} threads")

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ._backends import bptt, packed, padded, scan
 from ._backends.bptt.choice import loops_are_compiled
-from ._backends.kernels import runs_cudnn, suits_kernel
+from ._backends.kernels import runs_all_steps_at_once, runs_cudnn, suits_kernel
 from ._call import Call
 from ._capture import onnx, operator
 from ._cells import States
+from ._lengths import is_on_host
 from ._torch import (
     forward_gradients_run,
     is_autocast_on,
@@ -41,8 +42,8 @@ ONNX = Backend("onnx", onnx.run)
 
 STEP_BY_STEP = ("scan", "operator")
 """Those that take resets as they are."""
-MOST_PADDING = 0.8
-"""The share of padding up to which rows, on an accelerator, are padded."""
+MOST_PADDING = 0.9
+"""The share of padding up to which rows are padded for a kernel that runs all steps at once: it takes memory."""
 
 
 def run(call: Call) -> tuple[Tensor, States]:
@@ -133,9 +134,14 @@ def preferred(call: Call, mode: Mode) -> str:
         return "packed" if call.packed is not None else "padded"
     if device.type == "cpu":
         return "padded" if _suits_kernel(call) and not _why_no_lstm_kernel(call) else "bptt"
-    # On an accelerator the kernel over packed rows starts some more for every step, the one over a padded batch one
-    # for all; only of a batch that is nearly all padding does it make too much.
-    return "packed" if call.data.dim() == 2 and call.plan.share_of_padding() > MOST_PADDING else "padded"
+    if call.resets is not None:
+        return "padded"  # or what suits the batch once it is cut
+    layer = call.layer
+    at_once = runs_all_steps_at_once(layer.mode, call.data, layer.hidden_size, layer.proj_size)
+    if call.data.dim() == 2:
+        return "padded" if at_once and call.plan.share_of_padding() <= MOST_PADDING else "packed"
+    on_host = all(t is None or is_on_host(t) for t in (call.lengths, call.mask))
+    return "packed" if on_host and not at_once else "padded"
 
 
 def _suits_kernel(call: Call) -> bool:

@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_sequence
 
 from masked_rnn import _choice, _torch
+from masked_rnn._backends import kernels
 from masked_rnn._backends.bptt import choice
 from masked_rnn._call import open_call
 from masked_rnn._plan import Plan
@@ -153,23 +154,40 @@ def test_a_forced_backend_runs(cell: str, backend: str, form: str, ran: list[str
     assert ran == [backend]
 
 
-@pytest.mark.parametrize("capturing", [False, True])
-def test_elsewhere(capturing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On an accelerator `padded` runs, but for rows that are nearly all padding, and while a CUDA graph is recorded."""
+@pytest.mark.parametrize("at_once", [False, True])
+def test_elsewhere(at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an accelerator: by where the lengths lie, and whether a kernel runs all steps of a padded batch at once."""
+    capturing = False
     monkeypatch.setattr(_choice, "is_capturing", lambda _device: capturing)
+    monkeypatch.setattr(_choice, "runs_all_steps_at_once", lambda *_: at_once)
     mode = _choice.Mode(only_scan=None, traced=False, readable=True)
+    there, here = (SimpleNamespace(device=SimpleNamespace(type=name)) for name in ("xpu", "cpu"))
 
     def taken(dims: int, sizes: tuple[int, ...] = (), **given: Any) -> str:
-        data = SimpleNamespace(device=SimpleNamespace(type="xpu"), dim=lambda: dims)
+        data = SimpleNamespace(device=there.device, dim=lambda: dims)
+        nothing = {"lengths": None, "mask": None, "resets": None, "packed": None}
         plan = Plan(list(sizes), 9, sum(sizes), torch.device("cpu"))
-        call: Any = SimpleNamespace(data=data, plan=plan, **{"resets": None, "packed": None, **given})
+        call: Any = SimpleNamespace(layer=masked("gru"), data=data, plan=plan, **{**nothing, **given})
         return _choice.preferred(call, mode)
 
-    assert taken(3) == "padded"
-    assert taken(3, resets=True) == ("scan" if capturing else "padded")
-    assert taken(2, (9, *[1] * 9)) == "padded"
-    assert taken(2, (9, *[1] * 12)) == ("padded" if capturing else "packed")
-    assert taken(2, (5, 1, 1), packed=True) == ("packed" if capturing else "padded")
+    assert taken(3) == taken(3, lengths=here) == ("padded" if at_once else "packed")
+    assert taken(3, lengths=there) == taken(3, mask=there) == taken(3, resets=there) == "padded"
+    assert taken(2, (9, *[1] * 60)) == ("padded" if at_once else "packed")
+    assert taken(2, (19, *[1] * 60)) == "packed"
+    capturing = True
+    assert taken(3, resets=there) == "scan"
+    assert taken(2, (9, 9), packed=True) == "packed"
+    assert taken(3, lengths=there) == "padded"
+
+
+@pytest.mark.parametrize("name", ["GRU", "LSTM", "RNN"])
+def test_kernels_that_run_all_steps_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mode, most = name if name != "RNN" else "RNN_TANH", 384 if name == "RNN" else 192
+    assert not kernels.runs_all_steps_at_once(mode, X, 8, 0)
+    monkeypatch.setattr(kernels, "runs_cudnn", lambda _x: True)
+    assert kernels.runs_all_steps_at_once(mode, X, most, 0)
+    assert not kernels.runs_all_steps_at_once(mode, X, most + 1, 0)
+    assert not kernels.runs_all_steps_at_once(mode, X, 8, 4)
 
 
 @pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "dual"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from oracle import (
 from simulated_device import DEVICE, FUSED, SimulatedTensor, watching
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from masked_rnn import _choice
 
 STEPS = 5
 LENGTHS = [3, 4, 0, 1]
@@ -64,7 +67,7 @@ CALLS = [  # the form, num_layers, bidirectional, batch_first, hx
 ]
 UP = ["upload"]
 WAITS = {  # with lengths on the host, a mask on the host, and either on the device
-    "auto": (UP, UP, []),
+    "auto": (2 * UP, UP, []),
     # A mask goes there and back.
     "packed": (2 * UP, [*UP, "_to_copy", *2 * UP], ["_to_copy", *2 * UP]),
     "padded": (UP, UP, []),
@@ -231,26 +234,26 @@ def test_what_waits_with_resets(cell: str, form: str, ran: list[str]) -> None:
         )
         if backend == "scan" and form.startswith("device"):
             assert not waits
-    assert ran == ["padded", "scan"]
+    assert ran == ["packed", "scan"]
 
 
-def test_rows_that_are_nearly_all_padding_stay_packed(layer: Any, ran: list[str]) -> None:
-    if layer.backend != "auto":
-        return
-    there, x = copy.deepcopy(layer).to(DEVICE), torch.randn(10, 30, INPUT, dtype=torch.float64)
-    resets = torch.zeros(10, 30, dtype=torch.bool)
+def test_rows_may_be_padded(cell: str, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a kernel runs all steps at once; but not those that are nearly all padding."""
+    monkeypatch.setattr(_choice, "runs_all_steps_at_once", lambda *_: True)
+    layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True).double()
+    there, x = copy.deepcopy(layer).to(DEVICE), torch.randn(16, 30, INPUT, dtype=torch.float64)
+    resets = torch.zeros(16, 30, dtype=torch.bool)
     resets[1:] = True
-    for lengths, given in (([30] + 9 * [1], {}), ([30] * 10, {"resets": resets})):
-        del ran[:]
+    for packed, lengths in product((True, False), ([30] * 16, [30] + [1] * 15)):
         found, expected = (
-            outcome(own, leaf, leaf, **given)
-            if given
-            else outcome(own, pack_padded_sequence(leaf, torch.tensor(lengths), batch_first=True), leaf)
+            outcome(own, pack_padded_sequence(leaf, torch.tensor(lengths), batch_first=True), leaf)
+            if packed
+            else outcome(own, leaf, leaf, resets=resets if min(lengths) == 1 else resets.new_zeros(16, 30))
             for own, d in ((there, DEVICE), (layer, "cpu"))
             for leaf in [x.to(d).requires_grad_()]
         )
         assert_agree(found, expected)
-        assert ran == ["packed", "bptt"]
+    assert ran == ["padded", "bptt", "packed", "bptt", "padded", "bptt", "packed", "bptt"]
 
 
 @pytest.mark.parametrize("backend", WAITS)

@@ -11,6 +11,7 @@ import torch
 from oracle import BACKENDS, INPUT, as_hx, as_tuple, every, masked, plain, random_states
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from masked_rnn import MaskedGRU
 from masked_rnn._backends import bptt, kernels
@@ -314,6 +315,34 @@ def test_a_kernel_that_differentiates_once(
     torch.testing.assert_close(time_first(x.transpose(0, 1), **given)[0].transpose(0, 1), noisy)
     (dx,) = torch.autograd.grad(noisy.square().sum(), x, create_graph=True)
     dx.square().sum().backward()
+
+
+class Elements(TorchDispatchMode):
+    """Counts those that ops return."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.total += sum(t.numel() for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor))
+        return result
+
+
+@pytest.mark.parametrize("backend", ["padded", "bptt", "scan"])  # torch's packed kernel's does grow, as the square
+@pytest.mark.parametrize("given", [{}, {"lengths": True}, {"mask": True}, {"resets": True}], ids=str)
+def test_the_work_grows_no_faster_than_the_steps(cell: str, backend: str, given: dict[str, Any]) -> None:
+    layer = masked(cell, bidirectional=True, backend=backend)
+
+    def work(steps: int) -> int:
+        values = {"lengths": torch.tensor([steps, 1, steps // 2]), "mask": torch.ones(steps, 3, dtype=torch.bool)}
+        values["resets"] = torch.arange(3 * steps).view(steps, 3) % 8 == 0
+        x = torch.randn(steps, 3, INPUT, requires_grad=True)
+        with Elements() as elements:
+            layer(x, **{name: values[name] for name in given})[0].square().sum().backward()
+        return elements.total
+
+    assert work(64) < 5 * work(16)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -38,6 +38,7 @@ def scan(
     outputs, lasts = [], []
     for d, w in enumerate(weights):
         projected = F.linear(x, w.w_ih, w.b_ih)
+        inputs = projected.unbind(0)  # one gradient for all; that of an indexed step is as large as the whole
         state = tuple(h[d] if real is None else torch.where(runs, h[d], zero) for h in initial)
         hidden: list[Tensor] = []
         is_cut = None
@@ -46,7 +47,7 @@ def scan(
             if anew is not None and d == 0:
                 is_cut = anew[t]
             start = state if is_cut is None else tuple(torch.where(is_cut, zero, h) for h in state)
-            new = step(projected[t], start, w)
+            new = step(inputs[t], start, w)
             if real is None:
                 state = new
                 hidden.append(new[0])
