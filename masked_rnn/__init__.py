@@ -4,4 +4,4 @@ from ._backends.bptt.choice import compile_loops
 from ._layers import MaskedGRU, MaskedLSTM, MaskedRNN
 
 __all__ = ["MaskedGRU", "MaskedLSTM", "MaskedRNN", "compile_loops"]
-__version__ = "1.5.1"
+__version__ = "1.6.0"

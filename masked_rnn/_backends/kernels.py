@@ -26,7 +26,9 @@ def runs_cudnn(x: Tensor) -> bool:
 def runs_all_steps_at_once(mode: str, x: Tensor, hidden: int, proj: int) -> bool:
     """On a GPU: whether the kernel over a padded batch is one of cuDNN's that go through all steps; over packed rows it
     starts several for each. PyTorch's own rule (`use_rnn_persist_small_h`), for the forward pass."""
-    return runs_cudnn(x) and not proj and hidden <= (192 if mode in ("GRU", "LSTM") else 384)
+    return (
+        runs_cudnn(x) and torch.version.hip is None and not proj and hidden <= (192 if mode in ("GRU", "LSTM") else 384)
+    )
 
 
 def has_lstm_kernel(mode: str, x: Tensor, hidden: int, fed_back: int) -> bool:
