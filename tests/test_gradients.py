@@ -369,6 +369,9 @@ def test_weights_in_one_chunk(cell: str, bias: bool) -> None:
             memory = torch.empty(0).set_(again[0].untyped_storage())
             assert not memory[sum(p.numel() for p in part) :].any()
             assert memory.numel() == sum(p.numel() + p.size(0) for p in part)
+    parts = torch.randn(1 + offset).split([1, *(p.numel() for p in inside)])[1:]
+    later = [part.view(p.shape) for part, p in zip(parts, inside, strict=True)]  # one after the other, but not first
+    assert [p.storage_offset() for p in kernels.in_one_chunk(later)] == [p.storage_offset() for p in inside]
     for g in torch.autograd.grad(sum(p.sum() for p in chunk), own):
         assert torch.equal(g, torch.ones_like(g))
 
