@@ -6,6 +6,7 @@ Everything here is batch-first: x (N, T, I), mask (N, T), True at real steps; st
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "rnn-tanh": ("RNN", {}),
     "rnn-relu": ("RNN", {"nonlinearity": "relu"}),
 }
+ONE_STATE_AND_TWO = ("gru", "lstm-proj")
+"""What is decided before a cell runs tells cells apart by their states alone."""
 INPUT, HIDDEN = 4, 3
 
 
@@ -107,7 +110,25 @@ def oracle(
     resets: Tensor | None = None,
 ) -> Run:
     """Each sequence alone, its masked steps cut out and its outputs put back in place; of one that is cut by resets,
-    each segment alone."""
+    each segment alone. Found once for the same layer and tensors: a test asks for each backend."""
+    given = (*layer.parameters(), x, mask, *states, *pulled, *([] if resets is None else [resets]))
+    facts = (layer.mode, layer.num_layers, layer.bidirectional, layer.bias, layer.proj_size, len(states), len(given))
+    key = hashlib.sha256(repr(facts).encode())
+    for t in given:
+        key.update(f"{t.dtype}{tuple(t.shape)}".encode())
+        key.update(t.detach().contiguous().view(torch.uint8).numpy() if t.numel() else b"")
+    known = _known.get(key.digest())
+    if known is None:
+        known = _known[key.digest()] = _each_alone(layer, x, mask, states, pulled, resets)
+    return Run(known.output, known.states, dict(known.gradients))
+
+
+_known: dict[bytes, Run] = {}
+
+
+def _each_alone(
+    layer: Any, x: Tensor, mask: Tensor, states: Sequence[Tensor], pulled: Sequence[Tensor], resets: Tensor | None
+) -> Run:
     alone = _plain_double(layer)
     x = x.detach().double().requires_grad_()
     states = [h.detach().double().requires_grad_() for h in states]
@@ -192,13 +213,18 @@ def call(layer: Any, x: Tensor, states: Sequence[Tensor] | None, pulled: Sequenc
 
 
 def assert_same(found: Run, expected: Run, atol: float = 1e-10, note: object = "") -> None:
-    torch.testing.assert_close(found.output.double(), expected.output, rtol=0, atol=atol, msg=_told("output", note))
+    _assert_close(found.output, expected.output, atol, "output", note)
     for s, (a, b) in enumerate(zip(found.states, expected.states, strict=True)):
-        torch.testing.assert_close(a.double(), b, rtol=0, atol=atol, msg=_told(f"last state {s}", note))
+        _assert_close(a, b, atol, f"last state {s}", note)
     for name, gradient in found.gradients.items():
-        torch.testing.assert_close(
-            gradient.double(), expected.gradients[name], rtol=0, atol=atol, msg=_told(f"gradient of {name}", note)
-        )
+        _assert_close(gradient, expected.gradients[name], atol, f"gradient of {name}", note)
+
+
+def _assert_close(found: Tensor, expected: Tensor, atol: float, what: str, note: object) -> None:
+    found = found.double()
+    if found.shape == expected.shape and bool(((found - expected).abs() <= atol).all()):
+        return  # torch.testing's own way takes ten times as long
+    torch.testing.assert_close(found, expected, rtol=0, atol=atol, msg=_told(what, note))
 
 
 def _told(what: str, note: object) -> Callable[[str], str]:

@@ -12,6 +12,7 @@ import torch
 from oracle import (
     BACKENDS,
     INPUT,
+    ONE_STATE_AND_TWO,
     Run,
     as_tuple,
     assert_same,
@@ -96,6 +97,7 @@ def home(run: Run) -> Run:
 
 
 @pytest.mark.parametrize("case", CALLS, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("cell", [*ONE_STATE_AND_TWO, "rnn-tanh"])
 def test_each_form_of_a_call(cell: str, backend: str, case: Any) -> None:
     form, layers, bidirectional, batch_first, hx = case
     options = {"num_layers": layers, "bidirectional": bidirectional, "batch_first": batch_first}
@@ -159,7 +161,7 @@ def layer(cell: str, backend: str) -> Any:
     return masked(cell, bidirectional=True, num_layers=2, batch_first=True, backend=backend).double()
 
 
-@pytest.mark.parametrize("cell", ["gru", "lstm-proj"])
+@pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 def test_edges(layer: Any) -> None:
     there = copy.deepcopy(layer).to(DEVICE)
     for name, (shape, given) in EDGES.items():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import INPUT, as_tuple, masked, random_states
+from oracle import INPUT, ONE_STATE_AND_TWO, as_tuple, masked, random_states
 from torch import Tensor, nn
 from torch.export import Dim, export
 
@@ -46,6 +46,7 @@ def test_other_sizes_and_lengths(cell: str, strict: bool, tmp_path: Any) -> None
 
 
 @pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 def test_masks_and_states(cell: str, strict: bool) -> None:
     class WithMask(Model):
         def forward(self, x: Tensor, mask: Tensor, states: tuple[Tensor, ...]) -> Any:  # type: ignore[override]

@@ -152,7 +152,12 @@ def check():
 
 
 # What is loaded at the first use of it, loaded once.
-make_fx(torch.sin)(torch.zeros(1))
+gru, one = torch.nn.GRU(1, 1), torch.zeros(1, 1, 1)
+make_fx(lambda x: gru(x)[0])(one)
+with FakeTensorMode():
+    torch.nn.GRU(1, 1)(torch.zeros(1, 1, 1))
+with torch.autograd.forward_ad.dual_level():
+    torch.autograd.forward_ad.make_dual(one, one).sin()
 torch.nested.as_nested_tensor([torch.zeros(1, 1)], layout=torch.jagged)
 torch.func.vmap(torch.sin)(torch.zeros(1))
 found = {}

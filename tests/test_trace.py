@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import onnxruntime
 import pytest
 import torch
-from oracle import BACKENDS, INPUT, as_tuple, masked
+from oracle import BACKENDS, INPUT, ONE_STATE_AND_TWO, as_tuple, masked
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -59,6 +60,7 @@ def arguments(layer: Any, given: str, batch: int, steps: int, full: bool) -> tup
 
 @pytest.mark.parametrize("given", ["lengths", "mask", "packed", "neither"])
 @pytest.mark.parametrize(("bidirectional", "batch_first"), [(True, True), (False, False)])
+@pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 def test_a_traced_layer_takes_other_lengths(cell: str, given: str, bidirectional: bool, batch_first: bool) -> None:
     """Whatever the example's were: none shorter than T, which otherwise count as none, or some; or one step."""
     layer = masked(cell, num_layers=2, bidirectional=bidirectional, batch_first=batch_first)
@@ -138,6 +140,7 @@ def test_fx_takes_it_for_a_leaf(cell: str) -> None:
 
 
 @pytest.mark.parametrize("given", ["lengths", "mask"])
+@pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 def test_make_fx_keeps_no_lengths(cell: str, given: str) -> None:
     layer = masked(cell, bidirectional=True, batch_first=True)
     x, real = arguments(layer, given, 3, 5, True)
@@ -164,8 +167,10 @@ def test_fake_tensors_of_no_steps(cell: str, given: str, batch: int, steps: int)
 
 
 @pytest.mark.parametrize("given", ["lengths", "list", "mask", "packed", "neither", "unbatched"])
-@pytest.mark.parametrize("name", ["auto", *BACKENDS])
-@pytest.mark.parametrize("cell", ["gru", "lstm", "lstm-proj"])
+@pytest.mark.parametrize(
+    ("cell", "name"),
+    [*itertools.product(ONE_STATE_AND_TWO, ("auto", *BACKENDS)), ("lstm", "auto"), ("lstm", "padded")],  # oneDNN's
+)
 def test_fake_tensors(cell: str, given: str, name: str) -> None:
     """Shapes without values, there and back; a backend that needs values says so."""
     with FakeTensorMode():
