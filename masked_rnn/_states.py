@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._cells import Layer, States
 from ._lengths import look_like_lengths
-from ._torch import is_autocast_on
+from ._torch import is_autocast_on, to_device
 
 
 def open_states(layer: Layer, hx: Any, form: str, batch: int, data: Tensor) -> States:
@@ -45,9 +45,9 @@ def close_states(layer: Layer, states: States, form: str) -> Tensor | States:
 def forget(states: States, resets: Tensor, lengths: Tensor | None, bidirectional: bool) -> States:
     """Before a batch of one step: zeros in place of the state of the rows that start anew, in the forward direction."""
     device = states[0].device
-    anew = resets[0].to(device, copy=True)  # what autograd saves must not change with the caller's tensor
+    anew = to_device(resets[0].clone(), device)  # what autograd saves must not change with the caller's tensor
     if lengths is not None:
-        anew = anew & (lengths.to(device) > 0)
+        anew = anew & to_device(lengths > 0, device)
     if bidirectional:
         backward = torch.zeros_like(anew)
         anew = torch.stack([anew, backward]).repeat(states[0].size(0) // 2, 1)  # (L·D, N)

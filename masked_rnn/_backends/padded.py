@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .._call import Call
 from .._cells import LayerWeights, States, Weights, stack_layers
 from .._plan import real_mask, reverse_index
-from .._torch import is_traced
+from .._torch import is_traced, to_device
 from .kernels import run_layer, run_stack
 
 
@@ -27,7 +27,7 @@ def run(call: Call) -> tuple[Tensor, States]:
     if call.is_plain():
         return run_stack(call, call.data, call.states)
     if call.lengths is not None and call.data.dim() == 3 and not is_traced() and call.steps == 1:
-        idle = (call.lengths == 0).to(call.data.device)
+        idle = to_device(call.lengths == 0, call.data.device)
         return run_one_step(partial(run_stack, call), call.data, idle, call.states, call.batch_first)
     x, lengths, restore = call.padded()
     output, last = stack_layers(

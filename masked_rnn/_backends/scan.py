@@ -6,12 +6,14 @@ from torch import Tensor
 
 from .._call import Call
 from .._cells import States, stack_layers
+from .._torch import to_device
 from .recurrence import scan
 
 
 def run(call: Call) -> tuple[Tensor, States]:
     x, real, restore = call.masked()
-    resets = None if call.resets is None else call.resets.unsqueeze(-1).to(x.device, copy=True)
+    # A copy: what autograd saves must not change with the caller's tensor.
+    resets = None if call.resets is None else to_device(call.resets.unsqueeze(-1).clone(), x.device)
     output, last = stack_layers(
         x,
         call.states,
