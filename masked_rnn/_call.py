@@ -16,11 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ._cells import Layer, LayerWeights, States, drawn_dropout, group_weights, read_weights
 from ._forms import Opened, check_input, open_lengths, open_nested, open_packed, open_padded, open_resets, refuse_twice
-from ._lengths import (
-    check_sorted,
-    is_on_host,
-    values_can_be_read,
-)
+from ._lengths import check_sorted, is_on_host
 from ._plan import (
     Plan,
     move_back,
@@ -33,7 +29,7 @@ from ._plan import (
 )
 from ._segments import Segments
 from ._states import close_states, forget, open_states
-from ._torch import as_array, is_traced, jagged_like, to_device, unsafe_view
+from ._torch import as_array, is_traced, jagged_like, to_device, unsafe_view, values_can_be_read
 
 Restore = Callable[[Tensor], Tensor]
 """Brings an output into the layout that its input had."""

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ._cells import Layer
-from ._lengths import check_lengths, check_marks, check_nested, check_packed, is_on_host, values_can_be_read
-from ._torch import is_autocast_on, is_traced, ragged_dim, to_device
+from ._lengths import check_lengths, check_marks, check_nested, check_packed, is_on_host
+from ._torch import is_autocast_on, is_traced, ragged_dim, to_device, values_can_be_read
 
 
 class Opened(NamedTuple):

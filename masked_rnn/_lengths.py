@@ -14,14 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._torch import assert_async, is_fake, is_recorded, is_traced, is_transformed
+from ._torch import assert_async, values_can_be_read
 
 EXPECTED = "Expected whole numbers: a list, a tuple, an array or a tensor of any integer dtype."
-
-
-def values_can_be_read(tensor: Tensor) -> bool:
-    """False while a call is compiled, traced, recorded or transformed: a tensor has no values then, or an example's."""
-    return not (torch.compiler.is_compiling() or is_traced() or is_transformed() or is_recorded() or is_fake(tensor))
 
 
 def is_on_host(tensor: Tensor) -> bool:

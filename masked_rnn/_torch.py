@@ -172,6 +172,11 @@ def is_recorded() -> bool:
     return modes is not None and modes() > 0
 
 
+def values_can_be_read(tensor: Tensor) -> bool:
+    """False while a call is compiled, traced, recorded or transformed: a tensor has no values then, or an example's."""
+    return not (torch.compiler.is_compiling() or is_traced() or is_transformed() or is_recorded() or is_fake(tensor))
+
+
 _forward_ad = _find("autograd.forward_ad")
 
 
@@ -258,9 +263,10 @@ def is_capturing(device: torch.device) -> bool:
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Where it lies on the host, by way of pinned memory, so that nobody waits for the device."""
-    if device.type != "cuda" or not tensor.is_cpu or is_capturing(device):
+    # Where it is recorded, a move like any other: a graph would read the memory of this call at each replay.
+    if device.type != "cuda" or not tensor.is_cpu or is_capturing(device) or not values_can_be_read(tensor):
         return tensor.to(device)
-    # Memory of our own: a caller may change theirs before it is read. A captured graph would read it at each replay.
+    # Memory of our own: a caller may change theirs before it is read.
     return torch.empty_like(tensor, pin_memory=True).copy_(tensor).to(device, non_blocking=True)
 
 

@@ -180,6 +180,20 @@ def test_elsewhere(at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert taken(3, lengths=there) == "padded"
 
 
+@pytest.mark.parametrize("mode", ["is_traced", "is_transformed", "is_recorded", "is_fake", "is_capturing", ""])
+def test_pinned_memory_is_for_values_that_are_there(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that is recorded would read it at each replay."""
+    there: Any = SimpleNamespace(type="cuda")
+    host: Any = SimpleNamespace(is_cpu=True, to=lambda device, **_: "moved")
+    pinned: Any = SimpleNamespace(copy_=lambda _: SimpleNamespace(to=lambda device, non_blocking: "pinned"))
+    monkeypatch.setattr(torch, "empty_like", lambda _, pin_memory: pinned)
+    for name in ("is_traced", "is_transformed", "is_recorded", "is_fake", "is_capturing"):
+        monkeypatch.setattr(_torch, name, lambda *_, name=name: name == mode)
+    assert _torch.to_device(host, there) == ("moved" if mode else "pinned")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert _torch.to_device(host, there) == "moved"
+
+
 @pytest.mark.parametrize("name", ["GRU", "LSTM", "RNN"])
 def test_kernels_that_run_all_steps_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mode, most = name if name != "RNN" else "RNN_TANH", 384 if name == "RNN" else 192

@@ -307,8 +307,7 @@ def test_what_is_compiled_follows_every_file_of_it(tmp_path: Path) -> None:
     shutil.copytree(Path(masked_rnn.__file__).parent, tmp_path / "masked_rnn")
     code = "import torch, masked_rnn\nlayer = masked_rnn.MaskedRNN(2, 3, backend='bptt')\n"
     code += "print(layer(torch.ones(5, 2, 2), lengths=[5, 2])[0].abs().max().item())"
-    # To compile without optimizing takes a fraction of the time.
-    environment = {"PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "NUMBA_OPT": "0"}
+    environment = {"PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
     assert float(run_python(code, **environment)) < 1
     equations = tmp_path / "masked_rnn/_backends/bptt/compiled/equations.py"
     text = equations.read_text()
@@ -351,7 +350,7 @@ def test_no_folder_for_the_cache() -> None:
 from numba.core import caching
 caching.CacheImpl._locator_classes = []
 """
-    assert run_python(code + USE, NUMBA_OPT="0").startswith("False")
+    assert run_python(code + USE).startswith("False")
 
 
 @needs_numba

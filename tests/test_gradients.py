@@ -300,6 +300,8 @@ def test_a_kernel_that_differentiates_once(
     for a, b in zip(first_and_second(), expected, strict=True):
         torch.testing.assert_close(a, b)
     layer.dropout = 0.5
+    # Of weights in a chunk, ATen makes a product with gradients in another way than without: the last bit differs.
+    monkeypatch.setattr(kernels, "in_one_chunk", lambda parameters: parameters)
     torch.manual_seed(1)
     noisy = layer(x, **given)[0]
     torch.manual_seed(1)
@@ -307,7 +309,7 @@ def test_a_kernel_that_differentiates_once(
     assert not torch.equal(layer(x, **given)[0], noisy)
     torch.manual_seed(1)
     with torch.no_grad():
-        torch.testing.assert_close(layer(x, **given)[0], noisy)
+        assert torch.equal(layer(x, **given)[0], noisy)
     time_first = copy.deepcopy(layer)
     time_first.batch_first = False
     torch.manual_seed(1)

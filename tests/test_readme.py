@@ -29,7 +29,7 @@ BLOCKS = [
     for k, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 ]
 FRESH: Any = get_context("forkserver" if hasattr(os, "fork") else "spawn")
-FRESH.set_forkserver_preload(["torch", "masked_rnn", "numba", "test_readme"])
+FRESH.set_forkserver_preload(["torch", "masked_rnn"])
 NEEDS = {
     "keras": (("tensorflow", "tf_keras"), "'.[reference]'", "MASKED_RNN_REQUIRE_TENSORFLOW"),
     "tensorflow": (("tensorflow", "tf_keras"), "'.[reference]'", "MASKED_RNN_REQUIRE_TENSORFLOW"),

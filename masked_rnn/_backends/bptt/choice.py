@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..._cells import LayerWeights, States
-from ..._lengths import values_can_be_read
+from ..._torch import values_can_be_read
 from . import loops
 
 DTYPES = (torch.float32, torch.float64)
