@@ -1,7 +1,6 @@
 """Recurrent layers for sequences of different lengths: `torch.nn`'s, with one more argument, `lengths`."""
 
-from ._backends.bptt.choice import compile_loops
 from ._layers import MaskedGRU, MaskedLSTM, MaskedRNN
 
-__all__ = ["MaskedGRU", "MaskedLSTM", "MaskedRNN", "compile_loops"]
+__all__ = ["MaskedGRU", "MaskedLSTM", "MaskedRNN"]
 __version__ = "1.6.0"

@@ -29,7 +29,8 @@ from ._plan import (
 )
 from ._segments import Segments
 from ._states import close_states, forget, open_states
-from ._torch import as_array, is_traced, jagged_like, to_device, unsafe_view, values_can_be_read
+from ._memory import as_array
+from ._torch import is_traced, jagged_like, to_device, unsafe_view, values_can_be_read
 
 Restore = Callable[[Tensor], Tensor]
 """Brings an output into the layout that its input had."""

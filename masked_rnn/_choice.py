@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._backends import bptt, packed, padded, scan
-from ._backends.bptt.choice import loops_are_compiled
+from ._backends.bptt import library
 from ._backends.kernels import runs_all_steps_at_once, runs_cudnn, suits_kernel
 from ._call import Call
 from ._capture import onnx, operator
@@ -160,7 +160,7 @@ def _suits_kernel(call: Call) -> bool:
         fed_back,
         call.lengths,
         learns,
-        loops_are_compiled,
+        library.runs,
     )
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._torch import Array, as_array, to_device
+from ._memory import Array, as_array
+from ._torch import to_device
 
 
 class Plan:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ._plan import Plan, plan_listed, real_mask, real_rows
-from ._torch import Array, as_array, to_device
+from ._memory import Array, as_array
+from ._torch import to_device
 
 
 class Move(NamedTuple):

@@ -16,26 +16,11 @@ from functools import cache, reduce, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
-Array = np.ndarray[Any, np.dtype[Any]]
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
-
-
-_NUMPY = {torch.bool: np.bool_, torch.int64: np.int64, torch.float32: np.float32, torch.float64: np.float64}
-
-
-def as_array(tensor: Tensor) -> Array:
-    """To read a tensor that may be a caller's. `Tensor.numpy` would keep its storage from ever being resized, which
-    fully_shard does with weights; DLPack takes longer, and Numba longer still with its arrays, which may be read-only.
-    """
-    tensor = tensor.contiguous()
-    memory: Any = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-    memory.owner = tensor
-    return np.ndarray(tensor.shape, _NUMPY[tensor.dtype], memory)
 
 
 def _find(path: str) -> Any:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from .._backends.bptt.cells import CELLS
-from .._backends.bptt.choice import loops_are_compiled, loops_for
-from .._backends.bptt.spec import LayerSpec, Saved, saved_shapes
+from .._backends.bptt import choice, library
+from .._backends.bptt.spec import LayerSpec, Saved, buffer_shape, history_shapes
 from .._backends.kernels import suits_kernel
 from .._backends.padded import run_padded
 from .._backends.recurrence import scan
@@ -26,7 +26,8 @@ from .._cells import LayerWeights, States, flatten_weights, group_weights, stack
 from .._lengths import check_range
 from .._plan import Plan, move_to_front, plan_full, plan_padded, real_mask
 from .._segments import Segments, resets_at_real_steps
-from .._torch import as_array, unsafe_view, with_autograd
+from .._memory import as_array
+from .._torch import unsafe_view, with_autograd
 
 CPU = torch.device("cpu")
 
@@ -79,7 +80,7 @@ def _forward(
     states = states if segments is None else tuple(map(segments.initial, states))
     saved = _saved(spec, x, states, grouped, saved_bytes) if save else None
     flat = x.reshape(-1, x.size(-1))
-    output, last, _ = loops_for(flat, states, grouped).forward(spec, flat, states, grouped, save, saved)
+    output, last, _ = choice.forward(spec, flat, states, grouped, save, saved)
     if segments is not None:
         last = tuple(map(segments.last, last, initial))
     # Not a view for autograd: the caller may change it in place.
@@ -112,7 +113,7 @@ def _backward(
     flat = x.reshape(-1, x.size(-1))
     saved = _saved(spec, x, states, grouped, saved_bytes)
     d_output, d_last = grads[0].reshape(flat.size(0), -1), list(grads[1:])
-    dx, d_initial, d_weights = loops_for(flat, states, grouped).backward(
+    dx, d_initial, d_weights = choice.backward(
         spec,
         flat,
         states,
@@ -150,7 +151,7 @@ def _runs_kernel(
     if batch == 0 or steps == 0 or resets is not None:
         return False
     hidden, fed_back = initial[-1].size(-1), initial[0].size(-1)
-    return suits_kernel(mode, x, batch, steps, hidden, fed_back, lengths, learns, loops_are_compiled)
+    return suits_kernel(mode, x, batch, steps, hidden, fed_back, lengths, learns, library.runs)
 
 
 def _kernel(
@@ -225,12 +226,12 @@ def _saved_size(
 
 def _saved(spec: LayerSpec, x: Tensor, initial: Sequence[Tensor], weights: LayerWeights, room: Tensor) -> Saved:
     """What `forward` saves, laid out in the bytes of `room`."""
-    cell = spec.cell(weights)
-    shapes = saved_shapes(spec, cell, initial, spec.chunks(cell, x.element_size()))
-    sizes = [math.prod(shape) for group in shapes for shape in group]
-    parts = iter(room.view(x.dtype).narrow(0, 0, sum(sizes)).split(sizes))
-    history, buffers = ([next(parts).view(shape) for shape in group] for group in shapes)
-    return Saved(tuple(history), buffers)
+    history, buffer = history_shapes(spec, initial), buffer_shape(spec, weights)
+    shapes = history if buffer is None else [*history, buffer]
+    sizes = [math.prod(shape) for shape in shapes]
+    parts = room.view(x.dtype).narrow(0, 0, sum(sizes)).split(sizes)
+    *states, last = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+    return Saved((*states, last), None) if buffer is None else Saved(tuple(states), last)
 
 
 def _recomputed(

@@ -15,7 +15,7 @@ from ..._cells import LayerWeights, States, flatten_weights, group_weights, stac
 from ..double_backward import gradient_of, needs_another_backward
 from ..recurrence import scan_rows
 from ..rows import pick_rows, place_rows
-from .choice import loops_for
+from . import choice
 from .spec import LayerSpec, Saved
 
 
@@ -30,7 +30,7 @@ def run(call: Call) -> tuple[Tensor, States]:
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors)):
             output, *last = ThroughTime.apply(spec, len(initial), x, *tensors)  # type: ignore[no-untyped-call]
             return output, tuple(last)
-        output, states, _ = loops_for(x, initial, weights).forward(spec, x, initial, weights, save=False)
+        output, states, _ = choice.forward(spec, x, initial, weights, save=False)
         return output, states
 
     output, last = stack_layers(call.rows(), call.states, call.weights, run_one, call.dropout)
@@ -43,9 +43,11 @@ class ThroughTime(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: LayerSpec, n_states: int, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         initial, (weights,) = tensors[:n_states], group_weights(tensors[n_states:], 1, spec.directions)
-        output, last, saved = loops_for(x, initial, weights).forward(spec, x, initial, weights, save=True)
+        output, last, saved = choice.forward(spec, x, initial, weights, save=True)
         ctx.spec, ctx.n_states, ctx.n_inputs = spec, n_states, len(tensors)
-        ctx.save_for_backward(x, *tensors, *saved.history, *saved.buffers)
+        kept = (x, *tensors, *saved.history, *(() if saved.buffer is None else (saved.buffer,)))
+        ctx.save_for_backward(*kept)
+        ctx.shapes = [t.shape for t in kept]
         ctx.set_materialize_grads(False)
         return output, *last
 
@@ -53,18 +55,20 @@ class ThroughTime(torch.autograd.Function):
     def backward(ctx: Any, d_output: Tensor | None, *d_last: Tensor | None) -> tuple[Any, ...]:
         spec, n_states = ctx.spec, ctx.n_states
         x, *rest = ctx.saved_tensors
+        if [t.shape for t in (x, *rest)] != ctx.shapes:
+            raise RuntimeError("a tensor saved for backward has another shape now: it, or what a hook gave back for it")
         tensors, saved = rest[: ctx.n_inputs], rest[ctx.n_inputs :]
         grads = (d_output, *d_last)
         if needs_another_backward(grads):
             plain = partial(_recurrence, spec, n_states)
             return None, None, *gradient_of(plain, (x, *tensors), ctx.needs_input_grad[2:], grads)
         initial, (weights,) = tuple(tensors[:n_states]), group_weights(tensors[n_states:], 1, spec.directions)
-        dx, d_initial, d_weights = loops_for(x, initial, weights).backward(
+        dx, d_initial, d_weights = choice.backward(
             spec,
             x,
             initial,
             weights,
-            Saved(tuple(saved[:n_states]), saved[n_states:]),
+            Saved(tuple(saved[:n_states]), saved[n_states] if saved[n_states:] else None),
             d_output,
             d_last,
             ctx.needs_input_grad[2],

@@ -17,23 +17,33 @@ from torch import Tensor
 from ..._cells import LayerWeights, States
 from ..._plan import Chunk, Plan
 from ..._torch import below_autograd
+from .cells import Cell
 from .products import InputProduct, WeightGradients, recurrent_product
-from .spec import LayerSpec, Saved, new_saved, pick_states, place_initial, place_last
+from .spec import LayerSpec, Saved, new_history, new_saved, pick_states, place_initial, place_last
+
+
+CHUNK_BYTES = 2 << 20
+"""Of a chunk's activations, for each direction: about what stays in a core's caches."""
+
+
+def _chunks(spec: LayerSpec, cell: Cell, itemsize: int) -> list[Chunk]:
+    return spec.plan.chunks(max(1, CHUNK_BYTES // (cell.width * cell.hidden * itemsize)))
 
 
 @below_autograd
 def forward(
     spec: LayerSpec, x: Tensor, initial: States, weights: LayerWeights, save: bool, into: Saved | None = None
-) -> tuple[Tensor, States, Saved]:
+) -> tuple[Tensor, States, Saved | None]:
     """x (P, I) or (R, I), initial states (D, N, H) -> output (P, D·H) or (R, D·H), last states (D, N, H).
 
     What is saved for backward goes into `into`, or into new memory.
     """
     plan, cell, axis = spec.plan, spec.cell(weights), len(spec.pair)
-    chunks = spec.chunks(cell, x.element_size())
-    into = new_saved(spec, cell, x, initial, chunks, save) if into is None else into
-    history, buffers = into
-    if not buffers:
+    chunks = _chunks(spec, cell, x.element_size())
+    if save and into is None:
+        into = new_saved(spec, x, initial, weights)
+    history, buffer = (new_history(spec, x, initial), None) if into is None else into
+    if buffer is None:
         most = max((chunk.rows for chunk in chunks), default=0)
         shared = x.new_empty(*spec.pair, most, cell.width * cell.hidden)
     for states, first in zip(history, initial, strict=True):
@@ -43,11 +53,11 @@ def forward(
     products = [InputProduct(cell, d) for d in weights]
     rows_in = spec.rows_at(spec.gather)
     states_at = [torch.split_with_sizes(h, [plan.sequences, *plan.batch_sizes], axis) for h in history]
-    for k, chunk in enumerate(chunks):
-        buffer = buffers[k] if buffers else shared.narrow(-2, 0, chunk.rows)
+    for chunk in chunks:
+        own = shared.narrow(-2, 0, chunk.rows) if buffer is None else buffer.narrow(-2, chunk.start, chunk.rows)
         for d, product in enumerate(products):
-            product(_rows(x, rows_in[d], chunk), buffer[d] if spec.pair else buffer)
-        parts = [torch.split_with_sizes(part, chunk.sizes, axis) for part in cell.parts(buffer)]
+            product(_rows(x, rows_in[d], chunk), own[d] if spec.pair else own)
+        parts = [torch.split_with_sizes(part, chunk.sizes, axis) for part in cell.parts(own)]
         stop = chunk.first + len(chunk.sizes)
         before = [_first_rows(views[chunk.first : stop], chunk) for views in states_at]
         cell.run_(parts, before, [views[chunk.first + 1 : stop + 1] for views in states_at], add_)
@@ -71,8 +81,8 @@ def backward(
     want_weights: bool,
 ) -> tuple[Tensor | None, States, LayerWeights | None]:
     """The gradients of x, of the initial states and of the weights."""
-    plan, cell, axis, (history, buffers) = spec.plan, spec.cell(weights), len(spec.pair), saved
-    chunks = spec.chunks(cell, x.element_size())
+    plan, cell, axis, (history, buffer) = spec.plan, spec.cell(weights), len(spec.pair), saved
+    chunks = _chunks(spec, cell, x.element_size())
     add_ = recurrent_product(cell.join(*(d.w_hh for d in weights)))
     rows_in, rows_out = spec.rows_at(spec.gather), spec.rows_at(spec.scatter)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if want_x else None
@@ -83,11 +93,11 @@ def backward(
     scratch = x.new_empty(*spec.pair, most, cell.gates * cell.hidden)
     gradients = [x.new_empty(*spec.pair, plan.sequences + most, h.size(-1)) for h in history]
 
-    for k, chunk in reversed(list(enumerate(chunks))):
+    for chunk in reversed(chunks):
         before = tuple(_before(plan, h, chunk) for h in history)
         after = tuple(h.narrow(-2, plan.sequences + chunk.start, chunk.rows) for h in history)
-        buffer = buffers[k] if buffers else after[0]
-        derivatives = cell.local_derivatives(buffer, before, after, scratch.narrow(-2, 0, chunk.rows))
+        activations = after[0] if buffer is None else buffer.narrow(-2, chunk.start, chunk.rows)
+        derivatives = cell.local_derivatives(activations, before, after, scratch.narrow(-2, 0, chunk.rows))
 
         # The states' gradients, behind those of the step before the chunk.
         grads = [states.narrow(-2, 0, chunk.before + chunk.rows) for states in gradients]
@@ -103,7 +113,8 @@ def backward(
             grad.narrow(-2, chunk.rows - carry.size(-2), carry.size(-2)).add_(carry)
 
         parts = [
-            torch.split_with_sizes(part, chunk.sizes, axis)[::-1] for part in cell.back_parts(derivatives, buffer, own)
+            torch.split_with_sizes(part, chunk.sizes, axis)[::-1]
+            for part in cell.back_parts(derivatives, activations, own)
         ]
         views = [torch.split_with_sizes(grad, [chunk.before, *chunk.sizes], axis) for grad in grads]
         earlier = [_first_rows(steps[:-1], chunk)[::-1] for steps in views]

@@ -12,11 +12,8 @@ import torch
 from torch import Tensor
 
 from ..._cells import LayerWeights, States
-from ..._plan import Chunk, Plan, restore_states, sort_states
+from ..._plan import Plan, restore_states, sort_states
 from .cells import CELLS, Cell
-
-CHUNK_BYTES = 2 << 20
-"""Of a chunk's buffer, for each direction: about what stays in a core's caches."""
 
 
 class LayerSpec(NamedTuple):
@@ -49,36 +46,33 @@ class LayerSpec(NamedTuple):
     def pair(self) -> tuple[int, ...]:
         return (2,) if self.directions == 2 else ()
 
-    def chunks(self, cell: Cell, itemsize: int) -> list[Chunk]:
-        return self.plan.chunks(max(1, CHUNK_BYTES // (cell.width * cell.hidden * itemsize)))
-
 
 class Saved(NamedTuple):
-    """What backward needs: each state at every row, behind its initial value, and each chunk's buffer."""
+    """What backward needs: each state at every row, behind its initial value, and each row's activations."""
 
     history: States
-    buffers: list[Tensor]
+    """Each (D, B + R, P), the LSTM's c (D, B + R, H); without D for one direction"""
+    buffer: Tensor | None
+    """(D, R, width H)"""
 
 
-def saved_shapes(
-    spec: LayerSpec, cell: Cell, initial: Sequence[Tensor], chunks: list[Chunk]
-) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """Of what a `Saved` holds."""
-    rows = spec.plan.sequences + spec.plan.rows
-    width = cell.width * cell.hidden
-    return (
-        [(*spec.pair, rows, h.size(-1)) for h in initial],
-        [(*spec.pair, chunk.rows, width) for chunk in chunks] if cell.saves_buffer else [],
-    )
+def history_shapes(spec: LayerSpec, initial: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    return [(*spec.pair, spec.plan.sequences + spec.plan.rows, h.size(-1)) for h in initial]
 
 
-def new_saved(
-    spec: LayerSpec, cell: Cell, x: Tensor, initial: Sequence[Tensor], chunks: list[Chunk], save: bool
-) -> Saved:
-    history, buffers = saved_shapes(spec, cell, initial, chunks)
-    return Saved(
-        tuple(x.new_empty(shape) for shape in history), [x.new_empty(shape) for shape in buffers] if save else []
-    )
+def buffer_shape(spec: LayerSpec, weights: LayerWeights) -> tuple[int, ...] | None:
+    cell = CELLS[spec.mode]
+    hidden = weights[0].w_hh.size(0) // cell.gates
+    return (*spec.pair, spec.plan.rows, cell.width * hidden) if cell.saves_buffer else None
+
+
+def new_history(spec: LayerSpec, x: Tensor, initial: Sequence[Tensor]) -> States:
+    return tuple(x.new_empty(shape) for shape in history_shapes(spec, initial))
+
+
+def new_saved(spec: LayerSpec, x: Tensor, initial: Sequence[Tensor], weights: LayerWeights) -> Saved:
+    buffer = buffer_shape(spec, weights)
+    return Saved(new_history(spec, x, initial), None if buffer is None else x.new_empty(buffer))
 
 
 def pick_states(spec: LayerSpec, states: Tensor) -> Tensor:

@@ -1,0 +1,122 @@
+"""Times this checkout's CPU layers against those of another one, in turns: how much faster a change has made them.
+
+    git worktree add ../before v1.6.0
+    python -m benchmarks.versions --other ../before
+
+Each checkout runs in a process of its own, stopped while the other works. A figure is the median over the rounds of
+(the other's time / ours).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from itertools import product
+from pathlib import Path
+from statistics import geometric_mean, median
+from typing import Any
+
+from .problem import CELLS, SHAPES, Problem, Shape
+
+HERE = Path(__file__).resolve().parent.parent
+
+
+class Checkout:
+    """A process that imports `masked_rnn` from a folder, and times its layers."""
+
+    def __init__(self, folder: Path, threads: int, environment: dict[str, str]) -> None:
+        code = f"import sys; sys.path.insert(0, {str(folder)!r}); import masked_rnn; "
+        code += f"sys.path[0] = {str(HERE)!r}; from benchmarks.versions import serve; serve({threads})"
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), **environment},
+        )
+
+    def ask(self, *question: Any) -> Any:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        os.kill(self.process.pid, signal.SIGCONT)
+        pickle.dump(question, self.process.stdin)
+        self.process.stdin.flush()
+        answer = pickle.load(self.process.stdout)
+        os.kill(self.process.pid, signal.SIGSTOP)
+        return answer
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def serve(threads: int) -> None:
+    """The far end: answers a cell, a shape, whether to train, whether lengths are given, and for how long to run."""
+    import torch
+
+    from .contenders.torch_layers import Masked
+
+    torch.set_num_threads(threads)
+    runners: dict[Any, Any] = {}
+    while True:
+        cell, shape, full, step, seconds = pickle.load(sys.stdin.buffer)
+        problem = Problem(cell, Shape(*shape), full=full)
+        if problem not in runners:
+            runners.clear()
+            runners[problem] = Masked(problem, threads)
+        run, took = getattr(runners[problem], step), []
+        run()
+        while not took or sum(took) < seconds:
+            start = time.perf_counter()
+            run()
+            took.append(time.perf_counter() - start)
+        pickle.dump(median(took), sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.versions", description=__doc__)
+    parser.add_argument("--other", type=Path, required=True, help="the other checkout")
+    parser.add_argument("--cells", default=",".join(CELLS))
+    parser.add_argument("--shapes", default=",".join(str(k + 1) for k in range(len(SHAPES))))
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--steps", default="train,infer")
+    parser.add_argument("--full", action="store_true", help="no lengths: every sequence runs to its end")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=0.1, help="of one turn")
+    parser.add_argument("--ours", default="", help="NAME=VALUE of our environment")
+    parser.add_argument("--theirs", default="", help="NAME=VALUE of the other's")
+    arguments = parser.parse_args()
+    environments = [dict([pair.split("=", 1)] if pair else []) for pair in (arguments.ours, arguments.theirs)]
+    for threads in map(int, arguments.threads.split(",")):
+        sides = [
+            Checkout(folder, threads, environment)
+            for folder, environment in zip((HERE, arguments.other.resolve()), environments, strict=True)
+        ]
+        for cell, step in product(arguments.cells.split(","), arguments.steps.split(",")):
+            ratios = []
+            for k in map(int, arguments.shapes.split(",")):
+                question = (cell, tuple(SHAPES[k - 1]), arguments.full, step)
+                for side in sides:
+                    side.ask(*question, 0)
+                rounds = [[side.ask(*question, arguments.seconds) for side in sides] for _ in range(arguments.rounds)]
+                ratios.append(median(theirs / ours for ours, theirs in rounds))
+                ours = median(ours for ours, _ in rounds)
+                print(
+                    f"{threads} thread(s) {cell} {step} {SHAPES[k - 1]}: {ratios[-1]:.2f} ({1e3 * ours:.2f} ms)",
+                    flush=True,
+                )
+            print(
+                f"{threads} thread(s) {cell} {step}: mean {geometric_mean(ratios):.2f}, least {min(ratios):.2f}",
+                flush=True,
+            )
+        for side in sides:
+            side.close()
+
+
+if __name__ == "__main__":
+    main()

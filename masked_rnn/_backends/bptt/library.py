@@ -1,0 +1,97 @@
+"""The library that native/*.cpp are compiled to when the package is installed: found, checked and called."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+from array import array
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+INTERFACE = 1
+"""Must be that of native/interface.h."""
+LEVELS = ("default", "avx2", "avx512")
+"""The kinds of CPU, as ATen names them. A number of the library's is a place here."""
+VARIABLE = "MASKED_RNN_CPU_CAPABILITY"
+"""The environment variable that takes a lesser kind than the CPU is; "none": the loops of PyTorch's ops."""
+FOLDER = Path(__file__).parent
+FAULTS = {
+    1: "sizes",
+    2: "numbers of sequences at each step",
+    3: "index",
+    4: "order",
+    5: "input",
+    6: "weights",
+    7: "states",
+    8: "saved tensors",
+    9: "output",
+    10: "gradients",
+}
+"""By the numbers of native/interface.h: what does not fit."""
+OUT_OF_MEMORY = 11
+
+
+class Library(NamedTuple):
+    functions: dict[str, Callable[[int, int], int]]
+    level: int
+    """Of the loops that run."""
+
+
+def sources_digest(folder: Path) -> str:
+    """Return the digest that setup.py builds into the library."""
+    sources = sorted([*folder.glob("*.h"), *folder.glob("*.cpp")])
+    return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in sources)).hexdigest()[:16]
+
+
+@cache
+def find() -> Library | str:
+    """Load the library, or say in words why the loops of PyTorch's ops run instead, and what to do about it."""
+    wanted = os.environ.get(VARIABLE, "").lower()
+    if wanted == "none":
+        return f"{VARIABLE}=none asks for the loops of PyTorch's ops"
+    if wanted not in ("", *LEVELS):
+        return f"{VARIABLE}={wanted!r} is none of {', '.join(LEVELS)} and none"
+    paths = [path for pattern in ("_native*.so", "_native*.pyd") for path in sorted(FOLDER.glob(pattern))]
+    if not paths:
+        return "they were not built when masked_rnn was installed: install a C++17 compiler (GCC or Clang), then again"
+    try:
+        library = ctypes.CDLL(str(paths[0]))
+        library.masked_rnn_digest.restype = ctypes.c_char_p
+        if library.masked_rnn_interface() != INTERFACE:
+            return "they were built from other sources: install masked_rnn again"
+        digest = library.masked_rnn_digest().decode()
+        functions = {name: getattr(library, f"masked_rnn_{name}") for name in ("forward", "backward")}
+    except (OSError, AttributeError) as error:
+        return f"the library can't be loaded: {error}. Install masked_rnn again"
+    sources = FOLDER / "native"
+    if sources.is_dir() and sources_digest(sources) != digest:
+        return "their sources have changed since they were built: install masked_rnn again"
+    for function in functions.values():
+        function.argtypes = (ctypes.c_void_p, ctypes.c_int64)
+        function.restype = ctypes.c_int64
+    most = LEVELS.index(wanted) if wanted else len(LEVELS) - 1
+    level = max(level for level in range(most + 1) if library.masked_rnn_supports(ctypes.c_int64(level)))
+    return Library(functions, level)
+
+
+def call(name: str, numbers: Sequence[int]) -> None:
+    """Run a pass over a record of native/interface.h, whose numbers these are."""
+    library = find()
+    assert isinstance(library, Library), library
+    record = array("q", numbers)
+    fault = library.functions[name](record.buffer_info()[0], library.level)
+    if not fault:
+        return
+    if fault == OUT_OF_MEMORY:
+        raise MemoryError("the native loops got no memory")
+    raise RuntimeError(f"the native loops refuse what they were given: {FAULTS[fault]} of another size")
+
+
+def runs(dtype: torch.dtype) -> bool:
+    """Whether the native loops run for a dtype."""
+    return dtype in (torch.float32, torch.float64) and isinstance(find(), Library)

@@ -1,0 +1,157 @@
+"""The loops of `.loops`, compiled from C++ when the package is installed: same arguments, results and `Saved`."""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._cells import LayerWeights, States, Weights
+from ..._memory import address
+from ..._torch import below_autograd
+from . import library, loops, threads
+from .cells import CELLS
+from .spec import LayerSpec, Saved, last_gradient, new_saved
+
+NO_MEMORY = (0, 0)
+INT64 = torch.int64
+
+
+@below_autograd
+def forward(
+    spec: LayerSpec, x: Tensor, initial: States, weights: LayerWeights, save: bool, into: Saved | None = None
+) -> tuple[Tensor, States, Saved | None]:
+    plan = spec.plan
+    if not plan.rows:
+        return loops.forward(spec, x, initial, weights, save, into)
+    if save and into is None:
+        into = new_saved(spec, x, initial, weights)
+    x = _rows(x)
+    states = tuple(h.clone(memory_format=torch.contiguous_format) for h in initial)
+    size = plan.size if spec.scatter else plan.rows
+    output = (x.new_zeros if size > plan.rows else x.new_empty)(size, len(weights) * initial[0].size(-1))
+    layer, alive = _layer(spec, x, states, weights, into)
+    dtype = x.dtype
+    library.call(
+        "forward",
+        [
+            *layer,
+            *address(states[0], dtype, states[0].numel()),
+            *(address(states[1], dtype, states[1].numel()) if len(states) == 2 else NO_MEMORY),
+            *address(output, dtype, *output.shape),
+            output.size(1),
+        ],
+    )
+    return output, states, into
+
+
+@below_autograd
+def backward(
+    spec: LayerSpec,
+    x: Tensor,
+    initial: States,
+    weights: LayerWeights,
+    saved: Saved,
+    d_output: Tensor | None,
+    d_last: Sequence[Tensor | None],
+    want_x: bool,
+    want_weights: bool,
+) -> tuple[Tensor | None, States, LayerWeights | None]:
+    plan, D, dtype = spec.plan, len(weights), x.dtype
+    if not plan.rows:
+        return loops.backward(spec, x, initial, weights, saved, d_output, d_last, want_x, want_weights)
+    x = _rows(x)
+    if d_output is not None:
+        d_output = d_output.resolve_neg().contiguous()
+    # What hooks on saved tensors gave back may lie in any way.
+    saved = Saved(
+        tuple(h.contiguous() for h in saved.history), None if saved.buffer is None else saved.buffer.contiguous()
+    )
+    grads = tuple(last_gradient(h, d) for h, d in zip(initial, d_last, strict=True))
+    layer, alive = _layer(spec, x, grads, weights, saved)
+    dx = (x.new_zeros if x.size(0) > plan.rows else x.new_empty)(D, *x.shape) if want_x else None
+    d_weights = tuple(Weights(*(None if w is None else torch.empty_like(w) for w in each)) for each in weights)
+    numbers = [
+        *layer,
+        *(NO_MEMORY if d_output is None else address(d_output, dtype, *d_output.shape)),
+        0 if d_output is None else d_output.size(1),
+        *address(grads[0], dtype, grads[0].numel()),
+        *(address(grads[1], dtype, grads[1].numel()) if len(grads) == 2 else NO_MEMORY),
+        *(NO_MEMORY if dx is None else address(dx, dtype, dx.numel())),
+    ]
+    for each in d_weights if want_weights else ():
+        for g in each:
+            numbers += NO_MEMORY if g is None else address(g, dtype, g.numel())
+    numbers += NO_MEMORY * (5 * (2 - D * want_weights))
+    library.call("backward", numbers)
+    if dx is None:
+        return None, grads, d_weights if want_weights else None
+    return dx[0] if D == 1 else dx[0].add_(dx[1]), grads, d_weights if want_weights else None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def _layer(
+    spec: LayerSpec, x: Tensor, states: States, weights: LayerWeights, saved: Saved | None
+) -> tuple[list[int], Any]:
+    """The record `Layer` of native/interface.h, and what its addresses point to."""
+    plan, D, dtype = spec.plan, len(weights), x.dtype
+    cell = CELLS[spec.mode]
+    (rows_of_x, inputs), fed_back = x.shape, states[0].size(-1)
+    hidden = weights[0].w_hh.size(0) // cell.gates
+    N = cell.gates * hidden
+    sizes, starts = plan.step_tables
+    steps = len(plan.batch_sizes)
+    alive: list[Tensor] = []
+    numbers = [
+        tuple(CELLS).index(spec.mode),
+        dtype.itemsize,
+        D,
+        plan.batch,
+        plan.sequences,
+        steps,
+        plan.rows,
+        inputs,
+        hidden,
+        fed_back,
+        *threads.count_and_start(),
+        spec.gather,
+        spec.scatter,
+        *address(sizes, INT64, steps + 1),
+        *address(starts, INT64, steps + 1),
+        *(NO_MEMORY if plan.index is None else address(plan.index, INT64, plan.rows)),
+        *(NO_MEMORY if plan.order is None else address(plan.order, INT64, plan.order.numel())),
+        *address(x, dtype, rows_of_x, inputs),
+        inputs,
+    ]
+    for w_ih, w_hh, b_ih, b_hh, w_hr in weights:
+        for w, rows, columns in (
+            (w_ih, N, inputs),
+            (w_hh, N, fed_back),
+            (b_ih, N, 1),
+            (b_hh, N, 1),
+            (w_hr, fed_back, hidden),
+        ):
+            if w is None:
+                numbers += NO_MEMORY
+                continue
+            if not w.is_contiguous():
+                w = w.contiguous()
+                alive.append(w)
+            numbers += address(w, dtype, rows, columns)
+    numbers += NO_MEMORY * (5 * (2 - D))
+    if saved is None:
+        numbers += NO_MEMORY * 3
+        return numbers, alive
+    states_at = D * (plan.sequences + plan.rows)
+    numbers += address(saved.history[0], dtype, states_at, fed_back)
+    numbers += address(saved.history[1], dtype, states_at, hidden) if len(saved.history) == 2 else NO_MEMORY
+    buffer = saved.buffer
+    numbers += NO_MEMORY if buffer is None else address(buffer, dtype, D * plan.rows, cell.width * hidden)
+    return numbers, alive

@@ -1,0 +1,66 @@
+// sigmoid and tanh, right to two units in the last place at every size. Infinities and NaN come out as from ATen.
+// Plain arithmetic on one number: the loops around it are vectorized by the compiler.
+
+template <class T>
+struct Format;
+template <>
+struct Format<float> {
+    using Bits = uint32_t;
+    static constexpr int fraction = 23, bias = 127, terms = 7;
+    static constexpr float least = -104.0f;  // whose exp is 0
+    // ln 2 in two parts, the first of so few bits that its product with a whole number is exact.
+    static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+};
+template <>
+struct Format<double> {
+    using Bits = uint64_t;
+    static constexpr int fraction = 52, bias = 1023, terms = 13;
+    static constexpr double least = -746.0;
+    static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
+};
+
+ALWAYS_INLINE float magnitude(float x) { return __builtin_fabsf(x); }
+ALWAYS_INLINE double magnitude(double x) { return __builtin_fabs(x); }
+ALWAYS_INLINE float with_sign(float x, float sign) { return __builtin_copysignf(x, sign); }
+ALWAYS_INLINE double with_sign(double x, double sign) { return __builtin_copysign(x, sign); }
+
+constexpr double inverse_factorial(int n) { return n < 2 ? 1.0 : inverse_factorial(n - 1) / n; }
+
+// exp(x) = 2^k (1 + p). p keeps its digits near 0; `power` is 2^(k + added).
+template <class T>
+ALWAYS_INLINE T exp_parts(T x, int added, T& power) {
+    using F = Format<T>;
+    constexpr T nearest = T(1.5) * T(uint64_t(1) << F::fraction);  // a sum with it has no room for a fraction
+    const T rounded = x * T(1.4426950408889634) + nearest;
+    const T k = rounded - nearest;
+    const T r = x - k * F::ln2_high - k * F::ln2_low;
+    T p = T(inverse_factorial(F::terms));
+#pragma GCC unroll 16
+    for (int n = F::terms - 1; n > 1; --n) p = p * r + T(inverse_factorial(n));
+    typename F::Bits bits;
+    __builtin_memcpy(&bits, &rounded, sizeof bits);
+    bits = (bits << F::fraction) + (typename F::Bits(F::bias + added) << F::fraction);
+    __builtin_memcpy(&power, &bits, sizeof bits);
+    return p * r * r + r;
+}
+
+// e / (1 + e) or 1 / (1 + e), with e = exp(-|x|): no digit is lost on either side.
+template <class T>
+ALWAYS_INLINE T sigmoid(T x) {
+    constexpr T least = Format<T>::least;
+    const T down = -magnitude(x);
+    T power;
+    const T p = exp_parts(down <= least ? least : down, 64, power);
+    const T e = (p + 1) * power * T(1 / 18446744073709551616.0);  // 2^-64: e may be below the smallest normal number
+    return (x <= 0 ? e : T(1)) / (e + 1);
+}
+
+// -t / (2 + t), with t = exp(-2|x|) - 1: no digit is lost near 0.
+template <class T>
+ALWAYS_INLINE T tanh(T x) {
+    const T down = magnitude(x) * T(-2);
+    T power;
+    const T p = exp_parts(down <= T(-80) ? T(-80) : down, 0, power);
+    const T t = p * power + (power - 1);
+    return with_sign(-t / (t + 2), x);
+}

@@ -1,0 +1,143 @@
+// One step of each cell and its derivative, for one row, in the letters of torch.nn's docs.
+//
+// `buffer` holds a row's activations: before a step, the sum of its products and biases, in blocks of H numbers. The
+// first `gates` blocks get the recurrent product, the last `gates` the input's. A step may change states in place.
+// `delta` gets the gradients of the blocks' sums.
+
+template <class T>
+struct Row {
+    T* buffer;
+    const T* h;  // before the step
+    const T* c;
+    T* h_after;
+    T* c_after;
+};
+
+// What a step back reads and changes. `dh` is the gradient of h after the step; it becomes that part of the gradient of
+// h before the step which no product brings.
+template <class T>
+struct RowBack {
+    const T* buffer;
+    const T* h;
+    const T* c;
+    const T* h_after;
+    const T* c_after;
+    T* dh;
+    T* dc;
+    T* delta;
+    T* m;  // gets the LSTM's o tanh(c), which a projection is made from
+};
+
+// r, z = σ(W_i x + b_i + W_h h + b_h);  g = W_hn h + b_hn;  n = tanh(W_in x + b_in + r g);  h' = (1 - z) n + z h.
+struct Gru {
+    template <class T>
+    static void step(ptrdiff_t H, const Row<T>& row) {
+        T *g = row.buffer, *r = g + H, *z = r + H, *n = z + H, *h_after = row.h_after;
+        const T* h = row.h;
+        SIMD for (ptrdiff_t j = 0; j < H; ++j) {
+            r[j] = sigmoid(r[j]);
+            z[j] = sigmoid(z[j]);
+            n[j] = tanh(n[j] + r[j] * g[j]);
+            h_after[j] = n[j] + z[j] * (h[j] - n[j]);
+        }
+    }
+
+    template <class T>
+    static void step_back(ptrdiff_t H, const RowBack<T>& row) {
+        const T *g = row.buffer, *r = g + H, *z = r + H, *n = z + H, *h = row.h;
+        T *dg = row.delta, *dr = dg + H, *dz = dr + H, *dn = dz + H, *dh = row.dh;
+        SIMD for (ptrdiff_t j = 0; j < H; ++j) {
+            const T d = dh[j], d_n = d * (1 - z[j]) * (1 - n[j] * n[j]);
+            dg[j] = d_n * r[j];
+            dr[j] = d_n * g[j] * r[j] * (1 - r[j]);
+            dz[j] = d * (h[j] - n[j]) * z[j] * (1 - z[j]);
+            dn[j] = d_n;
+            dh[j] = d * z[j];
+        }
+    }
+};
+
+// i, f, g, o = σ, σ, tanh, σ (W_i x + b_i + W_h h + b_h);  c' = f c + i g;  m = o tanh(c');  h' = m, or W_hr m.
+struct Lstm {
+    // m goes to `h_after`.
+    template <class T>
+    static void step(ptrdiff_t H, const Row<T>& row) {
+        T *i = row.buffer, *f = i + H, *g = f + H, *o = g + H, *c_after = row.c_after, *m = row.h_after;
+        const T* c = row.c;
+        SIMD for (ptrdiff_t j = 0; j < H; ++j) {
+            i[j] = sigmoid(i[j]);
+            f[j] = sigmoid(f[j]);
+            g[j] = tanh(g[j]);
+            o[j] = sigmoid(o[j]);
+            c_after[j] = f[j] * c[j] + i[j] * g[j];
+            m[j] = o[j] * tanh(c_after[j]);
+        }
+    }
+
+    // `dh` is the gradient of m.
+    template <class T>
+    static void step_back(ptrdiff_t H, const RowBack<T>& row) {
+        const T *i = row.buffer, *f = i + H, *g = f + H, *o = g + H, *c = row.c, *c_after = row.c_after, *dm = row.dh;
+        T *di = row.delta, *df = di + H, *dg = df + H, *d_o = dg + H, *dc = row.dc, *m = row.m;
+        SIMD for (ptrdiff_t j = 0; j < H; ++j) {
+            const T t = tanh(c_after[j]), d = dc[j] + dm[j] * o[j] * (1 - t * t);
+            di[j] = d * g[j] * i[j] * (1 - i[j]);
+            df[j] = d * c[j] * f[j] * (1 - f[j]);
+            dg[j] = d * i[j] * (1 - g[j] * g[j]);
+            d_o[j] = dm[j] * t * o[j] * (1 - o[j]);
+            dc[j] = d * f[j];
+            m[j] = o[j] * t;
+        }
+    }
+};
+
+// h' = tanh(W_i x + b_i + W_h h + b_h).
+struct RnnTanh {
+    template <class T>
+    static void step(ptrdiff_t H, const Row<T>& row) {
+        const T* a = row.buffer;
+        T* h_after = row.h_after;
+        SIMD for (ptrdiff_t j = 0; j < H; ++j) h_after[j] = tanh(a[j]);
+    }
+
+    template <class T>
+    static void step_back(ptrdiff_t H, const RowBack<T>& row) {
+        const T *h_after = row.h_after, *dh = row.dh;
+        T* da = row.delta;
+        SIMD for (ptrdiff_t j = 0; j < H; ++j) da[j] = dh[j] * (1 - h_after[j] * h_after[j]);
+    }
+};
+
+// h' = max(0, W_i x + b_i + W_h h + b_h). NaN stays NaN, and lets its gradient through, as in ATen.
+struct RnnRelu {
+    template <class T>
+    static void step(ptrdiff_t H, const Row<T>& row) {
+        const T* a = row.buffer;
+        T* h_after = row.h_after;
+        SIMD for (ptrdiff_t j = 0; j < H; ++j) h_after[j] = a[j] <= 0 ? 0 : a[j];
+    }
+
+    template <class T>
+    static void step_back(ptrdiff_t H, const RowBack<T>& row) {
+        const T *h_after = row.h_after, *dh = row.dh;
+        T* da = row.delta;
+        SIMD for (ptrdiff_t j = 0; j < H; ++j) da[j] = h_after[j] <= 0 ? 0 : dh[j];
+    }
+};
+
+// What the loops know of a cell.
+template <class T>
+struct Steps {
+    void (*step)(ptrdiff_t H, const Row<T>&);
+    void (*step_back)(ptrdiff_t H, const RowBack<T>&);
+    bool keeps_dh;  // whether h before a step has a share of the gradient that no product brings
+
+    static Steps of(int64_t cell) {
+        switch (cell) {
+            case GRU: return {Gru::step<T>, Gru::step_back<T>, true};
+            case LSTM: return {Lstm::step<T>, Lstm::step_back<T>, false};
+            case RNN_TANH: return {RnnTanh::step<T>, RnnTanh::step_back<T>, false};
+            default: return {RnnRelu::step<T>, RnnRelu::step_back<T>, false};
+        }
+    }
+};

@@ -1,0 +1,49 @@
+// The loops for one kind of CPU: a namespace, a register's width, and the instructions that the compiler may use.
+// Included once by each of baseline.cpp, avx2.cpp and avx512.cpp, which say which.
+
+#if !defined(__GNUC__)
+#error "The loops need the vector types of GCC and Clang. Without them the loops of PyTorch's ops run."
+#endif
+
+// All that is shared comes first, compiled for any CPU.
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+#include <utility>
+
+#include "interface.h"
+#include "threads.h"
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+#define NEVER_INLINE __attribute__((noinline))
+#define SIMD _Pragma("omp simd")
+
+#if defined(LEVEL_TARGET) && defined(__clang__)
+#define LEVEL_PRAGMA(text) _Pragma(#text)
+#define LEVEL_BEGIN(features) LEVEL_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+LEVEL_BEGIN(LEVEL_TARGET)
+#elif defined(LEVEL_TARGET)
+#define LEVEL_PRAGMA(text) _Pragma(#text)
+#define LEVEL_BEGIN(features) LEVEL_PRAGMA(GCC target(features))
+LEVEL_BEGIN(LEVEL_TARGET)
+#endif
+
+namespace masked_rnn {
+namespace LEVEL {
+
+constexpr ptrdiff_t TILE_ROWS = TILE_ROWS_OF_THIS_CPU;
+
+#include "layout.h"
+#include "vec.h"
+#include "activations.h"
+#include "cells.h"
+#include "gemm.h"
+#include "loops.h"
+
+}  // namespace LEVEL
+}  // namespace masked_rnn
+
+#if defined(LEVEL_TARGET) && defined(__clang__)
+#pragma clang attribute pop
+#endif

@@ -1,0 +1,29 @@
+// Work that is shared among threads. Each takes the next task that is left, so that fewer threads may do them all.
+#pragma once
+
+#include <atomic>
+
+#include "interface.h"
+
+namespace masked_rnn {
+
+template <class Task>
+void run_tasks(const Layer& layer, int64_t tasks, const Task& task) {
+    if (tasks <= 1 || layer.threads <= 1 || !layer.parallel) {
+        for (int64_t k = 0; k < tasks; ++k) task(k);
+        return;
+    }
+    struct Shared {
+        const Task& task;
+        int64_t tasks;
+        std::atomic<int64_t> next;
+    } shared{task, tasks, {0}};
+    const auto work = [](void* data) {
+        Shared& mine = *static_cast<Shared*>(data);
+        for (int64_t k; (k = mine.next.fetch_add(1, std::memory_order_relaxed)) < mine.tasks;) mine.task(k);
+    };
+    // Always as many threads: GNU's OpenMP ends those that a smaller team leaves out.
+    layer.parallel(work, &shared, static_cast<unsigned>(layer.threads), 0);
+}
+
+}  // namespace masked_rnn
