@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..._cells import LayerWeights, States
 from ..._memory import NotPlain
-from ..._torch import values_can_be_read
+from ..._torch import is_recorded
 from . import library, loops, native
 from .spec import LayerSpec, Saved
 
@@ -16,7 +16,7 @@ from .spec import LayerSpec, Saved
 def forward(
     spec: LayerSpec, x: Tensor, initial: States, weights: LayerWeights, save: bool, into: Saved | None = None
 ) -> tuple[Tensor, States, Saved | None]:
-    if library.runs(x.dtype) and values_can_be_read(x):
+    if library.runs(x.dtype) and not is_recorded():
         try:
             return native.forward(spec, x, initial, weights, save, into)
         except NotPlain:
@@ -36,7 +36,7 @@ def backward(
     want_weights: bool,
 ) -> tuple[Tensor | None, States, LayerWeights | None]:
     given = (spec, x, initial, weights, saved, d_output, d_last, want_x, want_weights)
-    if library.runs(x.dtype) and values_can_be_read(x):
+    if library.runs(x.dtype) and not is_recorded():
         try:
             return native.backward(*given)
         except NotPlain:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -123,8 +121,8 @@ def _layer(
         *threads.count_and_start(),
         spec.gather,
         spec.scatter,
-        *address(sizes, INT64, steps + 1),
-        *address(starts, INT64, steps + 1),
+        *sizes.buffer_info(),
+        *starts.buffer_info(),
         *(NO_MEMORY if plan.index is None else address(plan.index, INT64, plan.rows)),
         *(NO_MEMORY if plan.order is None else address(plan.order, INT64, plan.order.numel())),
         *address(x, dtype, rows_of_x, inputs),
