@@ -21,7 +21,7 @@ FLOORS = (
     ("_backends/recurrence", "_backends/double_backward", "_backends/rows", "_backends"),
     ("_call",),
     ("_forms", "_states"),
-    ("_segments",),
+    ("_segments", "_refusals"),
     ("_lengths", "_plan", "_cells"),
     ("_torch",),
 )
