@@ -24,7 +24,6 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-
 _NUMPY = {torch.bool: np.bool_, torch.int64: np.int64, torch.float32: np.float32, torch.float64: np.float64}
 
 
@@ -122,7 +121,6 @@ unsafe_view: Callable[[Tensor, list[int]], Tensor] = _find("ops.aten._unsafe_vie
 
 # Modes in which a tensor stands for values that are not there
 
-
 _is_tracing: Callable[[], bool] = _find("jit.is_tracing") or (lambda: False)
 
 
@@ -205,7 +203,6 @@ def is_exporting_onnx() -> bool:
 
 # Dynamo
 
-
 # In torch 2.6 this gives away a reference that it does not own, and Python crashes. Tried from 2.13 on.
 _gives_a_reference = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 _asked = _find("_C._dynamo.eval_frame.get_eval_frame_callback") if _gives_a_reference else None
@@ -220,6 +217,14 @@ def dynamo_watches() -> bool:
 def dynamo_refuses() -> bool:
     """Whether Dynamo is tracing a layer that it will not compile: from torch 2.15 on it enters its forward first."""
     return torch.compiler.is_dynamo_compiling() and not torch._dynamo.config.allow_rnn
+
+
+def left_to_run(function: Callable[Arguments, Result], reason: str) -> Callable[Arguments, Result]:
+    """`torch.compiler.disable`, with a reason where it takes one: torch 2.6 does not."""
+    try:
+        return cast(Callable[Arguments, Result], torch.compiler.disable(function, reason=reason))
+    except TypeError:
+        return cast(Callable[Arguments, Result], torch.compiler.disable(function))
 
 
 # Kernels

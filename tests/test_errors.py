@@ -107,7 +107,8 @@ MASKS: list[tuple[Any, type[Exception], str]] = [
         ValueError,
         r"mask has shape \(6, 3\), but the input's first dimensions are \(3, 6\) \(batch_first=True\)",
     ),
-    (MASK.unsqueeze(-1), ValueError, r"mask has shape \(3, 6, 1\)"),
+    (MASK.unsqueeze(-1), ValueError, r"mask has shape \(3, 6, 1\).*sequence\. Use mask\.squeeze\(-1\)\.$"),
+    (MASK.unsqueeze(0), ValueError, r"mask has shape \(1, 3, 6\).*sequence\.$"),
     (MASK.float(), TypeError, r"dtype is torch\.float32\. Use mask\.bool\(\)"),
     (MASK.long(), TypeError, r"dtype is torch\.int64"),
     (MASK.tolist(), TypeError, r"must be a bool tensor, got list"),
@@ -118,6 +119,18 @@ MASKS: list[tuple[Any, type[Exception], str]] = [
 def test_mask(mask: Any, kind: type[Exception], words: str) -> None:
     with pytest.raises(kind, match=words):
         masked("gru", batch_first=True)(X, mask=mask)
+
+
+@pytest.mark.parametrize("name", ["mask", "resets"])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_marks_with_a_last_dimension_of_one(name: str, batch_first: bool) -> None:
+    """As TorchRL's `is_init`."""
+    layer = masked("gru", batch_first=batch_first)
+    x, marks = (X, MASK) if batch_first else (X.transpose(0, 1), MASK.t())
+    for input, own in ((x, marks), (X[0], MASK[0])):
+        with pytest.raises(ValueError, match=rf"Use {name}\.squeeze\(-1\)\.$"):
+            layer(input, **{name: own.unsqueeze(-1)})
+        layer(input, **{name: own.unsqueeze(-1).squeeze(-1)})
 
 
 @pytest.mark.parametrize(
@@ -461,8 +474,16 @@ def test_options_are_bools(option: str) -> None:
 
 
 def test_a_backend_that_does_not_exist() -> None:
-    with pytest.raises(ValueError, match=r"backend='cudnn' does not exist.*'auto'.*'packed', 'padded', 'bptt', 'scan'"):
+    words = r"backend='cudnn' does not exist.*'auto'.*'packed', 'padded', 'bptt', 'scan'"
+    with pytest.raises(ValueError, match=words):
         masked("gru", 4, 3, backend="cudnn")
+    layer = masked("gru", batch_first=True)
+    layer.backend = "cudnn"
+    for x, given in ((X, {}), (X, {"lengths": [6, 0, 2]}), (X[:, :1], {}), (X[:, :0], {"lengths": [0, 0, 0]})):
+        with pytest.raises(ValueError, match=words):
+            layer(x, **given)
+    with pytest.raises(ValueError, match=words):
+        torch.export.export(layer, (X,))
 
 
 @pytest.mark.parametrize("forced", ["packed", "padded", "bptt"])
