@@ -219,8 +219,9 @@ def dynamo_refuses() -> bool:
     return torch.compiler.is_dynamo_compiling() and not torch._dynamo.config.allow_rnn
 
 
-def left_to_run(function: Callable[Arguments, Result], reason: str) -> Callable[Arguments, Result]:
-    """`torch.compiler.disable`, with a reason where it takes one: torch 2.6 does not."""
+def left_to_run(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """`torch.compiler.disable`, with a reason for reports of graph breaks where it takes one: torch 2.6 does not."""
+    reason = "Dynamo compiles no torch.nn.RNNBase. To make it one operator, set torch._dynamo.config.allow_rnn = True"
     try:
         return cast(Callable[Arguments, Result], torch.compiler.disable(function, reason=reason))
     except TypeError:

@@ -56,10 +56,6 @@ def _run(layer: Layer, input: Any, hx: Any, lengths: Any, mask: Any, resets: Any
     return close_call(call, *run(call))
 
 
-REASON = (
-    "Dynamo compiles no layer of torch.nn.RNNBase: it runs as it is, with the graph broken around it. "
-    "Set torch._dynamo.config.allow_rnn = True to compile it as one operator"
-)
 _run_eagerly: Any = None
 
 
@@ -67,7 +63,7 @@ def _eager_run() -> Any:
     """`_run`, which Dynamo leaves alone. Made when Dynamo is first there: loading it takes seconds."""
     global _run_eagerly
     if _run_eagerly is None:
-        _run_eagerly = left_to_run(_run, REASON)
+        _run_eagerly = left_to_run(_run)
     return _run_eagerly
 
 
