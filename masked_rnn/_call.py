@@ -232,7 +232,7 @@ def open_call(layer: Layer, input: Any, hx: Any, lengths: Any, mask: Any, resets
     packed = input if isinstance(input, PackedSequence) else None
     nested = input if isinstance(input, Tensor) and input.is_nested else None
     if packed is not None:
-        opened = open_packed(packed)
+        opened = open_packed(layer, packed)
     elif nested is not None:
         opened = open_nested(nested)
     else:

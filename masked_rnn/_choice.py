@@ -94,12 +94,20 @@ class Mode(NamedTuple):
     """Whether values are there."""
 
 
+def check_name(backend: str) -> None:
+    if backend not in ("auto", *BACKENDS):
+        names = ", ".join(map(repr, BACKENDS))
+        raise ValueError(f"backend={backend!r} does not exist. Expected 'auto' or one of {names}.")
+
+
 def mode_of(call: Call) -> Mode:
     return Mode(why_only_scan(call), is_traced(), call.values_can_be_read())
 
 
 def choose(call: Call) -> Backend:
     wanted = call.layer.backend
+    if wanted != "auto":
+        check_name(wanted)  # it may have been set after the layer was made
     if torch.compiler.is_compiling() or (is_exporting_onnx() and not is_traced()):
         return _choose_captured(call, wanted)
     mode = mode_of(call)

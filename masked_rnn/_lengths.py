@@ -118,9 +118,10 @@ def check_marks(name: str, marks: Any, shape: tuple[int, ...], layout: str) -> T
             f"{name} must be a bool tensor, {MARKS[name]}, but its dtype is {marks.dtype}.{_marks_cure(name, marks)}"
         )
     if tuple(marks.shape) != shape:
+        cure = f" Use {name}.squeeze(-1)." if tuple(marks.shape) == (*shape, 1) else ""
         raise ValueError(
             f"{name} has shape {tuple(marks.shape)}, but the input's first dimensions are {shape} ({layout}). "
-            "Expected one bool per time step of each sequence."
+            f"Expected one bool per time step of each sequence.{cure}"
         )
     return marks
 

@@ -107,7 +107,6 @@ unsafe_view: Callable[[Tensor, list[int]], Tensor] = _find("ops.aten._unsafe_vie
 
 # Modes in which a tensor stands for values that are not there
 
-
 _is_tracing: Callable[[], bool] = _find("jit.is_tracing") or (lambda: False)
 
 
@@ -190,7 +189,6 @@ def is_exporting_onnx() -> bool:
 
 # Dynamo
 
-
 # In torch 2.6 this gives away a reference that it does not own, and Python crashes. Tried from 2.13 on.
 _gives_a_reference = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 _asked = _find("_C._dynamo.eval_frame.get_eval_frame_callback") if _gives_a_reference else None
@@ -205,6 +203,15 @@ def dynamo_watches() -> bool:
 def dynamo_refuses() -> bool:
     """Whether Dynamo is tracing a layer that it will not compile: from torch 2.15 on it enters its forward first."""
     return torch.compiler.is_dynamo_compiling() and not torch._dynamo.config.allow_rnn
+
+
+def left_to_run(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """`torch.compiler.disable`, with a reason for reports of graph breaks where it takes one: torch 2.6 does not."""
+    reason = "Dynamo compiles no torch.nn.RNNBase. To make it one operator, set torch._dynamo.config.allow_rnn = True"
+    try:
+        return cast(Callable[Arguments, Result], torch.compiler.disable(function, reason=reason))
+    except TypeError:
+        return cast(Callable[Arguments, Result], torch.compiler.disable(function))
 
 
 # Kernels

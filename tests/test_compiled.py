@@ -401,7 +401,7 @@ def test_in_a_worker_of_a_data_loader(start: str) -> None:
     features = Features(layer)
     expected = [features[k] for k in range(4)]
     layer(torch.randn(9, 40, 4))[0].sum().backward()
-    loader = torch.utils.data.DataLoader(features, 2, num_workers=2, multiprocessing_context=start, timeout=120)
+    loader = torch.utils.data.DataLoader(features, 2, num_workers=2, multiprocessing_context=start, timeout=600)
     torch.testing.assert_close(torch.cat(list(loader)), torch.stack(expected))
 
 
