@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ._cells import Layer
 from ._lengths import check_lengths, check_marks, check_nested, check_packed, is_on_host
+from ._probe import check_dtype
 from ._torch import is_autocast_on, is_traced, ragged_dim, to_device, values_can_be_read
 
 
@@ -68,7 +69,7 @@ def open_nested(input: Any) -> Opened:
 
 
 def check_input(layer: Layer, dtype: torch.dtype, data: Tensor) -> None:
-    """What `nn.RNNBase.check_input` refuses, by the dtype of the weights that the call runs with."""
+    """Refuse what torch.nn and its kernel refuse. `dtype` is that of the weights that the call runs with."""
     if data.dtype != dtype and not is_autocast_on(data.device.type):
         cure = f" Use input.to({dtype})." if data.is_floating_point() else ""  # whole numbers may be ids to embed
         raise ValueError(f"input must have the type {dtype}, got type {data.dtype}.{cure}")
@@ -76,6 +77,8 @@ def check_input(layer: Layer, dtype: torch.dtype, data: Tensor) -> None:
         raise RuntimeError(
             f"input.size(-1) must be equal to input_size. Expected {layer.input_size}, got {data.size(-1)}"
         )
+    if not torch.compiler.is_compiling():  # the operator asks when it runs
+        check_dtype(layer.mode, dtype, data.device, layer.bias, layer.proj_size > 0)
 
 
 def refuse_twice(form: str, lengths: Any, mask: Any, resets: Any) -> None:
