@@ -97,7 +97,8 @@ class Mode(NamedTuple):
 
 
 def mode_of(call: Call) -> Mode:
-    return Mode(why_only_scan(call), is_traced(), call.values_can_be_read(), is_capturing(call.data.device))
+    readable = call.values_can_be_read()
+    return Mode(why_only_scan(call), is_traced(), readable, readable and is_capturing(call.data.device))
 
 
 def choose(call: Call) -> Backend:

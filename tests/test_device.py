@@ -29,6 +29,7 @@ from oracle import (
 from simulated_device import DEVICE, FUSED, HOST, SimulatedTensor, watching
 from strict_kernel import with_cudnn
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from masked_rnn import _choice, _torch
@@ -359,6 +360,9 @@ def test_recording_is_asked_of_the_tensors_device(monkeypatch: pytest.MonkeyPatc
     assert _torch.is_capturing(torch.device("cuda", 1))
     assert not _torch.is_capturing(torch.device("cuda", 0))
     assert not _torch.is_capturing(HOST)
+    monkeypatch.setattr(_choice, "is_capturing", lambda _device: pytest.fail("there is no device to ask"))
+    with FakeTensorMode():
+        assert masked("gru")(torch.randn(STEPS, 2, INPUT), lengths=torch.tensor([1, 2]))[0].shape == (STEPS, 2, 3)
 
 
 @pytest.mark.parametrize(("most", "more"), [(128, 192), (256, 384)])
