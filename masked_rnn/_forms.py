@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ._cells import Layer
 from ._lengths import check_lengths, check_marks, check_nested, check_packed, is_on_host
+from ._probe import check_dtype
 from ._refusals import refusal
 from ._torch import is_autocast_on, is_traced, ragged_dim, to_device, values_can_be_read
 
@@ -73,9 +74,11 @@ def open_nested(input: Any) -> Opened:
 
 
 def check_input(layer: Layer, dtype: torch.dtype, data: Tensor) -> None:
-    """What `nn.RNNBase.check_input` refuses, by the dtype of the weights that the call runs with."""
+    """Refuse what torch.nn and its kernel refuse. `dtype` is that of the weights that the call runs with."""
     wrong_dtype = data.dtype != dtype and not is_autocast_on(data.device.type)
     if not wrong_dtype and data.size(-1) == layer.input_size:
+        if not torch.compiler.is_compiling():  # the operator asks when it runs
+            check_dtype(layer.mode, dtype, data.device, layer.bias, layer.proj_size > 0)
         return
     # torch asks only whether there are batch sizes.
     batch_sizes = None if data.dim() == 3 else ()

@@ -48,10 +48,11 @@ def check_lengths(given: Any, batch: int, steps: int, device: torch.device, batc
     if is_on_host(lengths):
         return None if check_range(lengths, steps, layout) else lengths
     # A read would wait for the device; the assertion reports from there.
-    assert_async(
+    if not assert_async(
         ((lengths >= 0) & (lengths <= steps)).all(),
         f"a length is out of range: expected 0 <= length <= {steps}, the input's time steps ({layout})",
-    )
+    ):
+        check_range(lengths, steps, layout)
     return lengths
 
 
@@ -141,8 +142,9 @@ def _marks_cure(name: str, marks: Tensor) -> str:
 def check_sorted(lengths: Tensor) -> None:
     if not values_can_be_read(lengths):
         return
-    if not is_on_host(lengths):
-        assert_async((lengths.diff() <= 0).all(), "lengths must decrease under enforce_sorted=True")
+    if not is_on_host(lengths) and assert_async(
+        (lengths.diff() <= 0).all(), "lengths must decrease under enforce_sorted=True"
+    ):
         return
     for n, (before, length) in enumerate(pairwise(lengths.tolist()), 1):
         if length > before:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from masked_rnn._backends.bptt import spec
-from masked_rnn._torch import lstm_kernel_runs
+from masked_rnn._probe import lstm_kernel_runs
 
 STEPS, BATCH, HIDDEN = 60, 5, 24
 
@@ -127,7 +127,7 @@ def test_autocast(cell: str, backend: str, case: dict[str, Any]) -> None:
     truth, _ = ours.float()(x.float(), _float(hx), **case["given"])
     packs = backend == "packed" and bool(case["given"])
     # oneDNN's LSTM: which dtypes it has under autocast hangs on the CPU.
-    lacking = cell == "lstm" and not packs and not lstm_kernel_runs(torch.bfloat16)
+    lacking = cell == "lstm" and not packs and not lstm_kernel_runs(torch.bfloat16, True, 1)
     with torch.autocast("cpu", torch.bfloat16):
         if lacking and backend in ("packed", "padded"):
             with pytest.raises(ValueError, match=r"PyTorch has no LSTM kernel for torch\.bfloat16 under autocast"):

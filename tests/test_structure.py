@@ -24,6 +24,7 @@ FLOORS = (
     ("_forms", "_states"),
     ("_segments", "_refusals"),
     ("_lengths", "_plan", "_cells"),
+    ("_probe",),
     ("_torch",),
 )
 """From the top. A module imports from floors below its own, and from its own folder."""

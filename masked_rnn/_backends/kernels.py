@@ -23,12 +23,14 @@ def runs_cudnn(x: Tensor) -> bool:
     return x.is_cuda and torch.backends.cudnn.enabled
 
 
-def runs_all_steps_at_once(mode: str, x: Tensor, hidden: int, proj: int) -> bool:
+def runs_all_steps_at_once(mode: str, x: Tensor, hidden: int, proj: int, learns: bool) -> bool:
     """On a GPU: whether the kernel over a padded batch is one of cuDNN's that go through all steps; over packed rows it
-    starts several for each. PyTorch's own rule (`use_rnn_persist_small_h`), for the forward pass."""
-    return (
-        runs_cudnn(x) and torch.version.hip is None and not proj and hidden <= (192 if mode in ("GRU", "LSTM") else 384)
-    )
+    starts several for each. PyTorch's own rule (`use_rnn_persist_small_h` in aten/src/ATen/native/cudnn/RNN.cpp)."""
+    if not runs_cudnn(x) or torch.version.hip is not None or proj or x.dtype == torch.float64:
+        return False
+    if mode in ("GRU", "LSTM"):
+        return hidden <= (128 if learns else 192)
+    return hidden <= (256 if learns else 384)
 
 
 def has_lstm_kernel(mode: str, x: Tensor, hidden: int, fed_back: int) -> bool:
@@ -107,8 +109,10 @@ def run_kernel(
     has_biases = len(parameters) >= 4 * layers * directions
     on_cudnn = runs_cudnn(x)
     learns = on_cudnn and torch.is_grad_enabled()
-    if on_cudnn and not is_fake(x):
-        parameters = in_one_chunk(parameters)
+    if on_cudnn:
+        initial = tuple(h.contiguous() for h in initial)  # cuDNN refuses others, such as a flattened hx
+        if not is_fake(x):
+            parameters = in_one_chunk(parameters)
     # What a module calls training draws dropout, and is when cuDNN saves what its gradient needs.
     options = (has_biases, layers, dropout, dropout > 0 or learns, directions == 2)
 
