@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._torch import Array, as_array, to_device
+from ._memory import as_array
+from ._torch import Array, to_device
 
 
 class Plan:

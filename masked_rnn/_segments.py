@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._memory import as_array
 from ._plan import Plan, plan_listed, real_mask, real_rows
-from ._torch import Array, as_array, to_device
+from ._torch import Array, to_device
 
 
 class Move(NamedTuple):

@@ -25,19 +25,6 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-_NUMPY = {torch.bool: np.bool_, torch.int64: np.int64, torch.float32: np.float32, torch.float64: np.float64}
-
-
-def as_array(tensor: Tensor) -> Array:
-    """To read a tensor that may be a caller's. `Tensor.numpy` would keep its storage from ever being resized, which
-    fully_shard does with weights; DLPack takes longer, and Numba longer still with its arrays, which may be read-only.
-    """
-    tensor = tensor.contiguous()
-    memory: Any = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-    memory.owner = tensor
-    return np.ndarray(tensor.shape, _NUMPY[tensor.dtype], memory)
-
-
 def _find(path: str) -> Any:
     """The object at a dotted path from torch; None where this release has none."""
     found: Any = torch
@@ -162,6 +149,10 @@ def is_fake(tensor: Tensor) -> bool:
 _FakeTensor: Any = _find("_subclasses.FakeTensor")
 
 
+is_zero_tensor: Callable[[Tensor], bool] = _find("_is_zerotensor") or (lambda tensor: False)
+"""Whether a tensor stands for zeros and has no memory, as forward-mode differentiation makes them."""
+
+
 def is_recorded() -> bool:
     """Whether `make_fx` records ops: a value that is read would be the example's, for good."""
     proxy_mode = _loaded("torch.fx.experimental.proxy_tensor", "get_proxy_mode")
@@ -229,6 +220,12 @@ KERNELS: dict[str, Any] = {
     for mode, name in (("GRU", "gru"), ("LSTM", "lstm"), ("RNN_TANH", "rnn_tanh"), ("RNN_RELU", "rnn_relu"))
 }
 """PyTorch's recurrent kernels, by `nn.RNNBase.mode`."""
+
+
+share_storage: Callable[[Tensor, Tensor], bool] = _find("_C._is_alias_of") or (
+    lambda a, b: a.as_strided((0,), (1,), 0).is_set_to(b.as_strided((0,), (1,), 0))
+)
+"""Whether two tensors lie in the same storage."""
 
 
 def has_onednn() -> bool:

@@ -23,6 +23,7 @@ FLOORS = (
     ("_forms", "_states"),
     ("_segments",),
     ("_lengths", "_plan", "_cells"),
+    ("_memory",),
     ("_torch",),
 )
 """From the top. A module imports from floors below its own, and from its own folder."""
@@ -70,3 +71,9 @@ def test_imports_go_down(module: str) -> None:
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_a_file_can_be_read_at_a_sitting(module: str) -> None:
     assert len(MODULES[module].read_text().splitlines()) <= 350
+
+
+def test_one_module_asks_for_addresses() -> None:
+    """`_memory.py` checks a tensor before it gives its address away."""
+    asking = {module for module, path in MODULES.items() if "data_ptr" in path.read_text()}
+    assert asking == {"_memory"}

@@ -24,9 +24,10 @@ from .._backends.recurrence import scan
 from .._call import Call
 from .._cells import LayerWeights, States, flatten_weights, group_weights, stack_layers
 from .._lengths import check_range
+from .._memory import as_array
 from .._plan import Plan, move_to_front, plan_full, plan_padded, real_mask
 from .._segments import Segments, resets_at_real_steps
-from .._torch import as_array, unsafe_view, with_autograd
+from .._torch import unsafe_view, with_autograd
 
 CPU = torch.device("cpu")
 

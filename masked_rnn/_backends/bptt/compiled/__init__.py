@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...._cells import LayerWeights, States, Weights
 from ...._plan import Chunk
-from ...._torch import as_array, below_autograd
+from ...._memory import as_array
+from ...._torch import below_autograd
 from .. import loops
 from ..cells import Cell
 from ..spec import LayerSpec, Saved, last_gradient, new_saved
