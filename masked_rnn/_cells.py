@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._torch import listed_weights
+from ._torch import is_traced, listed_weights
 
 BackendName = Literal["auto", "packed", "padded", "bptt", "scan"]
 States = tuple[Tensor, ...]
@@ -119,6 +119,10 @@ def _check_weights(layer: Layer, weights: Sequence[Tensor], names: list[str], sh
             return
     except AttributeError:  # None, or anything else that was put in a parameter's place
         pass
+    except RuntimeError:  # torch.jit.trace can't record a weight's shape: nor can it the weight, which it says later
+        if is_traced():
+            return
+        raise
     kind = type(layer).__name__
     if len(weights) != len(names):
         raise RuntimeError(

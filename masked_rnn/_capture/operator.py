@@ -23,11 +23,11 @@ from .._backends.padded import run_padded
 from .._backends.recurrence import scan
 from .._call import Call
 from .._cells import LayerWeights, States, flatten_weights, group_weights, stack_layers
-from .._lengths import check_range
 from .._memory import as_array
 from .._plan import Plan, move_to_front, plan_full, plan_padded, real_mask
 from .._segments import Segments, resets_at_real_steps
 from .._torch import unsafe_view, with_autograd
+from .arguments import check_arguments, check_saved
 
 CPU = torch.device("cpu")
 
@@ -66,6 +66,7 @@ def _forward(
     save: bool,
 ) -> list[Tensor]:
     """The output, the last states, and what the gradient needs, as bytes."""
+    check_arguments(x, lengths, resets, initial, weights, mode, directions, batch_first)
     grouped, states = group_weights(weights, 1, directions)[0], tuple(initial)
     size = _saved_size(x, initial, weights, mode, directions, save, resets)
     saved_bytes = x.new_empty(size, dtype=torch.uint8)
@@ -102,6 +103,9 @@ def _backward(
     want_weights: bool,
 ) -> list[Tensor]:
     """The gradients of the initial states, then of x and of the weights where they are wanted."""
+    check_arguments(x, lengths, resets, initial, weights, mode, directions, batch_first)
+    size = _saved_size(x, initial, weights, mode, directions, True, resets)
+    check_saved(x, initial, saved_bytes, size, grads, directions)
     grouped, states = group_weights(weights, 1, directions)[0], tuple(initial)
     if x.device.type != "cpu" or bool(saved_bytes[-1]):
         return _recomputed(
@@ -146,8 +150,6 @@ def _runs_kernel(
     if x.device.type != "cpu":
         return True
     batch, steps = x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
-    if lengths is not None:
-        check_range(lengths, steps, f"batch_first={batch_first}")
     if batch == 0 or steps == 0 or resets is not None:
         return False
     hidden, fed_back = initial[-1].size(-1), initial[0].size(-1)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ...._cells import LayerWeights, States, Weights
-from ...._plan import Chunk
 from ...._memory import as_array
+from ...._plan import Chunk
 from ...._torch import below_autograd
 from .. import loops
 from ..cells import Cell
