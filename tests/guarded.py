@@ -22,6 +22,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from oracle import CELLS, as_hx, as_tuple, masked, state_shapes
 from torch import Tensor
@@ -316,7 +317,7 @@ def run_each(check: Callable[[Any], None]) -> None:
         print(number, end="", flush=True)
         try:
             check(cases[number])
-        except Exception as error:
+        except (Exception, pytest.fail.Exception) as error:
             print("", json.dumps(f"{type(error).__name__}: {error}"[:2000]), flush=True)
         else:
             print(flush=True)

@@ -199,7 +199,7 @@ def the_operator_is_given_another_shape(cell: str) -> None:
     given = [x, lengths, None, states, weights, saved, [output, *last], layer.mode, 2, True, True, True]
     torch.ops.masked_rnn.layer_gradient(*given)
     shorter = [output[:, :-1], *last]
-    for at, value, words in ((5, saved[:-8], "reserve"), (6, shorter, "gradient"), (1, lengths + 1, "lengths")):
+    for at, value, words in ((5, saved[:-8], "reserve"), (6, shorter, "gradient"), (1, lengths + STEPS, "lengths")):
         changed = [*given[:at], value, *given[at + 1 :]]
         raises((RuntimeError, ValueError), words, torch.ops.masked_rnn.layer_gradient, *changed)
 
@@ -457,7 +457,7 @@ def test_no_tensor_is_trusted(name: str, cell: str, faults: dict[tuple[str, str]
 
 # Pages that may not be touched
 
-GUARDED = guarded.random_cases(270, seed=0)
+GUARDED = guarded.random_cases(180, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -484,7 +484,7 @@ def test_the_guard_can_fail(side: str) -> None:
 def test_cases_meet() -> None:
     """Each cell meets each form on each side."""
     met = Counter((case["cell"], case["form"], case["side"]) for case in GUARDED)
-    assert set(met.values()) == {3}
+    assert set(met.values()) == {2}
     assert len(met) == len(CELLS) * len(guarded.FORMS) * len(guarded.SIDES)
 
 
