@@ -5,6 +5,7 @@ T time, N batch, I input.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -93,6 +94,18 @@ def check_input(layer: Layer, dtype: torch.dtype, data: Tensor) -> None:
         raise refusal(layer, ValueError, ask, words, more, dtype=dtype)
     words = f"input.size(-1) must be equal to input_size. Expected {layer.input_size}, got {data.size(-1)}"
     raise refusal(layer, RuntimeError, ask, words, dtype=data.dtype)
+
+
+def check_devices(data: Tensor, weights: Sequence[Tensor]) -> None:
+    """What PyTorch's kernels refuse over a padded batch alone, in their words."""
+    device = data.device
+    for weight in weights:
+        if weight.device != device:
+            raise RuntimeError(
+                "Input and parameter tensors are not at the same device, found input tensor at "
+                f"{device} and parameter tensor at {weight.device}. Use input.to({str(weight.device)!r}) or "
+                f"layer.to({str(device)!r})."
+            )
 
 
 def refuse_twice(form: str, lengths: Any, mask: Any, resets: Any) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._memory import with_memory
 from ._torch import assert_async, values_can_be_read
 
 EXPECTED = "Expected whole numbers: a list, a tuple, an array or a tensor of any integer dtype."
@@ -28,6 +29,8 @@ def check_lengths(given: Any, batch: int, steps: int, device: torch.device, batc
     """Lengths as int64 `(N,)`, checked against the batch; None where all are T, as far as can be seen. Kept on the CPU,
     unless both they and the input are on another device."""
     layout = f"batch_first={batch_first}"
+    if isinstance(given, Tensor) and values_can_be_read(given):
+        given = with_memory(given)
     lengths = _int64(given, steps)
     if lengths.dim() == 0 and batch == 1:
         lengths = lengths.unsqueeze(0)
@@ -124,7 +127,7 @@ def check_marks(name: str, marks: Any, shape: tuple[int, ...], layout: str) -> T
             f"{name} has shape {tuple(marks.shape)}, but the input's first dimensions are {shape} ({layout}). "
             f"Expected one bool per time step of each sequence.{cure}"
         )
-    return marks
+    return with_memory(marks) if values_can_be_read(marks) else marks
 
 
 def _marks_cure(name: str, marks: Tensor) -> str:

@@ -146,6 +146,10 @@ def is_fake(tensor: Tensor) -> bool:
 _FakeTensor: Any = _find("_subclasses.FakeTensor")
 
 
+is_zero_tensor: Callable[[Tensor], bool] = _find("_is_zerotensor") or (lambda tensor: False)
+"""Whether a tensor stands for zeros and has no memory, as forward-mode differentiation makes them."""
+
+
 def is_recorded() -> bool:
     """Whether `make_fx` records ops: a value that is read would be the example's, for good."""
     proxy_mode = _loaded("torch.fx.experimental.proxy_tensor", "get_proxy_mode")
@@ -221,6 +225,12 @@ KERNELS: dict[str, Any] = {
     for mode, name in (("GRU", "gru"), ("LSTM", "lstm"), ("RNN_TANH", "rnn_tanh"), ("RNN_RELU", "rnn_relu"))
 }
 """PyTorch's recurrent kernels, by `nn.RNNBase.mode`."""
+
+
+share_storage: Callable[[Tensor, Tensor], bool] = _find("_C._is_alias_of") or (
+    lambda a, b: a.as_strided((0,), (1,), 0).is_set_to(b.as_strided((0,), (1,), 0))
+)
+"""Whether two tensors lie in the same storage."""
 
 
 def has_onednn() -> bool:

@@ -24,7 +24,7 @@ FLOORS = (
     ("_forms", "_states"),
     ("_segments", "_refusals"),
     ("_lengths", "_plan", "_cells"),
-    ("_probe",),
+    ("_probe", "_memory"),
     ("_torch",),
 )
 """From the top. A module imports from floors below its own, and from its own folder."""
@@ -91,3 +91,9 @@ def test_no_test_reads_a_clock(path: Path) -> None:
 def test_hypothesis_reads_no_clock_either() -> None:
     assert settings().deadline is None
     assert HealthCheck.too_slow in settings().suppress_health_check
+
+
+def test_one_module_asks_for_addresses() -> None:
+    """`_memory.py` checks a tensor before it gives its address away."""
+    asking = {module for module, path in MODULES.items() if "data_ptr" in path.read_text()}
+    assert asking == {"_memory"}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._call import Call
 from .._cells import LayerWeights, States, flatten_weights, group_weights, stack_layers
-from .._torch import KERNELS, has_onednn, is_autocast_on, is_fake
+from .._torch import KERNELS, has_onednn, is_autocast_on, is_fake, share_storage
 from .double_backward import DoubleBackward
 from .recurrence import scan_layers
 
@@ -113,6 +113,8 @@ def run_kernel(
         initial = tuple(h.contiguous() for h in initial)  # cuDNN refuses others, such as a flattened hx
         if not is_fake(x):
             parameters = in_one_chunk(parameters)
+    if learns and batch_sizes is not None:
+        batch_sizes = batch_sizes.clone()  # `recurrence` reads it later; the caller may have changed theirs by then
     # What a module calls training draws dropout, and is when cuDNN saves what its gradient needs.
     options = (has_biases, layers, dropout, dropout > 0 or learns, directions == 2)
 
@@ -148,10 +150,11 @@ def in_one_chunk(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
     inside = [parameters[k] for k in order]
     has_biases = inside[-1].dim() == 1
     room = 0 if has_biases else sum(p.size(0) for p in inside)
-    begins, memory = [p.data_ptr() for p in inside], inside[0].untyped_storage()
-    ends = [p.data_ptr() + p.nbytes for p in inside]
-    has_room = has_biases or ends[-1] + room * inside[0].element_size() >= memory.data_ptr() + memory.nbytes()
-    if has_room and begins == [memory.data_ptr(), *ends[:-1]] and all(p.is_contiguous() for p in inside):
+    begins = [p.storage_offset() * p.element_size() for p in inside]
+    ends = [begin + p.nbytes for begin, p in zip(begins, inside, strict=True)]
+    has_room = has_biases or ends[-1] + room * inside[0].element_size() >= inside[0].untyped_storage().nbytes()
+    is_row = begins == [0, *ends[:-1]] and all(p.is_contiguous() and share_storage(p, inside[0]) for p in inside)
+    if has_room and is_row:
         return parameters
     zeros = inside[0].new_zeros(room)
     parts = torch.cat([*(p.reshape(-1) for p in inside), zeros]).split([*(p.numel() for p in inside), room])

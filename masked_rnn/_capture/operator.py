@@ -23,12 +23,12 @@ from .._backends.padded import run_padded
 from .._backends.recurrence import scan
 from .._call import Call
 from .._cells import LayerWeights, States, flatten_weights, group_weights, stack_layers
-from .._lengths import check_range
 from .._memory import as_array
 from .._plan import Plan, move_to_front, plan_full, plan_padded, real_mask
 from .._probe import check_dtype
 from .._segments import Segments, resets_at_real_steps
 from .._torch import unsafe_view, with_autograd
+from .arguments import check_arguments, check_saved
 
 CPU = torch.device("cpu")
 
@@ -67,6 +67,7 @@ def _forward(
     save: bool,
 ) -> list[Tensor]:
     """The output, the last states, and what the gradient needs, as bytes."""
+    check_arguments(x, lengths, resets, initial, weights, mode, directions, batch_first)
     grouped, states = group_weights(weights, 1, directions)[0], tuple(initial)
     check_dtype(mode, x.dtype, x.device, grouped[0].b_ih is not None, grouped[0].w_hr is not None)
     size = _saved_size(x, initial, weights, mode, directions, save, resets)
@@ -104,6 +105,9 @@ def _backward(
     want_weights: bool,
 ) -> list[Tensor]:
     """The gradients of the initial states, then of x and of the weights where they are wanted."""
+    check_arguments(x, lengths, resets, initial, weights, mode, directions, batch_first)
+    size = _saved_size(x, initial, weights, mode, directions, True, resets)
+    check_saved(x, initial, saved_bytes, size, grads, directions)
     grouped, states = group_weights(weights, 1, directions)[0], tuple(initial)
     if x.device.type != "cpu" or bool(saved_bytes[-1]):
         return _recomputed(
@@ -148,8 +152,6 @@ def _runs_kernel(
     if x.device.type != "cpu":
         return True
     batch, steps = x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
-    if lengths is not None:
-        check_range(lengths, steps, f"batch_first={batch_first}")
     if batch == 0 or steps == 0 or x.is_complex() or resets is not None:
         return x.is_complex() and batch * steps > 0  # the loops' gradients are those of real numbers
     hidden, fed_back = initial[-1].size(-1), initial[0].size(-1)
