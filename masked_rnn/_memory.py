@@ -67,12 +67,17 @@ def with_memory(tensor: Tensor) -> Tensor:
     return tensor.resolve_neg()
 
 
+def contiguous(tensor: Tensor) -> Tensor:
+    """`Tensor.contiguous`, but of memory that is there and of values as they are."""
+    return with_memory(tensor).contiguous()
+
+
 def as_array(tensor: Tensor) -> Array:
     """Return a NumPy view. `Tensor.numpy()` would prevent a later resize, which `fully_shard` needs."""
     dtype = _NUMPY[tensor.dtype]
     if type(tensor) not in PLAIN or not tensor.is_cpu:
         return np.array(tensor.tolist(), dtype).reshape(tensor.shape)
-    tensor = with_memory(tensor).contiguous()
+    tensor = contiguous(tensor)
     place, count = address(tensor, tensor.dtype, tensor.numel())
     memory: Any = (ctypes.c_char * (count * tensor.element_size())).from_address(place)
     memory.owner = tensor

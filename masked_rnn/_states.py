@@ -13,7 +13,7 @@ from torch import Tensor
 from ._cells import Layer, States
 from ._lengths import look_like_lengths
 from ._refusals import refusal
-from ._torch import is_autocast_on, to_device
+from ._torch import is_autocast_on, is_zero_tensor, to_device
 
 
 def open_states(layer: Layer, hx: Any, form: str, batch: int, data: Tensor) -> States:
@@ -82,6 +82,8 @@ def _open_state(
 ) -> Tensor:
     if not isinstance(h, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(h).__name__}")
+    if not torch.compiler.is_compiling() and is_zero_tensor(h):
+        h = h.clone()  # PyTorch's LSTM kernel would read memory that is not there
     if h.dtype != data.dtype and not is_autocast_on(data.device.type):
         raise RuntimeError(
             f"{name} has dtype {h.dtype}, but the input has {data.dtype}. Convert it: {name}.to({data.dtype})"
