@@ -23,6 +23,7 @@ FLOORS = (
     ("_forms", "_states"),
     ("_segments",),
     ("_lengths", "_plan", "_cells"),
+    ("_memory",),
     ("_torch",),
 )
 """From the top. A module imports from floors below its own, and from its own folder."""
