@@ -200,7 +200,7 @@ def test_packed_and_nested_input_carry_their_own(given: dict[str, Any]) -> None:
 def test_a_packed_sequence_that_nobody_packed(
     cell: str, rows: int, sizes: list[int], order: list[int] | None, words: str
 ) -> None:
-    """Its constructor checks nothing: the compiled loops would read past its memory."""
+    """Its constructor checks nothing: the native loops would read past its memory."""
     places = None if order is None else torch.tensor(order)
     packed = PackedSequence(torch.zeros(rows, INPUT), torch.tensor(sizes), places, places)
     with pytest.raises(ValueError, match=f"a PackedSequence's {words}. Make it by"):

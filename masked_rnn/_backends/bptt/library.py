@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from . import threads
+
 INTERFACE = 1
 """Must be that of native/interface.h."""
 LEVELS = ("default", "avx2", "avx512")
@@ -85,6 +87,7 @@ def call(name: str, numbers: Sequence[int]) -> None:
     assert isinstance(library, Library), library
     record = array("q", numbers)
     fault = library.functions[name](record.buffer_info()[0], library.level)
+    threads.raise_interrupt()
     if not fault:
         return
     if fault == OUT_OF_MEMORY:
