@@ -110,6 +110,20 @@ def weights_of_another_shape(cell: str) -> None:
 
 
 @point
+def weights_of_another_shape_while_a_call_is_traced(cell: str) -> None:
+    x = torch.randn(BATCH, STEPS, INPUT)
+    layer = make(cell)
+    for backend in ("packed", "padded", "auto"):
+        layer.backend = backend
+        torch.jit.trace(layer, x, check_trace=False)
+        for name, weight in make(cell).named_parameters():
+            changed = make(cell, backend)
+            setattr(changed, name, nn.Parameter(torch.randn(weight.size(0) + 4, *weight.shape[1:])))
+            words = f"Expected {name} of size {list(weight.shape)}"
+            raises(RuntimeError, words, torch.jit.trace, changed, x, check_trace=False)
+
+
+@point
 def weights_put_in_place_of_others(cell: str) -> None:
     x = torch.randn(BATCH, STEPS, INPUT)
     for backend in (*BACKENDS, "auto"):
