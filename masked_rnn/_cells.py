@@ -47,6 +47,11 @@ class Weights(NamedTuple):
     b_hh: Tensor | None = None
     w_hr: Tensor | None = None
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Weights:
+        """Each weight that is there, changed."""
+        b_ih, b_hh, w_hr = (None if w is None else change(w) for w in self[2:])
+        return Weights(change(self.w_ih), change(self.w_hh), b_ih, b_hh, w_hr)
+
 
 LayerWeights = tuple[Weights, ...]
 """Each direction's."""
@@ -63,12 +68,13 @@ def read_weights(layer: Layer) -> list[Tensor]:
 
     They are read as attributes, so that parametrized and functional weights count.
     """
-    listed = read_listed_weights(layer)
+    traced = is_traced()
+    listed = None if traced else read_listed_weights(layer)
     if listed is not None:
         return listed
     names, shapes = expected_weights(*_configuration(layer))
     weights = [getattr(layer, name) for name in names]
-    _check_weights(layer, weights, names, shapes)
+    (_check_traced_weights if traced else _check_weights)(layer, weights, names, shapes)
     return weights
 
 
@@ -119,10 +125,6 @@ def _check_weights(layer: Layer, weights: Sequence[Tensor], names: list[str], sh
             return
     except AttributeError:  # None, or anything else that was put in a parameter's place
         pass
-    except RuntimeError:  # torch.jit.trace can't record a weight's shape: nor can it the weight, which it says later
-        if is_traced():
-            return
-        raise
     kind = type(layer).__name__
     if len(weights) != len(names):
         raise RuntimeError(
@@ -138,6 +140,16 @@ def _check_weights(layer: Layer, weights: Sequence[Tensor], names: list[str], sh
             raise RuntimeError(
                 f"Expected {name} of size {list(shape)}, got {list(weight.shape)}: {kind} has {sizes}. Give it a "
                 "weight of that size, or build a layer of the sizes that the weights have."
+            )
+
+
+def _check_traced_weights(layer: Layer, weights: Sequence[Tensor], names: list[str], shapes: list[torch.Size]) -> None:
+    """As `_check_weights`. torch.jit.trace records a shape that is read, and ends where it can't record the weight."""
+    for weight, name, shape in zip(weights, names, shapes, strict=True):
+        if weight.dim() != len(shape) or weight.nbytes != shape.numel() * weight.element_size():
+            raise RuntimeError(
+                f"Expected {name} of size {list(shape)}, got another. Give the {type(layer).__name__} a weight of that "
+                "size, or build a layer of the sizes that the weights have."
             )
 
 

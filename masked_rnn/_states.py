@@ -92,10 +92,13 @@ def _open_state(
     whole = (stacked, width) if unbatched else (stacked, batch, width)
     flat = (stacked * width,) if unbatched else (batch, stacked * width)
     # Dimensions first: a compiler would note each size that is compared.
+    state: Tensor | None = None
     if h.dim() == len(whole) and tuple(h.shape) == whole:
-        return h.unsqueeze(1) if unbatched else h
-    if h.dim() == len(flat) and tuple(h.shape) == flat:
-        return h.reshape(1, batch, width) if stacked == 1 else h.reshape(batch, stacked, width).transpose(0, 1)
+        state = h.unsqueeze(1) if unbatched else h
+    elif h.dim() == len(flat) and tuple(h.shape) == flat:
+        state = h.reshape(1, batch, width) if stacked == 1 else h.reshape(batch, stacked, width).transpose(0, 1)
+    if state is not None:
+        return state
     raise _refused_shape(layer, given, name, form, batch, data)
 
 

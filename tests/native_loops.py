@@ -63,7 +63,7 @@ def use_pool(patch: pytest.MonkeyPatch) -> None:
     """In place of GNU's OpenMP."""
     from masked_rnn._backends.bptt import threads
 
-    patch.setattr(threads, "_start", lambda: ctypes.cast(threads._run_on_pool, ctypes.c_void_p).value)
+    patch.setattr(threads, "_start", lambda: ctypes.cast(threads._on_pool, ctypes.c_void_p).value)
 
 
 def make(cell: str, inputs: int, hidden: int, fed_back: int | None = None, **options: Any) -> Any:

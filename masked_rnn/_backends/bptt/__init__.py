@@ -45,6 +45,7 @@ class ThroughTime(torch.autograd.Function):
         initial, (weights,) = tensors[:n_states], group_weights(tensors[n_states:], 1, spec.directions)
         output, last, saved = choice.forward(spec, x, initial, weights, save=True)
         ctx.spec, ctx.n_states, ctx.n_inputs = spec, n_states, len(tensors)
+        assert saved is not None
         kept = (x, *tensors, *saved.history, *(() if saved.buffer is None else (saved.buffer,)))
         ctx.save_for_backward(*kept)
         ctx.shapes = [t.shape for t in kept]
@@ -56,7 +57,10 @@ class ThroughTime(torch.autograd.Function):
         spec, n_states = ctx.spec, ctx.n_states
         x, *rest = ctx.saved_tensors
         if [t.shape for t in (x, *rest)] != ctx.shapes:
-            raise RuntimeError("a tensor saved for backward has another shape now: it, or what a hook gave back for it")
+            raise RuntimeError(
+                "A tensor that backward needs has another shape than in forward. It was replaced since, or a hook on "
+                "saved tensors gave back another one."
+            )
         tensors, saved = rest[: ctx.n_inputs], rest[ctx.n_inputs :]
         grads = (d_output, *d_last)
         if needs_another_backward(grads):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..._cells import LayerWeights, States, Weights
+from ..._cells import LayerWeights, States
 from ..._memory import NotPlainError, with_memory
 from ..._torch import is_recorded
 from . import library, loops, native
@@ -53,5 +53,5 @@ def _readable(x: Tensor, initial: States, weights: LayerWeights) -> tuple[Tensor
     return (
         with_memory(x),
         tuple(map(with_memory, initial)),
-        tuple(Weights(*(None if w is None else with_memory(w) for w in each)) for each in weights),
+        tuple(each.map(with_memory) for each in weights),
     )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._cells import LayerWeights, States, Weights
+from ..._cells import LayerWeights, States
 from ..._memory import address, contiguous
 from ..._torch import below_autograd
 from . import library, loops, threads
@@ -69,7 +69,7 @@ def backward(
     grads = tuple(last_gradient(h, d) for h, d in zip(initial, d_last, strict=True))
     layer, _alive = _layer(spec, x, grads, weights, saved)
     dx = (x.new_zeros if x.size(0) > plan.rows else x.new_empty)(D, *x.shape) if want_x else None
-    d_weights = tuple(Weights(*(None if w is None else w.new_empty(w.shape) for w in each)) for each in weights)
+    d_weights = tuple(each.map(lambda w: w.new_empty(w.shape)) for each in weights)
     numbers = [
         *layer,
         *(NO_MEMORY if d_output is None else address(d_output, dtype, *d_output.shape)),

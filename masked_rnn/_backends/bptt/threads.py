@@ -35,17 +35,19 @@ def count_and_start() -> tuple[int, int]:
 
 @cache
 def _start() -> int:
-    start = gnu_openmp_parallel() or _run_on_pool
+    start = gnu_openmp_parallel() or _on_pool
     return ctypes.cast(start, ctypes.c_void_p).value or 0
 
 
-@PARALLEL
 def _run_on_pool(function: int, data: int, threads: int, _flags: int) -> None:
     work = WORK(function)
     try:
         run_on_pool(lambda: work(data), threads - 1)
     except BaseException as error:  # ctypes would only print it
         _here.error = error
+
+
+_on_pool = PARALLEL(_run_on_pool)
 
 
 def raise_interrupt() -> None:
