@@ -68,8 +68,13 @@ def with_memory(tensor: Tensor) -> Tensor:
 
 
 def contiguous(tensor: Tensor) -> Tensor:
-    """`Tensor.contiguous`, but of memory that is there and of values as they are."""
-    return with_memory(tensor).contiguous()
+    """`Tensor.contiguous`, but it copies only memory that is there, and values as they are."""
+    return tensor if tensor.is_contiguous() else with_memory(tensor).contiguous()
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """A contiguous copy, of memory that is there."""
+    return with_memory(tensor).clone(memory_format=torch.contiguous_format)
 
 
 def as_array(tensor: Tensor) -> Array:
@@ -77,7 +82,7 @@ def as_array(tensor: Tensor) -> Array:
     dtype = _NUMPY[tensor.dtype]
     if type(tensor) not in PLAIN or not tensor.is_cpu:
         return np.array(tensor.tolist(), dtype).reshape(tensor.shape)
-    tensor = contiguous(tensor)
+    tensor = with_memory(tensor).contiguous()
     place, count = address(tensor, tensor.dtype, tensor.numel())
     memory: Any = (ctypes.c_char * (count * tensor.element_size())).from_address(place)
     memory.owner = tensor

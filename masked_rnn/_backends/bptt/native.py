@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._cells import LayerWeights, States
-from ..._memory import address, contiguous
+from ..._memory import address, contiguous, copied
 from ..._torch import below_autograd
 from . import library, loops, threads
 from .cells import CELLS
@@ -29,7 +29,7 @@ def forward(
     if save and into is None:
         into = new_saved(spec, x, initial, weights)
     x = contiguous(x)
-    states = tuple(contiguous(h).clone(memory_format=torch.contiguous_format) for h in initial)
+    states = tuple(copied(h) for h in initial)
     size = plan.size if spec.scatter else plan.rows
     output = (x.new_zeros if size > plan.rows else x.new_empty)(size, len(weights) * initial[0].size(-1))
     layer, _alive = _layer(spec, x, states, weights, into)
