@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 from masked_rnn import _choice, _torch
 from masked_rnn._backends import kernels
-from masked_rnn._backends.bptt import choice
+from masked_rnn._backends.bptt import library
 from masked_rnn._call import open_call
 from masked_rnn._plan import Plan
 
@@ -34,7 +34,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
 def test_on_the_cpu_bptt_trains(cell: str, form: str, ran: list[str]) -> None:
     x, given = CALLS[form]
     masked(cell, batch_first=True)(x, **given)
-    suits = ("whole", "unbatched") if choice.loops_are_compiled(torch.float32) else ("whole", "lengths", "unbatched")
+    suits = ("whole", "unbatched") if library.runs(torch.float32) else ("whole", "lengths", "unbatched")
     torchs_own = cell == "lstm" and form in suits
     assert ran == ["padded" if torchs_own else "bptt"]
     layer = masked(cell, batch_first=True).double()
@@ -65,12 +65,12 @@ CHOICES = [
 ]
 
 
-@pytest.mark.skipif(not choice.loops_are_compiled(torch.float32), reason="without the extra fast")
+@pytest.mark.skipif(not library.runs(torch.float32), reason="without the native loops")
 @pytest.mark.parametrize(
     ("batch", "hidden", "expected"), [(7, 64, "padded"), (8, 64, "bptt"), (31, 4, "padded"), (32, 4, "bptt")]
 )
 @pytest.mark.parametrize("learns", [False, True])
-def test_where_torchs_kernel_is_faster_than_compiled_loops(
+def test_where_torchs_kernel_is_faster_than_native_loops(
     batch: int, hidden: int, expected: str, learns: bool, ran: list[str]
 ) -> None:
     """T * N * width < 10,000, where every step is real"""
@@ -88,8 +88,8 @@ def test_autocast_keeps_the_kernel_of_a_whole_batch(monkeypatch: pytest.MonkeyPa
     """Our own loops have not its precision."""
     monkeypatch.setattr(_choice, "lstm_kernel_runs", lambda _dtype: True)
     call = open_call(masked("lstm", INPUT, 64), torch.randn(20, 8, INPUT), None, None, None, None)
-    compiled = choice.loops_are_compiled(torch.float32)
-    assert _choice.preferred(call, _choice.mode_of(call)) == ("bptt" if compiled else "padded")
+    native = library.runs(torch.float32)
+    assert _choice.preferred(call, _choice.mode_of(call)) == ("bptt" if native else "padded")
     with torch.autocast("cpu", torch.bfloat16):
         assert _choice.preferred(call, _choice.mode_of(call)) == "padded"
 
@@ -107,8 +107,8 @@ def test_autocast_keeps_the_kernel_of_a_whole_batch(monkeypatch: pytest.MonkeyPa
         (7, 4, 127, True, False, "padded"),
         (7, 4, 127, False, True, "bptt"),
         (7, 4, 128, False, False, "bptt"),
-        (8, 4, 127, True, False, "bptt if compiled"),
-        (15, 4, 127, False, False, "bptt if compiled"),
+        (8, 4, 127, True, False, "bptt if native"),
+        (15, 4, 127, False, False, "bptt if native"),
         (16, 4, 127, False, False, "bptt"),
     ],
 )
@@ -118,8 +118,8 @@ def test_few_steps(
     layer = masked(name, INPUT, hidden)
     with torch.set_grad_enabled(learns):
         layer(torch.randn(steps, batch, INPUT), lengths=[steps, *[steps // 2] * (batch - 1)] if has_lengths else None)
-    if expected == "bptt if compiled":
-        expected = "bptt" if choice.loops_are_compiled(torch.float32) else "padded"
+    if expected == "bptt if native":
+        expected = "bptt" if library.runs(torch.float32) else "padded"
     assert ran == [expected]
 
 
@@ -134,7 +134,7 @@ def test_where_torchs_kernel_is_faster(
     ran: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(choice, "compiled_loops", lambda: "left out here")
+    monkeypatch.setattr(library, "find", lambda: "left out here")
     if name == "lstm" and not torch.backends.mkldnn.is_available():
         expected = "bptt"
     layer = masked(name, INPUT, hidden)

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from masked_rnn import MaskedGRU
 from masked_rnn._backends import kernels, padded
-from masked_rnn._backends.bptt.choice import loops_are_compiled
+from masked_rnn._backends.bptt import library
 from masked_rnn._capture import operator
 
 SIZES = [(3, 6), (4, 5), (2, 9), (5, 7), (3, 12)]
@@ -279,7 +279,7 @@ def test_the_operator_runs_the_kernel_that_eager_runs(
     states = random_states(layer, 3, torch.float32)
     called = (x, given, None, states, weights, "LSTM", 2 if bidirectional else 1, True, True)
     found = torch.ops.masked_rnn.layer(*called)
-    loops_run = lengths is not None and loops_are_compiled(torch.float32)
+    loops_run = lengths is not None and library.runs(torch.float32)
     assert bool(ran) == (torch.backends.mkldnn.is_available() and not loops_run)
     expected = layer(x, states, lengths=lengths)
     close([found[0]], [expected[0]])

@@ -23,7 +23,7 @@ from oracle import (
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from masked_rnn._backends.bptt import spec
+from masked_rnn._backends.bptt import loops
 from masked_rnn._torch import lstm_kernel_runs
 
 STEPS, BATCH, HIDDEN = 60, 5, 24
@@ -150,7 +150,7 @@ def test_autocast(cell: str, backend: str, case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_a_backward_under_autocast(cell: str, bidirectional: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is the backward that runs outside, bit for bit, over several chunks too; so is the operator's."""
-    monkeypatch.setattr(spec, "CHUNK_BYTES", 300)
+    monkeypatch.setattr(loops, "CHUNK_BYTES", 300)
     layer = masked(cell, num_layers=2, bidirectional=bidirectional, backend="bptt")
     x, lengths, parameters = torch.randn(6, 3, INPUT), torch.tensor([6, 2, 5]), list(layer.parameters())
 

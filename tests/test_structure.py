@@ -12,8 +12,8 @@ import masked_rnn
 ROOT = Path(masked_rnn.__file__).parent
 MODULES = {str(path.relative_to(ROOT).with_suffix("")).removesuffix("/__init__"): path for path in ROOT.rglob("*.py")}
 FLOORS = (
-    ("__init__",),
-    ("_layers",),
+    ("__init__", "__main__"),
+    ("_environment", "_layers"),
     ("_at_once", "_choice"),
     ("_capture",),
     ("_backends/packed", "_backends/padded", "_backends/bptt", "_backends/scan"),
@@ -23,6 +23,7 @@ FLOORS = (
     ("_forms", "_states"),
     ("_segments",),
     ("_lengths", "_plan", "_cells"),
+    ("_memory",),
     ("_torch",),
 )
 """From the top. A module imports from floors below its own, and from its own folder."""

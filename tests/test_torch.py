@@ -56,7 +56,6 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 torch.set_num_threads(1)
-sys.modules["numba"] = None  # takes long to load, and the compiled loops read none of the names
 
 
 class Without:
