@@ -9,10 +9,10 @@ from torch import Tensor
 from ._backends.kernels import FEW_STEPS, run_kernel
 from ._backends.padded import run_one_step
 from ._call import open_arguments
-from ._cells import Layer, States, drawn_dropout
+from ._cells import Layer, States, drawn_dropout, read_listed_weights
 from ._forms import open_padded
 from ._states import close_states
-from ._torch import forward_gradients_run, is_autocast_on, is_traced, is_transformed, listed_weights
+from ._torch import forward_gradients_run, is_autocast_on, is_traced, is_transformed
 
 
 def run_at_once(layer: Layer, input: Any, hx: Any, lengths: Any, mask: Any, resets: Any) -> tuple[Tensor, Any] | None:
@@ -24,7 +24,7 @@ def run_at_once(layer: Layer, input: Any, hx: Any, lengths: Any, mask: Any, rese
     steps_at_most = FEW_STEPS if lengths is None and mask is None and resets is None else 1
     if input.size(1 if layer.batch_first else 0) > steps_at_most:
         return None
-    weights, opened = listed_weights(layer), open_padded(layer, input)
+    weights, opened = read_listed_weights(layer), open_padded(layer, input)
     if weights is None or not opened.steps or not opened.batch:
         return None
     lengths, _, _, states = open_arguments(layer, opened, weights[0].dtype, hx, lengths, mask, resets)

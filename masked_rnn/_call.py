@@ -15,8 +15,19 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ._cells import Layer, LayerWeights, States, drawn_dropout, group_weights, read_weights
-from ._forms import Opened, check_input, open_lengths, open_nested, open_packed, open_padded, open_resets, refuse_twice
+from ._forms import (
+    Opened,
+    check_devices,
+    check_input,
+    open_lengths,
+    open_nested,
+    open_packed,
+    open_padded,
+    open_resets,
+    refuse_twice,
+)
 from ._lengths import check_sorted, is_on_host
+from ._memory import as_array
 from ._plan import (
     Plan,
     move_back,
@@ -29,7 +40,6 @@ from ._plan import (
 )
 from ._segments import Segments
 from ._states import close_states, forget, open_states
-from ._memory import as_array
 from ._torch import is_traced, jagged_like, to_device, unsafe_view, values_can_be_read
 
 Restore = Callable[[Tensor], Tensor]
@@ -78,11 +88,14 @@ class Call:
         """What is drawn between layers."""
         return drawn_dropout(self.layer)
 
-    @property
+    @cached_property
     def packed_order(self) -> Tensor | None:
-        """The sequence at each sorted place of a PackedSequence; None: as they come. Any integers may have come in."""
+        """The sequence at each sorted place of a PackedSequence; None: as they come. Any integers may have come in.
+
+        A copy: backward reads it, and the caller may have changed theirs by then.
+        """
         order = None if self.packed is None else self.packed.sorted_indices
-        return None if order is None else order.long()
+        return None if order is None else order.resolve_neg().to(torch.int64, copy=True)
 
     def real(self) -> Tensor | None:
         """What says which steps are real, where anything does."""
@@ -232,12 +245,13 @@ def open_call(layer: Layer, input: Any, hx: Any, lengths: Any, mask: Any, resets
     packed = input if isinstance(input, PackedSequence) else None
     nested = input if isinstance(input, Tensor) and input.is_nested else None
     if packed is not None:
-        opened = open_packed(packed)
+        opened = open_packed(layer, packed)
     elif nested is not None:
         opened = open_nested(nested)
     else:
         opened = open_padded(layer, input)
     parameters = read_weights(layer)
+    check_devices(opened.data, parameters)
     lengths, mask, resets, states = open_arguments(layer, opened, parameters[0].dtype, hx, lengths, mask, resets)
     return Call(
         layer=layer,

@@ -6,13 +6,14 @@ I input, H hidden, P the state that is fed back (H, or proj_size), D directions,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._torch import listed_weights
+from ._torch import is_traced, listed_weights
 
 BackendName = Literal["auto", "packed", "padded", "bptt", "scan"]
 States = tuple[Tensor, ...]
@@ -53,17 +54,91 @@ NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 """The attributes that hold them, before `_l0`, `_l0_reverse` and so on."""
 
 
+GATES = {"GRU": 3, "LSTM": 4, "RNN_TANH": 1, "RNN_RELU": 1}
+"""How many blocks of H rows a weight has, by `nn.RNNBase.mode`."""
+
+
 def read_weights(layer: Layer) -> list[Tensor]:
-    """In `torch.nn`'s order. Read as attributes, so that parametrized and functional weights count."""
-    listed = listed_weights(layer)
+    """The weights in `torch.nn`'s order, of the shapes that the layer's configuration implies.
+
+    They are read as attributes, so that parametrized and functional weights count.
+    """
+    listed = read_listed_weights(layer)
     if listed is not None:
         return listed
-    suffixes = ("", "_reverse") if layer.bidirectional else ("",)
-    has = (True, True, layer.bias, layer.bias, layer.proj_size > 0)
-    names = [name for name, here in zip(NAMES, has, strict=True) if here]
-    return [
-        getattr(layer, f"{name}_l{k}{suffix}") for k in range(layer.num_layers) for suffix in suffixes for name in names
-    ]
+    names, shapes = expected_weights(*_configuration(layer))
+    weights = [getattr(layer, name) for name in names]
+    _check_weights(layer, weights, names, shapes)
+    return weights
+
+
+def read_listed_weights(layer: Layer) -> list[Tensor] | None:
+    """As `read_weights`, but None where the weights are not the layer's own parameters."""
+    listed = listed_weights(layer)
+    if listed is not None:
+        _check_weights(layer, listed, *_known_weights(*_configuration(layer)))
+    return listed
+
+
+def _configuration(layer: Layer) -> tuple[str, int, int, int, bool, bool, int]:
+    return (
+        layer.mode,
+        layer.input_size,
+        layer.hidden_size,
+        layer.num_layers,
+        layer.bias,
+        layer.bidirectional,
+        layer.proj_size,
+    )
+
+
+def expected_weights(
+    mode: str, input_size: int, hidden_size: int, num_layers: int, bias: bool, bidirectional: bool, proj_size: int
+) -> tuple[list[str], list[torch.Size]]:
+    """The names and the shapes of a layer's weights, in `torch.nn`'s order."""
+    suffixes = ("", "_reverse") if bidirectional else ("",)
+    rows, fed_back = GATES[mode] * hidden_size, proj_size or hidden_size
+    names, shapes = [], []
+    for k in range(num_layers):
+        width = fed_back * len(suffixes) if k else input_size
+        each = [(rows, width), (rows, fed_back), (rows,), (rows,), (proj_size, hidden_size)]
+        has = (True, True, bias, bias, proj_size > 0)
+        for suffix in suffixes:
+            names += [f"{name}_l{k}{suffix}" for name, here in zip(NAMES, has, strict=True) if here]
+            shapes += [torch.Size(shape) for shape, here in zip(each, has, strict=True) if here]
+    return names, shapes
+
+
+_known_weights = lru_cache(maxsize=256)(expected_weights)
+
+
+def _check_weights(layer: Layer, weights: Sequence[Tensor], names: list[str], shapes: list[torch.Size]) -> None:
+    """PyTorch's ops broadcast some wrong shapes, and oneDNN's LSTM reads past the end of weights that are too small."""
+    try:
+        if [weight.shape for weight in weights] == shapes:
+            return
+    except AttributeError:  # None, or anything else that was put in a parameter's place
+        pass
+    except RuntimeError:  # torch.jit.trace can't record a weight's shape: nor can it the weight, which it says later
+        if is_traced():
+            return
+        raise
+    kind = type(layer).__name__
+    if len(weights) != len(names):
+        raise RuntimeError(
+            f"{kind} has {len(weights)} weights, but its configuration implies {len(names)}: {', '.join(names)}. "
+            "Build a layer with the num_layers, bias, bidirectional and proj_size that the weights are for."
+        )
+    for weight, name, shape in zip(weights, names, shapes, strict=True):
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(weight).__name__}")
+        if weight.shape != shape:
+            sizes = f"input_size={layer.input_size}, hidden_size={layer.hidden_size}"
+            sizes += f", proj_size={layer.proj_size}" if layer.proj_size else ""
+            raise RuntimeError(
+                f"Expected {name} of size {list(shape)}, got {list(weight.shape)}: {kind} has {sizes}. Give it a "
+                "weight of that size, or build a layer of the sizes that the weights have."
+            )
 
 
 def drawn_dropout(layer: Layer) -> float:

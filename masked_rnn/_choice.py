@@ -15,6 +15,7 @@ from ._call import Call
 from ._capture import onnx, operator
 from ._cells import States
 from ._lengths import is_on_host
+from ._probe import lstm_kernel_runs
 from ._torch import (
     forward_gradients_run,
     is_autocast_on,
@@ -22,7 +23,6 @@ from ._torch import (
     is_exporting_onnx,
     is_traced,
     is_transformed,
-    lstm_kernel_runs,
 )
 
 
@@ -73,7 +73,7 @@ def _dtypes_under_autocast(call: Call) -> list[torch.dtype]:
     On a CPU a GRU's h and a projected LSTM's c keep the precision they came in."""
     weights, device = call.parameters[0].dtype, call.data.device.type
     autocast = torch.float16 if runs_cudnn(call.data) else torch.get_autocast_dtype(device)
-    low = weights if weights == torch.float64 else autocast
+    low = weights if weights == torch.float64 or weights.is_complex else autocast
     if device == "cuda":
         return [low] * (1 + len(call.states))
     wide = [torch.promote_types(low, h.dtype) for h in call.states]
@@ -92,14 +92,25 @@ class Mode(NamedTuple):
     traced: bool
     readable: bool
     """Whether values are there."""
+    captured: bool
+    """Whether a CUDA graph is being recorded: nothing may wait for the device."""
+
+
+def check_name(backend: str) -> None:
+    if backend not in ("auto", *BACKENDS):
+        names = ", ".join(map(repr, BACKENDS))
+        raise ValueError(f"backend={backend!r} does not exist. Expected 'auto' or one of {names}.")
 
 
 def mode_of(call: Call) -> Mode:
-    return Mode(why_only_scan(call), is_traced(), call.values_can_be_read())
+    readable = call.values_can_be_read()
+    return Mode(why_only_scan(call), is_traced(), readable, readable and is_capturing(call.data.device))
 
 
 def choose(call: Call) -> Backend:
     wanted = call.layer.backend
+    if wanted != "auto":
+        check_name(wanted)  # it may have been set after the layer was made
     if torch.compiler.is_compiling() or (is_exporting_onnx() and not is_traced()):
         return _choose_captured(call, wanted)
     mode = mode_of(call)
@@ -128,16 +139,23 @@ def preferred(call: Call, mode: Mode) -> str:
     device = call.data.device
     if mode.only_scan:
         return "scan"
-    if not mode.readable or is_capturing(device):
+    if not mode.readable or mode.captured:
         if call.resets is not None:
             return "scan"
-        return "packed" if call.packed is not None else "padded"
+        if call.packed is not None:
+            return "packed"
+        return "scan" if not mode.traced and why_not("padded", call, mode) else "padded"
+    if is_complex(call):
+        return "packed"
+    # Where dropout is drawn, the choice must not hang on gradients: a checkpoint runs once without and once with.
+    draws = bool(call.dropout)
     if device.type == "cpu":
-        return "padded" if _suits_kernel(call) and not _why_no_lstm_kernel(call) else "bptt"
+        learns = draws or torch.is_grad_enabled()
+        return "padded" if _suits_kernel(call) and not _why_no_lstm_kernel(call, learns) else "bptt"
     if call.resets is not None:
         return "padded"  # or what suits the batch once it is cut
-    layer = call.layer
-    at_once = runs_all_steps_at_once(layer.mode, call.data, layer.hidden_size, layer.proj_size)
+    layer, learns = call.layer, draws or call.wants_gradient()
+    at_once = runs_all_steps_at_once(layer.mode, call.data, layer.hidden_size, layer.proj_size, learns)
     if call.data.dim() == 2:
         return "padded" if at_once and call.plan.share_of_padding() <= MOST_PADDING else "packed"
     on_host = all(t is None or is_on_host(t) for t in (call.lengths, call.mask))
@@ -148,7 +166,6 @@ def _suits_kernel(call: Call) -> bool:
     if call.data.dim() != 3 or call.mask is not None or call.resets is not None:
         return False
     layer = call.layer
-    # Where dropout is drawn, the choice must not hang on gradients: a checkpoint runs once without and once with.
     learns = bool(call.dropout) or call.wants_gradient()
     fed_back = layer.proj_size or layer.hidden_size
     return suits_kernel(
@@ -183,8 +200,28 @@ def why_not(name: str, call: Call, mode: Mode) -> str | None:
             return "it reads resets, which have no values here (FakeTensorMode, make_fx or the meta device)"
         if reads or call.data.dim() == 2:
             return "it reads lengths, which have no values here (FakeTensorMode, make_fx or the meta device)"
+    elif mode.captured:
+        if call.resets is not None and name != "scan":
+            return "it reads resets, and a CUDA graph is being recorded, which can't wait for them"
+        needs_plan = {"packed": call.packed is None and not call.is_plain(), "bptt": True}
+        if needs_plan.get(name, call.data.dim() == 2):
+            return "it plans its steps on the CPU, and a CUDA graph is being recorded, which can't wait for it"
+    if is_complex(call):
+        return _why_not_complex(name, call, mode)
     if name == "padded" or (name == "packed" and call.packed is None and packed.takes_input_as_it_is(call)):
-        return _why_no_lstm_kernel(call)
+        return _why_no_lstm_kernel(call, torch.is_grad_enabled())
+    return None
+
+
+def is_complex(call: Call) -> bool:
+    return call.parameters[0].dtype.is_complex
+
+
+def _why_not_complex(name: str, call: Call, mode: Mode) -> str | None:
+    if name == "bptt":
+        return "its gradients are those of real numbers, and this layer is complex"
+    if name == "padded" and call.layer.mode == "LSTM" and not call.is_plain() and (call.steps != 1 or mode.traced):
+        return "it saturates an LSTM's gates over padding, where PyTorch's complex sigmoid is NaN"
     return None
 
 
@@ -196,13 +233,16 @@ def why_only_scan(call: Call) -> str | None:
     return None
 
 
-def _why_no_lstm_kernel(call: Call) -> str | None:
+def _why_no_lstm_kernel(call: Call, learns: bool) -> str | None:
     if call.layer.mode != "LSTM" or call.layer.proj_size or call.data.device.type != "cpu":
         return None
     if not is_autocast_on("cpu") or call.data.dtype == torch.float64:
         return None
-    dtype = torch.get_autocast_dtype("cpu")
-    return None if lstm_kernel_runs(dtype) else f"PyTorch has no LSTM kernel for {dtype} under autocast on this CPU"
+    dtype, directions = torch.get_autocast_dtype("cpu"), call.directions
+    if lstm_kernel_runs(dtype, learns, directions):
+        return None
+    reason = f"PyTorch has no LSTM kernel for {dtype} under autocast on this CPU"
+    return f"{reason} while gradients are recorded" if learns and lstm_kernel_runs(dtype, False, directions) else reason
 
 
 def _choose_captured(call: Call, wanted: str) -> Backend:

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Literal, NamedTuple
 
 import torch
+from torch import __version__ as torch_version
 
 from ._backends.bptt import library
 
@@ -65,7 +66,7 @@ def get_env_info() -> EnvInfo:
     return EnvInfo(
         masked_rnn=import_module(__package__).__version__,
         python=platform.python_version(),
-        torch=torch.__version__,
+        torch=torch_version,
         platform=platform.platform(),
         cuda=torch.cuda.is_available(),
         threads=torch.get_num_threads(),

@@ -5,6 +5,7 @@ T time, N batch, I input.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ._cells import Layer
 from ._lengths import check_lengths, check_marks, check_nested, check_packed, is_on_host
+from ._probe import check_dtype
+from ._refusals import refusal
 from ._torch import is_autocast_on, is_traced, ragged_dim, to_device, values_can_be_read
 
 
@@ -33,17 +36,21 @@ def open_padded(layer: Layer, input: Any) -> Opened:
             f"{type(layer).__name__}: expected input to be a tensor or a PackedSequence, got {type(input).__name__}"
         )
     if input.dim() not in (2, 3):
-        raise ValueError(f"{type(layer).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        words = f"{type(layer).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead"
+        raise refusal(layer, ValueError, lambda their: their.forward(input), words)
     form = "padded" if input.dim() == 3 else "unbatched"
     data = input if form == "padded" else input.unsqueeze(0 if layer.batch_first else 1)
     batch, steps = data.shape[:2] if layer.batch_first else (data.shape[1], data.shape[0])
     return Opened(form, data, batch, steps, layer.batch_first)
 
 
-def open_packed(input: PackedSequence) -> Opened:
+def open_packed(layer: Layer, input: PackedSequence) -> Opened:
     data, batch_sizes, order, _ = input
     if data.dim() != 2:
-        raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
+        words = f"input must have 2 dimensions, got {data.dim()}"
+        raise refusal(
+            layer, RuntimeError, lambda theirs: theirs.check_input(data, batch_sizes), words, dtype=data.dtype
+        )
     if values_can_be_read(batch_sizes):
         check_packed(batch_sizes, order, data.size(0))
     batch: Any = batch_sizes[0] if order is None else order.size(0)
@@ -68,14 +75,37 @@ def open_nested(input: Any) -> Opened:
 
 
 def check_input(layer: Layer, dtype: torch.dtype, data: Tensor) -> None:
-    """What `nn.RNNBase.check_input` refuses, by the dtype of the weights that the call runs with."""
-    if data.dtype != dtype and not is_autocast_on(data.device.type):
-        cure = f" Use input.to({dtype})." if data.is_floating_point() else ""  # whole numbers may be ids to embed
-        raise ValueError(f"input must have the type {dtype}, got type {data.dtype}.{cure}")
-    if data.size(-1) != layer.input_size:
-        raise RuntimeError(
-            f"input.size(-1) must be equal to input_size. Expected {layer.input_size}, got {data.size(-1)}"
-        )
+    """Refuse what torch.nn and its kernel refuse. `dtype` is that of the weights that the call runs with."""
+    wrong_dtype = data.dtype != dtype and not is_autocast_on(data.device.type)
+    if not wrong_dtype and data.size(-1) == layer.input_size:
+        if not torch.compiler.is_compiling():  # the operator asks when it runs
+            check_dtype(layer.mode, dtype, data.device, layer.bias, layer.proj_size > 0)
+        return
+    # torch asks only whether there are batch sizes.
+    batch_sizes = None if data.dim() == 3 else ()
+
+    def ask(their: Any) -> None:
+        their.check_input(data, batch_sizes)
+
+    if wrong_dtype:
+        words = f"input has dtype {data.dtype}, but the weights have {dtype}"
+        ids = not (data.is_floating_point() or data.is_complex())
+        more = "If these are ids, embed them first: torch.nn.Embedding." if ids else ""
+        raise refusal(layer, ValueError, ask, words, more, dtype=dtype)
+    words = f"input.size(-1) must be equal to input_size. Expected {layer.input_size}, got {data.size(-1)}"
+    raise refusal(layer, RuntimeError, ask, words, dtype=data.dtype)
+
+
+def check_devices(data: Tensor, weights: Sequence[Tensor]) -> None:
+    """What PyTorch's kernels refuse over a padded batch alone, in their words."""
+    device = data.device
+    for weight in weights:
+        if weight.device != device:
+            raise RuntimeError(
+                "Input and parameter tensors are not at the same device, found input tensor at "
+                f"{device} and parameter tensor at {weight.device}. Use input.to({str(weight.device)!r}) or "
+                f"layer.to({str(device)!r})."
+            )
 
 
 def refuse_twice(form: str, lengths: Any, mask: Any, resets: Any) -> None:

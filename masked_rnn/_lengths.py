@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._memory import with_memory
 from ._torch import assert_async, values_can_be_read
 
 EXPECTED = "Expected whole numbers: a list, a tuple, an array or a tensor of any integer dtype."
@@ -28,6 +29,8 @@ def check_lengths(given: Any, batch: int, steps: int, device: torch.device, batc
     """Lengths as int64 `(N,)`, checked against the batch; None where all are T, as far as can be seen. Kept on the CPU,
     unless both they and the input are on another device."""
     layout = f"batch_first={batch_first}"
+    if isinstance(given, Tensor) and values_can_be_read(given):
+        given = with_memory(given)
     lengths = _int64(given, steps)
     if lengths.dim() == 0 and batch == 1:
         lengths = lengths.unsqueeze(0)
@@ -48,10 +51,11 @@ def check_lengths(given: Any, batch: int, steps: int, device: torch.device, batc
     if is_on_host(lengths):
         return None if check_range(lengths, steps, layout) else lengths
     # A read would wait for the device; the assertion reports from there.
-    assert_async(
+    if not assert_async(
         ((lengths >= 0) & (lengths <= steps)).all(),
         f"a length is out of range: expected 0 <= length <= {steps}, the input's time steps ({layout})",
-    )
+    ):
+        check_range(lengths, steps, layout)
     return lengths
 
 
@@ -118,11 +122,12 @@ def check_marks(name: str, marks: Any, shape: tuple[int, ...], layout: str) -> T
             f"{name} must be a bool tensor, {MARKS[name]}, but its dtype is {marks.dtype}.{_marks_cure(name, marks)}"
         )
     if tuple(marks.shape) != shape:
+        cure = f" Use {name}.squeeze(-1)." if tuple(marks.shape) == (*shape, 1) else ""
         raise ValueError(
             f"{name} has shape {tuple(marks.shape)}, but the input's first dimensions are {shape} ({layout}). "
-            "Expected one bool per time step of each sequence."
+            f"Expected one bool per time step of each sequence.{cure}"
         )
-    return marks
+    return with_memory(marks) if values_can_be_read(marks) else marks
 
 
 def _marks_cure(name: str, marks: Tensor) -> str:
@@ -140,8 +145,9 @@ def _marks_cure(name: str, marks: Tensor) -> str:
 def check_sorted(lengths: Tensor) -> None:
     if not values_can_be_read(lengths):
         return
-    if not is_on_host(lengths):
-        assert_async((lengths.diff() <= 0).all(), "lengths must decrease under enforce_sorted=True")
+    if not is_on_host(lengths) and assert_async(
+        (lengths.diff() <= 0).all(), "lengths must decrease under enforce_sorted=True"
+    ):
         return
     for n, (before, length) in enumerate(pairwise(lengths.tolist()), 1):
         if length > before:

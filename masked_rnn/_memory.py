@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._torch import is_zero_tensor
+
 Array = np.ndarray[Any, np.dtype[Any]]
 PLAIN = (Tensor, torch.nn.Parameter)
 _NUMPY = {torch.bool: np.bool_, torch.int64: np.int64}
 _STRIDED = torch.strided
 
 
-class NotPlain(TypeError):
+class NotPlainError(TypeError):
     """A tensor is not what its address would be read as. PyTorch's ops know what else a tensor can be."""
 
 
@@ -23,8 +25,8 @@ def address(tensor: Tensor, dtype: torch.dtype, rows: int, columns: int = 1) -> 
     """Return the address of a contiguous tensor's numbers, and how many they are: `rows` times `columns`.
 
     Raises:
-        NotPlain: The tensor is a subclass, on another device, of another dtype, layout or size, negated by its bit
-            alone, or its storage is not there or too small.
+        NotPlainError: The tensor is a subclass, on another device, of another dtype, layout or size, negated by its
+            bit alone, or its storage is not there or too small.
     """
     count: int = tensor.numel()
     if (
@@ -36,17 +38,47 @@ def address(tensor: Tensor, dtype: torch.dtype, rows: int, columns: int = 1) -> 
         or not tensor.is_contiguous()
         or tensor.is_neg()
     ):
-        raise NotPlain
+        raise NotPlainError
     place: int = tensor.data_ptr()
     if count and (not place or tensor.untyped_storage().nbytes() < (tensor.storage_offset() + count) * dtype.itemsize):
-        raise NotPlain
+        raise NotPlainError
     return place, count
+
+
+def with_memory(tensor: Tensor) -> Tensor:
+    """Return a tensor of the same values whose memory holds them as they are.
+
+    A subclass and a tensor of another device come back as they came. PyTorch's own ops read memory that was freed.
+
+    Raises:
+        RuntimeError: The storage was freed, or made too small.
+    """
+    if type(tensor) not in PLAIN or not tensor.is_cpu or tensor.layout is not _STRIDED:
+        return tensor
+    if is_zero_tensor(tensor):
+        return tensor.clone()
+    size, dims = tensor.untyped_storage().nbytes(), zip(tensor.shape, tensor.stride(), strict=True)
+    needed = (tensor.storage_offset() + 1 + sum((n - 1) * step for n, step in dims)) * tensor.element_size()
+    if size < needed and tensor.numel():
+        raise RuntimeError(
+            f"A tensor of size {list(tensor.shape)} needs a storage of {needed} bytes, but its storage has {size}: it "
+            "was freed or made smaller since the tensor was made."
+        )
+    return tensor.resolve_neg()
+
+
+def contiguous(tensor: Tensor) -> Tensor:
+    """`Tensor.contiguous`, but of memory that is there and of values as they are."""
+    return with_memory(tensor).contiguous()
 
 
 def as_array(tensor: Tensor) -> Array:
     """Return a NumPy view. `Tensor.numpy()` would prevent a later resize, which `fully_shard` needs."""
-    tensor = tensor.detach().resolve_neg().contiguous()
+    dtype = _NUMPY[tensor.dtype]
+    if type(tensor) not in PLAIN or not tensor.is_cpu:
+        return np.array(tensor.tolist(), dtype).reshape(tensor.shape)
+    tensor = contiguous(tensor)
     place, count = address(tensor, tensor.dtype, tensor.numel())
     memory: Any = (ctypes.c_char * (count * tensor.element_size())).from_address(place)
     memory.owner = tensor
-    return np.ndarray(tensor.shape, _NUMPY[tensor.dtype], memory)
+    return np.ndarray(tensor.shape, dtype, memory)

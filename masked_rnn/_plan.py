@@ -5,6 +5,7 @@ T time, N batch, D directions, H hidden.
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
 from functools import cached_property
 from itertools import accumulate
@@ -56,11 +57,9 @@ class Plan:
         return to_device(torch.from_numpy(array), self.device)
 
     @cached_property
-    def step_tables(self) -> tuple[Tensor, Tensor]:
-        """How many sequences run at each step, and the first row of each; behind the last step, none, and all rows."""
-        tables = np.array([[*self.batch_sizes, 0], self.starts], np.int64)
-        sizes, starts = torch.from_numpy(tables)
-        return sizes, starts
+    def step_tables(self) -> tuple[array[int], array[int]]:
+        """How many sequences run at each step, then 0; and the first row of each step, then how many there are."""
+        return array("q", [*self.batch_sizes, 0]), array("q", self.starts)
 
     @cached_property
     def _step_and_place(self) -> tuple[Array, Array]:

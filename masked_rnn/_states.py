@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ._cells import Layer, States
 from ._lengths import look_like_lengths
-from ._torch import is_autocast_on, to_device
+from ._refusals import refusal
+from ._torch import is_autocast_on, is_zero_tensor, to_device
 
 
 def open_states(layer: Layer, hx: Any, form: str, batch: int, data: Tensor) -> States:
@@ -21,13 +22,14 @@ def open_states(layer: Layer, hx: Any, form: str, batch: int, data: Tensor) -> S
     if hx is None:
         return tuple(torch.zeros(stacked, batch, w, dtype=data.dtype, device=data.device) for w in widths)
     _refuse_lengths_as_hx(form, hx)
-    if len(widths) == 1:
-        hx = (hx,)
-    elif not isinstance(hx, (tuple, list)) or len(hx) != 2:
-        raise RuntimeError(f"{type(layer).__name__}: hx must be the pair (h_0, c_0), got {type(hx).__name__}")
+    given = (hx,) if len(widths) == 1 else hx
+    if not isinstance(given, (tuple, list)) or len(given) != len(widths):
+        more = f"{type(layer).__name__}: hx must be the pair (h_0, c_0), got {type(hx).__name__}"
+        raise _refusal(layer, hx, form, batch, data, more)
     names = ("hx",) if len(widths) == 1 else ("hx[0]", "hx[1]")
     return tuple(
-        _open_state(h, stacked, w, name, form, batch, data) for h, w, name in zip(hx, widths, names, strict=True)
+        _open_state(layer, given, h, stacked, w, name, form, batch, data)
+        for h, w, name in zip(given, widths, names, strict=True)
     )
 
 
@@ -75,25 +77,48 @@ def _state_widths(layer: Layer) -> tuple[int, ...]:
     return (fed_back, layer.hidden_size) if layer.mode == "LSTM" else (fed_back,)
 
 
-def _open_state(h: Any, stacked: int, width: int, name: str, form: str, batch: int, data: Tensor) -> Tensor:
+def _open_state(
+    layer: Layer, given: Any, h: Any, stacked: int, width: int, name: str, form: str, batch: int, data: Tensor
+) -> Tensor:
     if not isinstance(h, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(h).__name__}")
-    unbatched = form == "unbatched"
-    whole = (stacked, width) if unbatched else (stacked, batch, width)
-    flat = (stacked * width,) if unbatched else (batch, stacked * width)
+    if not torch.compiler.is_compiling() and is_zero_tensor(h):
+        h = h.clone()  # PyTorch's LSTM kernel would read memory that is not there
     if h.dtype != data.dtype and not is_autocast_on(data.device.type):
         raise RuntimeError(
             f"{name} has dtype {h.dtype}, but the input has {data.dtype}. Convert it: {name}.to({data.dtype})"
         )
-    if h.dim() == len(whole):
-        if tuple(h.shape) != whole:
-            raise RuntimeError(f"Expected {name} of size {whole}, or flattened {flat}, got {list(h.shape)}")
+    unbatched = form == "unbatched"
+    whole = (stacked, width) if unbatched else (stacked, batch, width)
+    flat = (stacked * width,) if unbatched else (batch, stacked * width)
+    # Dimensions first: a compiler would note each size that is compared.
+    if h.dim() == len(whole) and tuple(h.shape) == whole:
         return h.unsqueeze(1) if unbatched else h
-    if h.dim() == len(flat):
-        if tuple(h.shape) != flat:
-            raise RuntimeError(f"Expected flattened {name} of size {flat}, or {whole}, got {list(h.shape)}")
+    if h.dim() == len(flat) and tuple(h.shape) == flat:
         return h.reshape(1, batch, width) if stacked == 1 else h.reshape(batch, stacked, width).transpose(0, 1)
-    kind = "unbatched 2-D" if unbatched else "batched 3-D"
-    raise RuntimeError(
-        f"For {kind} input, {name} should be {len(whole)}-D {whole} or {len(flat)}-D {flat}, but got {h.dim()}-D tensor"
+    raise _refused_shape(layer, given, name, form, batch, data)
+
+
+def _refused_shape(layer: Layer, given: Any, name: str, form: str, batch: int, data: Tensor) -> Exception:
+    stacked = layer.num_layers * (2 if layer.bidirectional else 1)
+    rows = () if form == "unbatched" else (batch,)
+    sizes = [((stacked, *rows, w), (*rows, stacked * w)) for w in _state_widths(layer)]
+    # A flattened state that is right is no fault: torch sees a whole one in its place.
+    seen = tuple(
+        h.new_empty(whole) if isinstance(h, Tensor) and tuple(h.shape) == flat else h
+        for h, (whole, flat) in zip(given, sizes, strict=True)
     )
+    at = 1 if name == "hx[1]" else 0
+    whole, flat = sizes[at]
+    more = f"Expected {name} of size {whole}, or flattened {flat}, got {list(given[at].shape)}"
+    return _refusal(layer, seen if len(seen) > 1 else seen[0], form, batch, data, more)
+
+
+def _refusal(layer: Layer, hx: Any, form: str, batch: int, data: Tensor, more: str) -> Exception:
+    def ask(their: Any) -> None:
+        if form in ("packed", "nested"):
+            their.check_forward_args(data, hx, [batch])
+        else:
+            their.forward(data.squeeze(0 if layer.batch_first else 1) if form == "unbatched" else data, hx)
+
+    return refusal(layer, RuntimeError, ask, more=more, dtype=data.dtype)

@@ -73,7 +73,7 @@ def below_autograd(function: Callable[Arguments, Result]) -> Callable[Arguments,
     return run
 
 
-def _in_fresh_thread(function: Callable[[], Result]) -> Result:
+def in_fresh_thread(function: Callable[[], Result]) -> Result:
     """What is switched on or off, or recorded, is so in one thread alone."""
     with ThreadPoolExecutor(1) as fresh:
         return fresh.submit(function).result()
@@ -84,7 +84,7 @@ def with_autograd(function: Callable[[], Result]) -> Result:
     force, included = _find("_C._ForceDispatchKeyGuard"), _find("_C._dispatch_tls_local_include_set")
     autocast = _key_set([key for key in _SKIPPED_KEYS if key.startswith("Autocast")])
     if force is None or included is None or autocast is None:
-        return _in_fresh_thread(function)
+        return in_fresh_thread(function)
     with force(included(), autocast):
         return function()
 
@@ -106,7 +106,6 @@ unsafe_view: Callable[[Tensor, list[int]], Tensor] = _find("ops.aten._unsafe_vie
 
 
 # Modes in which a tensor stands for values that are not there
-
 
 _is_tracing: Callable[[], bool] = _find("jit.is_tracing") or (lambda: False)
 
@@ -145,6 +144,10 @@ def is_fake(tensor: Tensor) -> bool:
 
 
 _FakeTensor: Any = _find("_subclasses.FakeTensor")
+
+
+is_zero_tensor: Callable[[Tensor], bool] = _find("_is_zerotensor") or (lambda tensor: False)
+"""Whether a tensor stands for zeros and has no memory, as forward-mode differentiation makes them."""
 
 
 def is_recorded() -> bool:
@@ -190,7 +193,6 @@ def is_exporting_onnx() -> bool:
 
 # Dynamo
 
-
 # In torch 2.6 this gives away a reference that it does not own, and Python crashes. Tried from 2.13 on.
 _gives_a_reference = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 _asked = _find("_C._dynamo.eval_frame.get_eval_frame_callback") if _gives_a_reference else None
@@ -207,6 +209,15 @@ def dynamo_refuses() -> bool:
     return torch.compiler.is_dynamo_compiling() and not torch._dynamo.config.allow_rnn
 
 
+def left_to_run(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """`torch.compiler.disable`, with a reason for reports of graph breaks where it takes one: torch 2.6 does not."""
+    reason = "Dynamo compiles no torch.nn.RNNBase. To make it one operator, set torch._dynamo.config.allow_rnn = True"
+    try:
+        return cast(Callable[Arguments, Result], torch.compiler.disable(function, reason=reason))
+    except TypeError:
+        return cast(Callable[Arguments, Result], torch.compiler.disable(function))
+
+
 # Kernels
 
 KERNELS: dict[str, Any] = {
@@ -216,52 +227,53 @@ KERNELS: dict[str, Any] = {
 """PyTorch's recurrent kernels, by `nn.RNNBase.mode`."""
 
 
+share_storage: Callable[[Tensor, Tensor], bool] = _find("_C._is_alias_of") or (
+    lambda a, b: a.as_strided((0,), (1,), 0).is_set_to(b.as_strided((0,), (1,), 0))
+)
+"""Whether two tensors lie in the same storage."""
+
+
 def has_onednn() -> bool:
     return bool(torch.backends.mkldnn.is_available() and getattr(torch.backends.mkldnn, "enabled", True))
 
 
-def lstm_kernel_runs(dtype: torch.dtype) -> bool:
-    """Whether `nn.LSTM` can run on this CPU under autocast to `dtype`: oneDNN has no such kernel for every CPU."""
-    return _lstm_kernel_runs(dtype, has_onednn())
-
-
-@cache
-def _lstm_kernel_runs(dtype: torch.dtype, onednn: bool) -> bool:
-    return _in_fresh_thread(lambda: _try_lstm_kernel(dtype))
-
-
-def _try_lstm_kernel(dtype: torch.dtype) -> bool:
-    with torch.no_grad(), torch.autocast("cpu", dtype), torch.device("cpu"):
-        x, h = torch.zeros(1, 1, 1), torch.zeros(1, 1, 1)
-        weights = [torch.zeros(4, 1), torch.zeros(4, 1)]
-        try:
-            KERNELS["LSTM"](x, (h, h), weights, False, 1, 0.0, False, False, False)
-        except RuntimeError:
-            return False
-    return True
-
-
 def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is recording: nothing may wait for the device."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """Whether a CUDA graph is recording on a device's current stream: nothing may wait for the device."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):  # PyTorch tells it of the current device alone
+        return torch.cuda.is_current_stream_capturing()
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Where it lies on the host, by way of pinned memory, so that nobody waits for the device."""
+    """Move a tensor. From the host it goes by way of pinned memory, so that nobody waits for the device."""
     # Where it is recorded, a move like any other: a graph would read the memory of this call at each replay.
-    if device.type != "cuda" or not tensor.is_cpu or is_capturing(device) or not values_can_be_read(tensor):
+    if not tensor.is_cpu or device.type == "cpu" or not values_can_be_read(tensor):
+        return tensor.to(device)
+    if is_capturing(device):
+        raise ValueError(
+            "a CUDA graph is being recorded, and what is on the CPU would be copied into it for good. "
+            f"Give lengths, masks and resets as tensors on {device}."
+        )
+    if device.type != "cuda":
         return tensor.to(device)
     # Memory of our own: a caller may change theirs before it is read.
     return torch.empty_like(tensor, pin_memory=True).copy_(tensor).to(device, non_blocking=True)
 
 
-def assert_async(holds: Tensor, message: str) -> None:
-    """Raise if a bool tensor is False, without waiting for its device; the report comes from there."""
+def assert_async(holds: Tensor, message: str) -> bool:
+    """Raise if a bool tensor is False, without waiting for its device: the report comes from there.
+
+    Returns False if nothing was asserted: only some devices can do so. The values have to be read then.
+    """
     check = _find("_assert_async")
-    if check is not None:
+    if check is None:
+        return False
+    try:
         check(holds, message)
-    elif not bool(holds):
-        raise RuntimeError(message)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def symbolic_node(kind: str, inputs: Any, attributes: dict[str, Any], dtypes: Any, shapes: Any) -> Any:

@@ -4,10 +4,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from oracle import BACKENDS, CELLS, which_ran
 
 # The tensors here are tiny: a second thread only gets in the way.
 torch.set_num_threads(1)
+# A busy machine is no failure.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 
 @pytest.fixture(autouse=True)

@@ -129,9 +129,9 @@ _known: dict[bytes, Run] = {}
 def _each_alone(
     layer: Any, x: Tensor, mask: Tensor, states: Sequence[Tensor], pulled: Sequence[Tensor], resets: Tensor | None
 ) -> Run:
-    alone = _plain_double(layer)
-    x = x.detach().double().requires_grad_()
-    states = [h.detach().double().requires_grad_() for h in states]
+    alone = _plain_wide(layer)
+    x = wide(x.detach()).requires_grad_()
+    states = [wide(h.detach()).requires_grad_() for h in states]
     outputs, lasts = [], []
     for n in range(x.size(0)):
         own = tuple(h[:, n : n + 1] for h in states)
@@ -152,7 +152,7 @@ def _each_alone(
         lasts.append(own)
     run = Run(torch.cat(outputs), tuple(torch.cat(h, 1) for h in zip(*lasts, strict=True)))
     wanted = {"x": x, **{f"hx[{s}]": h for s, h in enumerate(states)}, **dict(alone.named_parameters())}
-    return run.pull_back([c.double() for c in pulled], wanted)
+    return run.pull_back([wide(c) for c in pulled], wanted)
 
 
 def cut(mask: Tensor, resets: Tensor | None) -> list[tuple[Tensor, bool]]:
@@ -176,7 +176,11 @@ def _of_directions(layer: Any, states: Sequence[Tensor], kept: tuple[bool, bool]
     return tuple(torch.where(keep, h, torch.zeros_like(h)) for h in states)
 
 
-def _plain_double(layer: Any) -> Any:
+def wide(t: Tensor) -> Tensor:
+    return t.to(torch.complex128 if t.is_complex() else torch.float64)
+
+
+def _plain_wide(layer: Any) -> Any:
     kind = next(k for k in (nn.GRU, nn.LSTM, nn.RNN) if isinstance(layer, k))
     more = {"proj_size": layer.proj_size} if layer.mode == "LSTM" else {}
     if layer.mode.startswith("RNN"):
@@ -189,7 +193,7 @@ def _plain_double(layer: Any) -> Any:
         batch_first=True,
         bidirectional=layer.bidirectional,
         **more,
-    ).double()
+    ).to(wide(layer.weight_ih_l0).dtype)
     alone.load_state_dict(copy.deepcopy(layer.state_dict()))
     return alone
 
@@ -221,7 +225,7 @@ def assert_same(found: Run, expected: Run, atol: float = 1e-10, note: object = "
 
 
 def _assert_close(found: Tensor, expected: Tensor, atol: float, what: str, note: object) -> None:
-    found = found.double()
+    found = wide(found)
     if found.shape == expected.shape and bool(((found - expected).abs() <= atol).all()):
         return  # torch.testing's own way takes ten times as long
     torch.testing.assert_close(found, expected, rtol=0, atol=atol, msg=_told(what, note))

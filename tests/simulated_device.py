@@ -1,8 +1,8 @@
 """A device written in Python: each op runs on the CPU tensors within, and what would wait for a device is noted.
 
 It is as strict as CUDA about ops that mix devices. Recurrent layers take ATen's fused cells there, as on CUDA without
-cuDNN, which is not simulated. No test may have run a backward before this is imported: autograd then starts its
-threads, one for each device that it knows.
+cuDNN; with `strict_kernel.with_cudnn`, a kernel as strict as cuDNN. No test may have run a backward before this is
+imported: autograd then starts its threads, one for each device that it knows.
 """
 
 from __future__ import annotations
@@ -55,6 +55,12 @@ class SimulatedTensor(Tensor):
         if any(t is not cls for t in types):
             return NotImplemented  # a nested tensor takes itself apart
         return run(func, *args, **(kwargs or {}))
+
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
+
+    def untyped_storage(self) -> Any:
+        return self.held.untyped_storage()
 
     def tolist(self) -> Any:
         return self.cpu().tolist()

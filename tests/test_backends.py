@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from oracle import BACKENDS, INPUT, masked, plain
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_sequence
+from torch.utils.checkpoint import checkpoint
 
-from masked_rnn import _choice, _torch
+from masked_rnn import _choice, _probe, _torch
 from masked_rnn._backends import kernels
 from masked_rnn._backends.bptt import library
 from masked_rnn._call import open_call
@@ -86,7 +90,7 @@ def test_where_torchs_kernel_is_faster_than_native_loops(
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="without oneDNN")
 def test_autocast_keeps_the_kernel_of_a_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our own loops have not its precision."""
-    monkeypatch.setattr(_choice, "lstm_kernel_runs", lambda _dtype: True)
+    monkeypatch.setattr(_choice, "lstm_kernel_runs", lambda *_: True)
     call = open_call(masked("lstm", INPUT, 64), torch.randn(20, 8, INPUT), None, None, None, None)
     native = library.runs(torch.float32)
     assert _choice.preferred(call, _choice.mode_of(call)) == ("bptt" if native else "padded")
@@ -158,17 +162,16 @@ def test_a_forced_backend_runs(cell: str, backend: str, form: str, ran: list[str
 def test_elsewhere(at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """On an accelerator: by where the lengths lie, and whether a kernel runs all steps of a padded batch at once."""
     capturing = False
-    monkeypatch.setattr(_choice, "is_capturing", lambda _device: capturing)
     monkeypatch.setattr(_choice, "runs_all_steps_at_once", lambda *_: at_once)
-    mode = _choice.Mode(only_scan=None, traced=False, readable=True)
     there, here = (SimpleNamespace(device=SimpleNamespace(type=name)) for name in ("xpu", "cpu"))
 
     def taken(dims: int, sizes: tuple[int, ...] = (), **given: Any) -> str:
         data = SimpleNamespace(device=there.device, dim=lambda: dims)
-        nothing = {"lengths": None, "mask": None, "resets": None, "packed": None}
+        nothing = {"lengths": None, "mask": None, "resets": None, "packed": None, "nested": None}
+        nothing |= {"parameters": [X], "dropout": 0.0, "wants_gradient": lambda: False, "is_plain": lambda: False}
         plan = Plan(list(sizes), 9, sum(sizes), torch.device("cpu"))
         call: Any = SimpleNamespace(layer=masked("gru"), data=data, plan=plan, **{**nothing, **given})
-        return _choice.preferred(call, mode)
+        return _choice.preferred(call, _choice.Mode(None, traced=False, readable=True, captured=capturing))
 
     assert taken(3) == taken(3, lengths=here) == ("padded" if at_once else "packed")
     assert taken(3, lengths=there) == taken(3, mask=there) == taken(3, resets=there) == "padded"
@@ -180,14 +183,15 @@ def test_elsewhere(at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert taken(3, lengths=there) == "padded"
 
 
-@pytest.mark.parametrize("mode", ["is_traced", "is_transformed", "is_recorded", "is_fake", "is_capturing", ""])
+@pytest.mark.parametrize("mode", ["is_traced", "is_transformed", "is_recorded", "is_fake", ""])
 def test_pinned_memory_is_for_values_that_are_there(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph that is recorded would read it at each replay."""
     there: Any = SimpleNamespace(type="cuda")
     host: Any = SimpleNamespace(is_cpu=True, to=lambda device, **_: "moved")
     pinned: Any = SimpleNamespace(copy_=lambda _: SimpleNamespace(to=lambda device, non_blocking: "pinned"))
     monkeypatch.setattr(torch, "empty_like", lambda _, pin_memory: pinned)
-    for name in ("is_traced", "is_transformed", "is_recorded", "is_fake", "is_capturing"):
+    monkeypatch.setattr(_torch, "is_capturing", lambda _device: False)
+    for name in ("is_traced", "is_transformed", "is_recorded", "is_fake"):
         monkeypatch.setattr(_torch, name, lambda *_, name=name: name == mode)
     assert _torch.to_device(host, there) == ("moved" if mode else "pinned")
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -196,12 +200,16 @@ def test_pinned_memory_is_for_values_that_are_there(mode: str, monkeypatch: pyte
 
 @pytest.mark.parametrize("name", ["GRU", "LSTM", "RNN"])
 def test_kernels_that_run_all_steps_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    mode, most = name if name != "RNN" else "RNN_TANH", 384 if name == "RNN" else 192
-    assert not kernels.runs_all_steps_at_once(mode, X, 8, 0)
+    """As in PyTorch's `get_algo`: never in float64, and in backward for smaller layers than in forward."""
+    mode = name if name != "RNN" else "RNN_TANH"
+    assert not kernels.runs_all_steps_at_once(mode, X, 8, 0, False)
     monkeypatch.setattr(kernels, "runs_cudnn", lambda _x: True)
-    assert kernels.runs_all_steps_at_once(mode, X, most, 0)
-    assert not kernels.runs_all_steps_at_once(mode, X, most + 1, 0)
-    assert not kernels.runs_all_steps_at_once(mode, X, 8, 4)
+    for learns, most in ((False, 384 if name == "RNN" else 192), (True, 256 if name == "RNN" else 128)):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            assert kernels.runs_all_steps_at_once(mode, X.to(dtype), most, 0, learns)
+            assert not kernels.runs_all_steps_at_once(mode, X.to(dtype), most + 1, 0, learns)
+        assert not kernels.runs_all_steps_at_once(mode, X.double(), 8, 0, learns)
+        assert not kernels.runs_all_steps_at_once(mode, X, 8, 4, learns)
 
 
 @pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "dual"])
@@ -240,7 +248,7 @@ def test_autocast_where_the_cpu_lacks_the_kernel(
         output, (h, _) = layer(X, **given)
     assert output.dtype == h.dtype == dtype
     output.float().sum().backward()
-    monkeypatch.setattr(_choice, "lstm_kernel_runs", lambda _dtype: False)
+    monkeypatch.setattr(_choice, "lstm_kernel_runs", lambda *_: False)
     with torch.autocast("cpu", dtype):
         assert layer(X, **given)[0].dtype == dtype
         assert ran[-1] == "bptt"
@@ -250,29 +258,113 @@ def test_autocast_where_the_cpu_lacks_the_kernel(
                 layer(X, **given)
 
 
-def torchs_lstm_runs(dtype: torch.dtype) -> bool:
-    with torch.no_grad(), torch.autocast("cpu", dtype):
+def torchs_lstm_runs(dtype: torch.dtype, learns: bool, directions: int) -> bool:
+    with torch.set_grad_enabled(learns), torch.autocast("cpu", dtype):
         try:
-            plain("lstm")(torch.zeros(1, 1, INPUT))
+            output, _ = plain("lstm", bidirectional=directions == 2)(torch.zeros(1, 1, INPUT))
+            if learns:
+                output.sum().backward()
         except RuntimeError:
             return False
     return True
 
 
+@pytest.fixture
+def _asks_anew() -> Iterator[None]:
+    _probe._lstm_kernel_runs.cache_clear()
+    yield
+    _probe._lstm_kernel_runs.cache_clear()
+
+
+@pytest.mark.usefixtures("_asks_anew")
 def test_what_a_cpu_lacks_is_found_out_under_any_mode() -> None:
     """The answer is kept for good: a mode in which nothing is computed must not give it."""
-    for dtype in (torch.bfloat16, torch.float16):
-        _torch._lstm_kernel_runs.cache_clear()
-        truth = _torch.lstm_kernel_runs(dtype)
-        assert truth == torchs_lstm_runs(dtype)
-        _torch._lstm_kernel_runs.cache_clear()
+    for case in product((torch.bfloat16, torch.float16), (False, True), (1, 2)):
+
+        def ask(case: Any = case) -> bool:
+            _probe._lstm_kernel_runs.cache_clear()
+            return _probe.lstm_kernel_runs(*case)
+
+        truth = torchs_lstm_runs(*case)
+        assert ask() == truth
         with FakeTensorMode(), torch.device("meta"):
-            assert _torch.lstm_kernel_runs(dtype) == truth
-        _torch._lstm_kernel_runs.cache_clear()
-        graph = make_fx(lambda x: x + _torch.lstm_kernel_runs(dtype))(torch.zeros(1)).graph  # noqa: B023
+            assert ask() == truth
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            assert ask() == truth
+        graph = make_fx(lambda x: x + ask())(torch.zeros(1)).graph
         assert len(graph.nodes) == 3
-        _torch._lstm_kernel_runs.cache_clear()
-        assert torch.func.vmap(lambda x: x + _torch.lstm_kernel_runs(dtype))(torch.zeros(1)).item() == truth  # noqa: B023
+        assert torch.func.vmap(lambda x: x + ask())(torch.zeros(1)).item() == truth
+
+
+def played_lstm(inference: bool, training: bool) -> Any:
+    """The kernel of a CPU whose oneDNN has some of its forms under autocast, and no others."""
+    kernel = _torch.KERNELS["LSTM"]
+
+    def run(x: Tensor, hx: Any, *more: Any) -> Any:
+        if isinstance(hx, Tensor) or not torch.is_autocast_enabled("cpu"):  # packed rows do not go to oneDNN
+            return kernel(x, hx, *more)
+        if not (training if torch.is_grad_enabled() else inference):
+            raise RuntimeError("could not create a primitive descriptor for the LSTM forward propagation primitive")
+        with torch.autocast("cpu", enabled=False):
+            weights, *options = more
+            result = kernel(x.float(), tuple(h.float() for h in hx), weights, *options)
+        return tuple(t.to(torch.get_autocast_dtype("cpu")) for t in result)
+
+    return run
+
+
+@pytest.mark.usefixtures("_asks_anew")
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="without oneDNN")
+@pytest.mark.parametrize(("inference", "training"), [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("given", [{}, {"lengths": [6, 4, 1]}, {"lengths": [1, 0, 1]}], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_on_each_kind_of_cpu(
+    dtype: torch.dtype,
+    dropout: float,
+    given: dict[str, Any],
+    inference: bool,
+    training: bool,
+    ran: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A kernel for both, for inference alone, or for none: what `auto` takes runs, and what is forced says why not."""
+    monkeypatch.setitem(_torch.KERNELS, "LSTM", played_lstm(inference, training))
+    options = {"num_layers": 2, "bidirectional": True, "batch_first": True, "dropout": dropout}
+    layer = masked("lstm", **options)
+    x = X[:, :1] if given.get("lengths") == [1, 0, 1] else X
+    for learns in (False, True):
+        there = training if learns else inference
+        with torch.set_grad_enabled(learns), torch.autocast("cpu", dtype):
+            layer.backend = "auto"
+            output, _ = layer(x, **given)
+            assert output.dtype == dtype
+            if not given:
+                # Where dropout is drawn, a pass without gradients must choose as the one with them.
+                assert ran[-1] == ("padded" if (training if dropout else there) else "bptt")
+            for layer.backend in ("padded", *(() if given else ("packed",))):
+                if there:
+                    assert layer(x, **given)[0].dtype == dtype
+                    continue
+                words = rf"can't run this call: PyTorch has no LSTM kernel for {dtype} under autocast on this CPU"
+                words += " while gradients are recorded" if inference else ""
+                with pytest.raises(ValueError, match=rf"{words}\. Use backend='auto'"):
+                    layer(x, **given)
+        if learns:
+            output.float().sum().backward()
+    layer.backend = "auto"
+
+    def run(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype):
+            drawn: Tensor = layer(x, **given)[0]
+            return drawn
+
+    torch.manual_seed(3)
+    expected = run(x.requires_grad_())
+    torch.manual_seed(3)
+    again = checkpoint(run, x, use_reentrant=True)
+    torch.testing.assert_close(again, expected, atol=0.0 if dropout else 0.05, rtol=0)
+    again.float().sum().backward()
 
 
 def test_full_lengths_are_no_lengths(cell: str) -> None:

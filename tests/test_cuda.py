@@ -103,6 +103,85 @@ def test_as_on_the_cpu_in_float64(
                 assert not padded[~mask].any()
 
 
+# The form of input, how many steps, and what is given.
+STREAMS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "whole": ("padded", STEPS, {}),
+    "list": ("padded", STEPS, {"lengths": LENGTHS}),
+    "device": ("padded", STEPS, {"lengths": torch.tensor(LENGTHS)}),
+    "sorted": ("padded", STEPS, {"lengths": [5, 3, 1, 0]}),
+    "device-mask": ("padded", STEPS, {"mask": HOLES}),
+    "host-resets": ("padded", STEPS, {"lengths": LENGTHS, "resets": RESETS}),
+    "device-resets": ("padded", STEPS, {"resets": RESETS}),
+    "unbatched": ("unbatched", STEPS, {}),
+    "unbatched-length": ("unbatched", STEPS, {"lengths": 3}),
+    "packed-sorted": ("packed-sorted", STEPS, {}),
+    "packed-unsorted": ("packed-unsorted", STEPS, {}),
+    "nested": ("nested", STEPS, {}),
+    "one-step": ("padded", 1, {}),
+    "one-step-list": ("padded", 1, {"lengths": [1, 0, 1, 1]}),
+    "device-one-step": ("padded", 1, {"lengths": torch.tensor([1, 0, 1, 1])}),
+    "device-one-step-resets": ("padded", 1, {"resets": RESETS[:, 1:2]}),
+    "one-step-packed": ("packed-sorted", 1, {}),
+    "one-step-unbatched": ("unbatched", 1, {}),
+}
+
+
+def arranged(form: str, x: Tensor) -> Any:
+    """x (N, T, I) in a form of input."""
+    lengths = [3, 5, 1, 2] if form in ("packed-unsorted", "nested") else [5, 3, 2, 1]
+    rows = [row[:n] for row, n in zip(x, lengths, strict=True)]
+    if form.startswith("packed"):
+        return pack_sequence(rows, enforce_sorted=form == "packed-sorted")
+    if form == "nested":
+        return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+    return x[0] if form == "unbatched" else x
+
+
+@pytest.mark.parametrize("form", STREAMS)
+@pytest.mark.parametrize("kind", ["flat", "expanded", "fed back"])
+def test_a_state_of_any_layout(cell: str, backend: str, form: str, kind: str) -> None:
+    """cuDNN refuses a state that is not contiguous, such as the flattened one that the layer returned."""
+    shape, steps, given = STREAMS[form]
+    options = {"num_layers": 2, "bidirectional": True, "batch_first": True, "enforce_sorted": form == "sorted"}
+    layer = masked(cell, backend=backend, **options).double()
+    x = torch.randn(4, STEPS, INPUT, dtype=torch.float64)[:, :steps]
+    initial = random_states(layer, 4)
+
+    def run(own: Any, device: str) -> list[Tensor]:
+        to_there = {n: v.to(device) if form.startswith("device") else v for n, v in given.items()}
+        leaf = x.to(device).requires_grad_()
+        leaves = [h.to(device).requires_grad_() for h in initial]
+        states: list[Tensor] = [h[:, :1] if shape == "unbatched" else h for h in leaves]
+        if kind == "expanded":
+            states = [h[:1, :1].expand(h.shape) for h in states]
+        if kind == "flat":
+            states = [h.transpose(0, 1).flatten(1) for h in states]
+        hx = as_hx([h.squeeze(0 if kind == "flat" else 1) if shape == "unbatched" else h for h in states])
+        results: list[Tensor] = []
+        for _ in range(2 if kind == "fed back" else 1):
+            output, hx = own(arranged(shape, leaf), hx, **to_there)
+            values = output.data if shape.startswith("packed") else output.values() if shape == "nested" else output
+            results += [values, *as_tuple(hx)]
+        wanted = [leaf, *leaves, *own.parameters()]
+        loss = sum((t * t).sum() for t in results)
+        return [t.cpu() for t in (*results, *torch.autograd.grad(loss, wanted))]
+
+    expected = run(layer, "cpu")
+    for found, own in zip(run(copy.deepcopy(layer).cuda(), "cuda"), expected, strict=True):
+        torch.testing.assert_close(found, own)
+
+
+def test_lengths_on_the_cpu_while_a_graph_is_recorded(cell: str) -> None:
+    layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True).cuda()
+    x, graph = torch.randn(4, STEPS, INPUT, device="cuda"), torch.cuda.CUDAGraph()
+    layer(x, lengths=LENGTHS)
+    words = "Give lengths, masks and resets as tensors on cuda"
+    with pytest.raises(ValueError, match=words), torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+        layer(x, lengths=LENGTHS)
+    torch.cuda.synchronize()
+    assert torch.isfinite(layer(x, lengths=LENGTHS)[0]).all()
+
+
 def training_step(layer: Any, x: Tensor, **given: Any) -> tuple[Tensor, ...]:
     output, last = layer(x, **given)
     results = (output, *as_tuple(last))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from typing import Any
 
@@ -24,11 +26,13 @@ from oracle import (
     prefix_mask,
     random_states,
 )
-from simulated_device import DEVICE, FUSED, SimulatedTensor, watching
+from simulated_device import DEVICE, FUSED, HOST, SimulatedTensor, watching
+from strict_kernel import with_cudnn
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from masked_rnn import _choice
+from masked_rnn import _choice, _torch
 
 STEPS = 5
 LENGTHS = [3, 4, 0, 1]
@@ -269,6 +273,113 @@ def test_lengths_that_the_device_refuses(backend: str) -> None:
         with watching() as waits, pytest.raises(ValueError, match=r"lengths"):
             layer(x, lengths=lengths)
         assert not waits
+
+
+@pytest.mark.parametrize("backend", WAITS)
+def test_a_device_without_an_assertion(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on MPS and XPU: lengths are read there, and an error names the element."""
+
+    def lacking(*_: Any) -> None:
+        raise NotImplementedError("The operator 'aten::_assert_async.msg' is not implemented for this device")
+
+    monkeypatch.setattr(torch, "_assert_async", lacking)
+    layer = masked("gru", batch_first=True, backend=backend, enforce_sorted=True)
+    there, x = copy.deepcopy(layer).to(DEVICE), torch.randn(2, STEPS, INPUT)
+    lengths = torch.tensor([3, 1])
+    for with_name in (True, False):  # an old or a later release may have no such name
+        if not with_name:
+            monkeypatch.delattr(torch, "_assert_async")
+        found = there(x.to(DEVICE), lengths=lengths.to(DEVICE))[0].cpu()
+        torch.testing.assert_close(found, layer(x, lengths=lengths)[0])
+        for wrong, fault in (
+            ([STEPS + 1, 1], r"lengths\[0\] = 6"),
+            ([1, -1], r"lengths\[1\] = -1"),
+            ([1, 2], r"lengths\[1\] = 2"),
+        ):
+            with pytest.raises(ValueError, match=fault):
+                there(x.to(DEVICE), lengths=torch.tensor(wrong).to(DEVICE))
+
+
+@pytest.fixture
+def _captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph is being recorded there: what waits, or is copied from the host, would end the recording."""
+    for module in (_choice, _torch):
+        monkeypatch.setattr(module, "is_capturing", lambda device: device.type == DEVICE.type)
+
+
+@pytest.mark.usefixtures("_captured")
+@pytest.mark.parametrize("form", [*FORMS, *WITH_RESETS])
+def test_while_a_graph_is_recorded(cell: str, backend: str, form: str) -> None:
+    """What has to come from the host is refused in words, and nothing waits."""
+    layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=backend)
+    there, given = copy.deepcopy(layer).to(DEVICE), {**FORMS, **WITH_RESETS}[form]
+    x = torch.randn(4, STEPS, INPUT)
+    leaf = x.to(DEVICE).requires_grad_()
+    plans = backend == "bptt" or (backend == "packed" and form != "neither")
+    cuts = backend == "padded" and "resets" in form
+    with watching() as noted:
+        if plans or cuts or not (form.startswith("device") or form == "neither"):
+            with pytest.raises(ValueError, match="a CUDA graph is being recorded, "):
+                there(leaf, **given)
+            return
+        output, _ = there(leaf, **given)
+        output.sum().backward()
+        assert not noted
+    torch.testing.assert_close(output.detach().cpu(), layer(x, **to("cpu", given))[0])
+
+
+@pytest.mark.usefixtures("_captured")
+def test_rows_while_a_graph_is_recorded() -> None:
+    layer = masked("gru", bidirectional=True)
+    there, x = copy.deepcopy(layer).to(DEVICE), torch.randn(STEPS, 3, INPUT)
+    rows = pack_padded_sequence(x, torch.tensor([3, 5, 1]), enforce_sorted=False)
+    moved = PackedSequence(
+        rows.data.to(DEVICE), rows.batch_sizes, rows.sorted_indices.to(DEVICE), rows.unsorted_indices.to(DEVICE)
+    )
+    torch.testing.assert_close(there(moved)[0].data.cpu(), layer(rows)[0].data)
+    for there.backend in ("padded", "scan", "bptt"):
+        with pytest.raises(ValueError, match="it plans its steps on the CPU, and a CUDA graph"):
+            there(moved)
+    nested = torch.nested.nested_tensor_from_jagged(x[:, 0].to(DEVICE), torch.tensor([0, 2, 5]).to(DEVICE))
+    for there.backend in ("auto", "padded", "packed", "scan", "bptt"):
+        with pytest.raises(ValueError, match="it plans its steps on the CPU, and a CUDA graph"):
+            there(nested)
+
+
+def test_recording_is_asked_of_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = [0]
+
+    @contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], wanted.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] == 1)
+    assert _torch.is_capturing(torch.device("cuda", 1))
+    assert not _torch.is_capturing(torch.device("cuda", 0))
+    assert not _torch.is_capturing(HOST)
+    monkeypatch.setattr(_choice, "is_capturing", lambda _device: pytest.fail("there is no device to ask"))
+    with FakeTensorMode():
+        assert masked("gru")(torch.randn(STEPS, 2, INPUT), lengths=torch.tensor([1, 2]))[0].shape == (STEPS, 2, 3)
+
+
+@pytest.mark.parametrize(("most", "more"), [(128, 192), (256, 384)])
+def test_what_auto_takes_on_cudnn(most: int, more: int, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`padded` where PyTorch has cuDNN run all steps at once: by dtype, size, and gradient. Dropout counts as one."""
+    with_cudnn(monkeypatch, lambda x: isinstance(x, SimulatedTensor))
+    cell = "gru" if most == 128 else "rnn-tanh"
+
+    def taken(hidden: int, dtype: torch.dtype = torch.float32, learns: bool = True, dropout: float = 0.0) -> str:
+        layer = masked(cell, INPUT, hidden, num_layers=2, dropout=dropout).to(dtype).to(DEVICE)
+        with torch.set_grad_enabled(learns):
+            layer(torch.randn(3, 2, INPUT, dtype=dtype).to(DEVICE), lengths=[3, 1])
+        return ran[-1]
+
+    assert taken(most) == taken(more, learns=False) == taken(most, torch.float16) == "padded"
+    assert taken(most + 1) == taken(more + 1, learns=False) == taken(more, dropout=0.5, learns=False) == "packed"
+    assert taken(8, torch.float64) == taken(8, torch.float64, learns=False) == "packed"
 
 
 def test_input_on_the_cpu(backend: str) -> None:

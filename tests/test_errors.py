@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from oracle import INPUT, masked, plain
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from masked_rnn import MaskedGRU
+import masked_rnn
 
 X = torch.zeros(3, 6, INPUT)
 MASK = torch.ones(3, 6, dtype=torch.bool)
@@ -107,7 +107,8 @@ MASKS: list[tuple[Any, type[Exception], str]] = [
         ValueError,
         r"mask has shape \(6, 3\), but the input's first dimensions are \(3, 6\) \(batch_first=True\)",
     ),
-    (MASK.unsqueeze(-1), ValueError, r"mask has shape \(3, 6, 1\)"),
+    (MASK.unsqueeze(-1), ValueError, r"mask has shape \(3, 6, 1\).*sequence\. Use mask\.squeeze\(-1\)\.$"),
+    (MASK.unsqueeze(0), ValueError, r"mask has shape \(1, 3, 6\).*sequence\.$"),
     (MASK.float(), TypeError, r"dtype is torch\.float32\. Use mask\.bool\(\)"),
     (MASK.long(), TypeError, r"dtype is torch\.int64"),
     (MASK.tolist(), TypeError, r"must be a bool tensor, got list"),
@@ -118,6 +119,18 @@ MASKS: list[tuple[Any, type[Exception], str]] = [
 def test_mask(mask: Any, kind: type[Exception], words: str) -> None:
     with pytest.raises(kind, match=words):
         masked("gru", batch_first=True)(X, mask=mask)
+
+
+@pytest.mark.parametrize("name", ["mask", "resets"])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_marks_with_a_last_dimension_of_one(name: str, batch_first: bool) -> None:
+    """As TorchRL's `is_init`."""
+    layer = masked("gru", batch_first=batch_first)
+    x, marks = (X, MASK) if batch_first else (X.transpose(0, 1), MASK.t())
+    for input, own in ((x, marks), (X[0], MASK[0])):
+        with pytest.raises(ValueError, match=rf"Use {name}\.squeeze\(-1\)\.$"):
+            layer(input, **{name: own.unsqueeze(-1)})
+        layer(input, **{name: own.unsqueeze(-1).squeeze(-1)})
 
 
 @pytest.mark.parametrize(
@@ -187,7 +200,7 @@ def test_packed_and_nested_input_carry_their_own(given: dict[str, Any]) -> None:
 def test_a_packed_sequence_that_nobody_packed(
     cell: str, rows: int, sizes: list[int], order: list[int] | None, words: str
 ) -> None:
-    """Its constructor checks nothing: the compiled loops would read past its memory."""
+    """Its constructor checks nothing: the native loops would read past its memory."""
     places = None if order is None else torch.tensor(order)
     packed = PackedSequence(torch.zeros(rows, INPUT), torch.tensor(sizes), places, places)
     with pytest.raises(ValueError, match=f"a PackedSequence's {words}. Make it by"):
@@ -239,34 +252,167 @@ def test_enforce_sorted(backend: str) -> None:
         layer(X, mask=mask)
 
 
-WIDE = torch.zeros(3, 6, INPUT + 1)
-REFUSED: list[tuple[str, Any, Any, str]] = [
-    ("input size", WIDE, None, r"Expected 4, got 5"),
-    ("rank", torch.zeros(1, 3, 6, INPUT), None, r"Expected input to be 2D or 3D, got 4D"),
-    ("rank 1", torch.zeros(INPUT), None, r"Expected input to be 2D or 3D, got 1D"),
-    ("dtype", X.double(), None, r"torch\.float64.*torch\.float32"),
-    ("ids", X.long(), None, r"got type torch\.int64\.$"),
-    ("no steps", X[:, :0], None, r"sequence length to be larger than 0"),
-    ("hx batch", X, torch.zeros(1, 2, 3), r"\(1, 3, 3\).*\[1, 2, 3\]"),
-    ("hx layers", X, torch.zeros(2, 3, 3), r"\(1, 3, 3\).*\[2, 3, 3\]"),
-    ("hx rank", X, torch.zeros(1, 1, 3, 3), r"3-D.*4-D"),
-    ("hx unbatched", X[0], torch.zeros(1, 1, 3), r"2-D.*3-D"),
-    ("hx dtype", X, torch.zeros(1, 3, 3).double(), r"torch\.float64.*torch\.float32|same dtype|Double|Float"),
-]
+def packed(data: Tensor, order: list[int] | None = None) -> PackedSequence:
+    places = None if order is None else torch.tensor(order)
+    return PackedSequence(data, torch.tensor([3, 2, 1]), places, places)
 
 
-@pytest.mark.parametrize("cell", ["gru", "lstm", "rnn-tanh", "rnn-relu"])
-@pytest.mark.parametrize(("case", "x", "hx", "words"), REFUSED, ids=[r[0] for r in REFUSED])
-def test_what_torch_refuses_too(case: str, x: Any, hx: Any, words: str, cell: str) -> None:
-    hx = (hx, hx) if hx is not None and cell == "lstm" else hx
-    with pytest.raises(Exception) as theirs:  # noqa: PT011
-        plain(cell, batch_first=True)(x, hx)
-    with pytest.raises(type(theirs.value), match=words):
-        masked(cell, batch_first=True)(x, hx)
+def states(layer: Any, *shape: int | None) -> Any:
+    """hx of this shape, None standing for each state's own width."""
+    widths = [layer.proj_size or layer.hidden_size, layer.hidden_size][: 2 if layer.mode == "LSTM" else 1]
+    made = [torch.zeros([w if n is None else n for n in shape]) for w in widths]
+    return made[0] if len(made) == 1 else tuple(made)
+
+
+ROWS = torch.zeros(6, INPUT)
+REFUSED: dict[str, tuple[Any, tuple[int | None, ...] | None]] = {
+    "width": (torch.zeros(3, 6, INPUT + 1), None),
+    "width, unbatched": (torch.zeros(6, INPUT + 1), None),
+    "width, packed": (packed(torch.zeros(6, INPUT + 1)), None),
+    "4-D": (torch.zeros(1, 3, 6, INPUT), None),
+    "1-D": (torch.zeros(INPUT), None),
+    "0-D": (torch.zeros(()), None),
+    "packed 3-D": (packed(torch.zeros(6, 1, INPUT)), None),
+    "packed 1-D": (packed(torch.zeros(6)), None),
+    "dtype": (X.double(), None),
+    "dtype, unbatched": (X[0].bfloat16(), None),
+    "dtype, packed": (packed(ROWS.double()), None),
+    "dtype, one step": (X[:, :1].double(), None),
+    "ids": (X.long(), None),
+    "no steps": (X[:, :0], None),
+    "hx batch": (X, (1, 2, None)),
+    "hx batch, one step": (X[:, :1], (1, 2, None)),
+    "hx layers": (X, (2, 3, None)),
+    "hx width": (X, (1, 3, 7)),
+    "hx 4-D": (X, (1, 1, 3, None)),
+    "hx 1-D": (X, (None,)),
+    "hx flat": (X, (3, 7)),
+    "hx of unbatched, 3-D": (X[0], (1, 1, None)),
+    "hx of unbatched, layers": (X[0], (2, None)),
+    "hx of unbatched, flat": (X[0], (7,)),
+    "hx of packed, batch": (packed(ROWS), (1, 2, None)),
+    "hx of packed, width": (packed(ROWS, [2, 0, 1]), (1, 3, 7)),
+    "hx of packed, flat": (packed(ROWS), (3, 7)),
+}
+"""The input, and the shape of the states."""
+
+
+def refused_by_torch(layer: Any, x: Any, hx: Any) -> Exception:
+    """Its error, in the words of the torch that is installed."""
+    if isinstance(x, PackedSequence) and layer.mode == "LSTM":
+        # nn.LSTM has this check, and does not call it for a PackedSequence.
+        hx = states(layer, 1, 3, None) if hx is None else hx
+        return refused(layer.check_forward_args, x.data, hx, x.batch_sizes)
+    return refused(layer, x, hx)
+
+
+def refused(call: Any, *given: Any) -> Exception:
+    with pytest.raises((RuntimeError, ValueError)) as error:
+        call(*given)
+    return error.value
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_torch_refuses_in_its_words(case: str, cell: str) -> None:
+    x, shape = REFUSED[case]
+    layer = masked(cell, batch_first=True)
+    hx = None if shape is None else states(layer, *shape)
+    theirs, ours = refused_by_torch(plain(cell, batch_first=True), x, hx), refused(layer, x, hx)
+    assert type(ours) is type(theirs)
+    assert str(ours).startswith(str(theirs))
+
+
+@pytest.mark.parametrize("case", ["width", "dtype", "hx batch", "hx layers", "hx width"])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
+def test_in_its_words_in_other_layouts(case: str, options: dict[str, Any], cell: str) -> None:
+    x, shape = REFUSED[case]
+    layer = masked(cell, **options)
+    hx = None if shape is None else states(layer, *shape)
+    theirs, ours = refused_by_torch(plain(cell, **options), x, hx), refused(layer, x, hx)
+    assert (type(ours), str(ours)[: len(str(theirs))]) == (type(theirs), str(theirs))
+
+
+@pytest.mark.parametrize("cell", ["lstm", "lstm-proj"])
+@pytest.mark.parametrize("x", [X, packed(ROWS)], ids=["padded", "packed"])
+def test_the_cell_state_alone(x: Any, cell: str) -> None:
+    layer, theirs = masked(cell, batch_first=True), plain(cell, batch_first=True)
+    h, c = states(layer, 1, 3, None)
+    expected = refused_by_torch(theirs, x, (h, c[:, :2]))
+    assert str(refused(layer, x, (h, c[:, :2]))).startswith(str(expected))
+    # A flattened state is right: the other one is named.
+    assert str(refused(layer, x, (h.flatten(0, 1), c[:, :2]))).startswith(str(expected))
+    if isinstance(x, Tensor):
+        both = masked(cell, batch_first=True, bidirectional=True)
+        expected = refused_by_torch(plain(cell, batch_first=True, bidirectional=True), x, torch.zeros(2, 3, 3))
+        assert str(refused(both, x, torch.zeros(2, 3, 3))).startswith(f"{expected}. ")
+
+
+def test_ours_come_after(cell: str) -> None:
+    layer = masked(cell, batch_first=True)
+    width = layer.proj_size or 3
+    assert str(refused(layer, X, states(layer, 1, 2, None))).endswith(
+        f"of size (1, 3, {width}), or flattened (3, {width}), got [1, 2, {width}]"
+    )
+    assert str(refused(layer, X.long())).endswith(". If these are ids, embed them first: torch.nn.Embedding.")
+
+
+def test_functional_weights_of_another_dtype(cell: str) -> None:
+    layer, theirs = masked(cell, batch_first=True), plain(cell, batch_first=True)
+    double = {name: weight.double() for name, weight in layer.named_parameters()}
+    with pytest.raises(ValueError, match=r"(?=.*float32).*float64") as expected:
+        torch.func.functional_call(theirs, double, (X,))
+    with pytest.raises(ValueError, match=r"(?=.*float32).*float64") as found:
+        torch.func.functional_call(layer, double, (X,))
+    assert str(found.value) == str(expected.value)
+
+
+def test_nested_input_is_refused_as_packed_is(cell: str) -> None:
+    layer, theirs = masked(cell), plain(cell)
+    for data, hx in ((ROWS.double(), None), (torch.zeros(6, 5), None), (ROWS, states(layer, 1, 2, None))):
+        nested = torch.nested.nested_tensor_from_jagged(data, torch.tensor([0, 3, 5, 6]))
+        expected = refused_by_torch(theirs, packed(data), hx)
+        found = refused(layer, nested, hx)
+        assert (type(found), str(found)[: len(str(expected))]) == (type(expected), str(expected))
+
+
+def test_the_words_are_those_of_the_torch_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = masked("gru", batch_first=True)
+
+    def says(error: Exception) -> Any:
+        def check_input(*_: Any) -> None:
+            raise error
+
+        return check_input
+
+    monkeypatch.setattr(nn.RNNBase, "check_input", says(RuntimeError("in other words")))
+    found = refused(layer, X.double())
+    assert (type(found), str(found)) == (RuntimeError, "in other words")
+    # A release without such a check, or with one of another signature.
+    for check_input in (says(AttributeError()), lambda *_: None):
+        monkeypatch.setattr(nn.RNNBase, "check_input", check_input)
+        found = refused(layer, X.double())
+        assert (type(found), str(found)) == (
+            ValueError,
+            "input has dtype torch.float64, but the weights have torch.float32",
+        )
+
+
+def test_nothing_is_drawn_to_find_the_words() -> None:
+    layer, state = masked("gru", batch_first=True), torch.get_rng_state()
+    refused(layer, X.double())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_hx_of_another_dtype(cell: str) -> None:
+    """torch says what its kernel stumbles over: ours names hx."""
+    layer = masked(cell, batch_first=True)
+    hx = states(layer.double(), 1, 3, None)
+    refused_by_torch(plain(cell, batch_first=True).double(), X.double(), hx)
+    assert "has dtype torch.float32, but the input has torch.float64. Convert it" in str(refused(layer, X.double(), hx))
 
 
 def test_flattened_hx_of_another_shape() -> None:
-    with pytest.raises(RuntimeError, match=r"Expected flattened hx of size \(3, 3\), or \(1, 3, 3\), got \[3, 4\]"):
+    with pytest.raises(RuntimeError, match=r"Expected hx of size \(1, 3, 3\), or flattened \(3, 3\), got \[3, 4\]"):
         masked("gru", batch_first=True)(X, torch.zeros(3, 4))
     with pytest.raises(RuntimeError, match=r"hx must be the pair \(h_0, c_0\), got Tensor"):
         masked("lstm", batch_first=True)(X, torch.zeros(1, 3, 3))
@@ -284,29 +430,41 @@ def test_input_that_is_no_tensor() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
+        {"input_size": 0},
+        {"input_size": 4.0},
         {"hidden_size": 0},
+        {"hidden_size": 1.5},
         {"num_layers": 0},
         {"dropout": 1.5},
+        {"dropout": -0.1},
+        {"dropout": True},
         {"dropout": "a"},
         {"bias": 1},
         {"batch_first": 1},
-        {"hidden_size": 1.5},
         {"nonsense": 1},
         {"proj_size": 3},
+        {"proj_size": -1},
+        {"nonlinearity": "gelu"},
+        {"mode": "GRU"},
+        {"device": "nowhere"},
+        {"dtype": torch.int64},
     ],
     ids=str,
 )
-def test_constructor_arguments_that_torch_refuses(arguments: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN"])
+def test_constructor_arguments_that_torch_refuses(kind: str, arguments: dict[str, Any]) -> None:
     everything: dict[str, Any] = {"input_size": 4, "hidden_size": 3, **arguments}
     try:
-        nn.GRU(**everything)
-    except Exception as refused:
-        theirs = refused
+        getattr(nn, kind)(**everything)
+    except Exception as error:
+        theirs = error
     else:
-        pytest.skip("this release of torch does not refuse it")
+        # This release of torch does not refuse it.
+        getattr(masked_rnn, f"Masked{kind}")(**everything)
+        return
     with pytest.raises(type(theirs)) as ours:
-        MaskedGRU(**everything)
-    assert str(ours.value).split("got")[0].split("'")[0] == str(theirs).split("got")[0].split("'")[0]
+        getattr(masked_rnn, f"Masked{kind}")(**everything)
+    assert (type(ours.value), str(ours.value)) == (type(theirs), str(theirs))
 
 
 @pytest.mark.parametrize("option", ["enforce_sorted", "flatten_hidden"])
@@ -316,8 +474,16 @@ def test_options_are_bools(option: str) -> None:
 
 
 def test_a_backend_that_does_not_exist() -> None:
-    with pytest.raises(ValueError, match=r"backend='cudnn' does not exist.*'auto'.*'packed', 'padded', 'bptt', 'scan'"):
+    words = r"backend='cudnn' does not exist.*'auto'.*'packed', 'padded', 'bptt', 'scan'"
+    with pytest.raises(ValueError, match=words):
         masked("gru", 4, 3, backend="cudnn")
+    layer = masked("gru", batch_first=True)
+    layer.backend = "cudnn"
+    for x, given in ((X, {}), (X, {"lengths": [6, 0, 2]}), (X[:, :1], {}), (X[:, :0], {"lengths": [0, 0, 0]})):
+        with pytest.raises(ValueError, match=words):
+            layer(x, **given)
+    with pytest.raises(ValueError, match=words):
+        torch.export.export(layer, (X,))
 
 
 @pytest.mark.parametrize("forced", ["packed", "padded", "bptt"])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from oracle import BACKENDS, INPUT, as_hx, as_tuple, every, masked, plain, random_states
+from strict_kernel import with_cudnn
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -251,36 +251,12 @@ def test_saved_tensors_may_be_changed_where_torch_allows_it(cell: str, backend: 
         torch.testing.assert_close(a, b)
 
 
-class DifferentiatedOnce:
-    """A kernel as cuDNN's is: its backward has none of its own, and runs only if the forward was called training."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-
-    def __call__(self, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        _has_biases, is_training, *_ = (a for a in args if isinstance(a, bool))
-        return Once.apply(is_training, *self.kernel(x, *args))
-
-
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, is_training: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.is_training = is_training
-        return tuple(t.clone() for t in tensors)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        assert ctx.is_training, "cudnn RNN backward can only be called in training mode"
-        return None, *grads
-
-
 @pytest.mark.parametrize("kernel", ["packed", "padded"])
 @pytest.mark.parametrize("given", [{}, {"lengths": [3, 0, 4]}], ids=str)
 def test_a_kernel_that_differentiates_once(
     cell: str, kernel: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is done about cuDNN, whose backward has no backward, done here to ATen's kernel."""
+    """Its backward has none of its own, as cuDNN's has none; and it is as strict."""
     layer = masked(cell, num_layers=2, bidirectional=True, backend=kernel, batch_first=True, dropout=0.0).double()
     x = torch.randn(3, 4, INPUT, dtype=torch.float64, requires_grad=True)
 
@@ -295,13 +271,10 @@ def test_a_kernel_that_differentiates_once(
         return [*first, *second]
 
     expected = first_and_second()
-    monkeypatch.setattr(kernels, "runs_cudnn", lambda _x: True)
-    monkeypatch.setitem(kernels.KERNELS, layer.mode, DifferentiatedOnce(kernels.KERNELS[layer.mode]))
+    with_cudnn(monkeypatch)
     for a, b in zip(first_and_second(), expected, strict=True):
         torch.testing.assert_close(a, b)
     layer.dropout = 0.5
-    # Of weights in a chunk, ATen makes a product with gradients in another way than without: the last bit differs.
-    monkeypatch.setattr(kernels, "in_one_chunk", lambda parameters: parameters)
     torch.manual_seed(1)
     noisy = layer(x, **given)[0]
     torch.manual_seed(1)
@@ -444,14 +417,8 @@ def test_what_nobody_wants_is_not_computed(cell: str, frozen: str, monkeypatch: 
     x = torch.randn(5, 3, INPUT, dtype=torch.float64, requires_grad=frozen != "input")
     wanted = []
 
-    def noting(*tensors: Any) -> Any:
-        loops = loops_for(*tensors)
-        return SimpleNamespace(
-            forward=loops.forward, backward=lambda *given: wanted.append(given[-2:]) or loops.backward(*given)
-        )
-
-    loops_for = bptt.loops_for
-    monkeypatch.setattr(bptt, "loops_for", noting)
+    backward = bptt.choice.backward
+    monkeypatch.setattr(bptt.choice, "backward", lambda *given: wanted.append(given[-2:]) or backward(*given))
     states = [h.requires_grad_() for h in random_states(layer, 3)]
     layer(x, as_hx(states))[0].sum().backward()
     assert wanted == [(frozen != "input", frozen != "weights")]

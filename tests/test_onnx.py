@@ -129,6 +129,24 @@ def test_resets_are_refused_in_clear_words() -> None:
     assert "ONNX's nodes know no resets within a sequence" in str(refused.value)
 
 
+def test_a_projection_step_by_step(tmp_path: Any) -> None:
+    """For any batch, and as many steps as the example has."""
+    layers = [masked("lstm-proj", num_layers=2, bidirectional=True, batch_first=True, backend="scan")]
+    batch = Dim("batch")
+    program = torch.onnx.export(
+        Model(layers, "lengths").eval(),
+        (torch.randn(3, 5, INPUT), torch.tensor([5, 0, 2])),
+        dynamo=True,
+        dynamic_shapes=({0: batch}, {0: batch}),
+        verbose=False,
+    )
+    assert program is not None
+    program.save(tmp_path / "model.onnx")
+    for lengths in ([5, 0, 2], [1, 5, 3, 0]):
+        given = torch.randn(len(lengths), 5, INPUT), torch.tensor(lengths)
+        compare(tmp_path / "model.onnx", layers, "lengths", given)
+
+
 def test_a_projection_is_refused_in_clear_words() -> None:
     layer = masked("lstm-proj", batch_first=True)
     with pytest.raises(Exception, match="can't be captured") as refused:

@@ -23,8 +23,8 @@ from oracle import (
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from masked_rnn._backends.bptt import loops
-from masked_rnn._torch import lstm_kernel_runs
+from masked_rnn._backends.bptt import library, loops
+from masked_rnn._probe import lstm_kernel_runs
 
 STEPS, BATCH, HIDDEN = 60, 5, 24
 
@@ -127,7 +127,7 @@ def test_autocast(cell: str, backend: str, case: dict[str, Any]) -> None:
     truth, _ = ours.float()(x.float(), _float(hx), **case["given"])
     packs = backend == "packed" and bool(case["given"])
     # oneDNN's LSTM: which dtypes it has under autocast hangs on the CPU.
-    lacking = cell == "lstm" and not packs and not lstm_kernel_runs(torch.bfloat16)
+    lacking = cell == "lstm" and not packs and not lstm_kernel_runs(torch.bfloat16, True, 1)
     with torch.autocast("cpu", torch.bfloat16):
         if lacking and backend in ("packed", "padded"):
             with pytest.raises(ValueError, match=r"PyTorch has no LSTM kernel for torch\.bfloat16 under autocast"):
@@ -148,9 +148,12 @@ def test_autocast(cell: str, backend: str, case: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_a_backward_under_autocast(cell: str, bidirectional: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["native", "ops"])
+def test_a_backward_under_autocast(cell: str, bidirectional: bool, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is the backward that runs outside, bit for bit, over several chunks too; so is the operator's."""
-    monkeypatch.setattr(loops, "CHUNK_BYTES", 300)
+    if kind == "ops":
+        monkeypatch.setattr(library, "find", lambda: "left out here")
+        monkeypatch.setattr(loops, "CHUNK_BYTES", 300)
     layer = masked(cell, num_layers=2, bidirectional=bidirectional, backend="bptt")
     x, lengths, parameters = torch.randn(6, 3, INPUT), torch.tensor([6, 2, 5]), list(layer.parameters())
 

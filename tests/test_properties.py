@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from oracle import BACKENDS, CELLS, INPUT, as_tuple, masked
 from torch import Tensor
 
-SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
+SETTINGS = settings(max_examples=60, derandomize=True)
 
 
 @st.composite

@@ -42,7 +42,7 @@ failure."""
 
 
 @pytest.mark.parametrize("code", BLOCKS)
-def test_code_in_the_docs(code: str) -> None:
+def test_code_in_the_docs(code: str, tmp_path: Path) -> None:
     if "dynamo=True" in code and torch_before("2.13"):
         pytest.skip("torch.onnx.export(dynamo=True) of the layer needs torch 2.13; docs/versions.md")
     for name in set(re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE)) & set(NEEDS):
@@ -51,7 +51,7 @@ def test_code_in_the_docs(code: str) -> None:
         if missing and os.environ.get(required) != "1":
             pytest.skip(f"needs {' and '.join(missing)}: pip install {installed_by}")
     result, sent = FRESH.Pipe(duplex=False)
-    process = FRESH.Process(target=run_as_main, args=(code, sent))
+    process = FRESH.Process(target=run_as_main, args=(code, sent, tmp_path))
     process.start()
     sent.close()
     try:
@@ -61,9 +61,10 @@ def test_code_in_the_docs(code: str) -> None:
         process.kill()
 
 
-def run_as_main(code: str, sent: Connection) -> None:
-    """As `python -c` does, in a process that has torch and the package loaded."""
+def run_as_main(code: str, sent: Connection, folder: Path) -> None:
+    """As `python -c` does, in a process that has torch and the package loaded. What it writes goes into `folder`."""
     try:
+        os.chdir(folder)
         exec(compile(code, "<block>", "exec"), vars(sys.modules["__main__"]))
         sent.send("")
     except BaseException:
@@ -81,6 +82,14 @@ def test_links() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} points at {target}"
+
+
+def test_the_tests_that_pages_name_exist() -> None:
+    for page in PAGES:
+        file = ""
+        for named, test in re.findall(r"(?:(tests/[\w/]+\.py)|`)::(test_\w+)", page.read_text()):
+            file = named or file
+            assert f"def {test}(" in (ROOT / file).read_text(), f"{page.name} names {file}::{test}"
 
 
 def test_anchors() -> None:

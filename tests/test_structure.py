@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 import masked_rnn
 
@@ -21,9 +22,9 @@ FLOORS = (
     ("_backends/recurrence", "_backends/double_backward", "_backends/rows", "_backends"),
     ("_call",),
     ("_forms", "_states"),
-    ("_segments",),
+    ("_segments", "_refusals"),
     ("_lengths", "_plan", "_cells"),
-    ("_memory",),
+    ("_probe", "_memory"),
     ("_torch",),
 )
 """From the top. A module imports from floors below its own, and from its own folder."""
@@ -71,3 +72,28 @@ def test_imports_go_down(module: str) -> None:
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_a_file_can_be_read_at_a_sitting(module: str) -> None:
     assert len(MODULES[module].read_text().splitlines()) <= 350
+
+
+CLOCKS = {"time", "time_ns", "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "process_time"}
+CLOCKS |= {"process_time_ns", "thread_time", "thread_time_ns", "timeit", "default_timer", "elapsed_time", "Timer"}
+TESTS = [path for path in Path(__file__).parent.rglob("*.py") if path.name != "mutants.py"]
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
+def test_no_test_reads_a_clock(path: Path) -> None:
+    """On a busy machine it would fail: speed is measured in benchmarks/."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
+            assert called not in CLOCKS, f"line {node.lineno}"
+
+
+def test_hypothesis_reads_no_clock_either() -> None:
+    assert settings().deadline is None
+    assert HealthCheck.too_slow in settings().suppress_health_check
+
+
+def test_one_module_asks_for_addresses() -> None:
+    """`_memory.py` checks a tensor before it gives its address away."""
+    asking = {module for module, path in MODULES.items() if "data_ptr" in path.read_text()}
+    assert asking == {"_memory"}

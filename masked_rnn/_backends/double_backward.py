@@ -8,14 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import is_batched
+from .._torch import is_batched, is_fake
 
 Recurrence = Callable[..., Sequence[Tensor]]
 
 
 def needs_another_backward(grads: Sequence[Tensor | None]) -> bool:
-    """In a backward: whether it will itself be differentiated, or runs for a batch of gradients at once."""
-    return torch.is_grad_enabled() or any(g is not None and is_batched(g) for g in grads)
+    """Whether a backward runs in plain ops: it will itself be differentiated, or a gradient is not one plain tensor.
+
+    A gradient that is batched stands for many, and a subclass of Tensor for whatever its own ops say.
+    """
+    return torch.is_grad_enabled() or any(g is not None and (is_batched(g) or _is_subclass(g)) for g in grads)
+
+
+def _is_subclass(grad: Tensor) -> bool:
+    # A simulated device, and a mode without values, have subclasses for all tensors.
+    return type(grad) is not Tensor and type(grad) is not torch.nn.Parameter and grad.is_cpu and not is_fake(grad)
 
 
 def gradient_of(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._call import Call
 from .._cells import LayerWeights, States, flatten_weights, group_weights, stack_layers
-from .._torch import KERNELS, has_onednn, is_autocast_on, is_fake
+from .._torch import KERNELS, has_onednn, is_autocast_on, is_fake, share_storage
 from .double_backward import DoubleBackward
 from .recurrence import scan_layers
 
@@ -23,12 +23,14 @@ def runs_cudnn(x: Tensor) -> bool:
     return x.is_cuda and torch.backends.cudnn.enabled
 
 
-def runs_all_steps_at_once(mode: str, x: Tensor, hidden: int, proj: int) -> bool:
+def runs_all_steps_at_once(mode: str, x: Tensor, hidden: int, proj: int, learns: bool) -> bool:
     """On a GPU: whether the kernel over a padded batch is one of cuDNN's that go through all steps; over packed rows it
-    starts several for each. PyTorch's own rule (`use_rnn_persist_small_h`), for the forward pass."""
-    return (
-        runs_cudnn(x) and torch.version.hip is None and not proj and hidden <= (192 if mode in ("GRU", "LSTM") else 384)
-    )
+    starts several for each. PyTorch's own rule (`use_rnn_persist_small_h` in aten/src/ATen/native/cudnn/RNN.cpp)."""
+    if not runs_cudnn(x) or torch.version.hip is not None or proj or x.dtype == torch.float64:
+        return False
+    if mode in ("GRU", "LSTM"):
+        return hidden <= (128 if learns else 192)
+    return hidden <= (256 if learns else 384)
 
 
 def has_lstm_kernel(mode: str, x: Tensor, hidden: int, fed_back: int) -> bool:
@@ -107,8 +109,12 @@ def run_kernel(
     has_biases = len(parameters) >= 4 * layers * directions
     on_cudnn = runs_cudnn(x)
     learns = on_cudnn and torch.is_grad_enabled()
-    if on_cudnn and not is_fake(x):
-        parameters = in_one_chunk(parameters)
+    if on_cudnn:
+        initial = tuple(h.contiguous() for h in initial)  # cuDNN refuses others, such as a flattened hx
+        if not is_fake(x):
+            parameters = in_one_chunk(parameters)
+    if learns and batch_sizes is not None:
+        batch_sizes = batch_sizes.clone()  # `recurrence` reads it later; the caller may have changed theirs by then
     # What a module calls training draws dropout, and is when cuDNN saves what its gradient needs.
     options = (has_biases, layers, dropout, dropout > 0 or learns, directions == 2)
 
@@ -144,10 +150,11 @@ def in_one_chunk(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
     inside = [parameters[k] for k in order]
     has_biases = inside[-1].dim() == 1
     room = 0 if has_biases else sum(p.size(0) for p in inside)
-    begins, memory = [p.data_ptr() for p in inside], inside[0].untyped_storage()
-    ends = [p.data_ptr() + p.nbytes for p in inside]
-    has_room = has_biases or ends[-1] + room * inside[0].element_size() >= memory.data_ptr() + memory.nbytes()
-    if has_room and begins == [memory.data_ptr(), *ends[:-1]] and all(p.is_contiguous() for p in inside):
+    begins = [p.storage_offset() * p.element_size() for p in inside]
+    ends = [begin + p.nbytes for begin, p in zip(begins, inside, strict=True)]
+    has_room = has_biases or ends[-1] + room * inside[0].element_size() >= inside[0].untyped_storage().nbytes()
+    is_row = begins == [0, *ends[:-1]] and all(p.is_contiguous() and share_storage(p, inside[0]) for p in inside)
+    if has_room and is_row:
         return parameters
     zeros = inside[0].new_zeros(room)
     parts = torch.cat([*(p.reshape(-1) for p in inside), zeros]).split([*(p.numel() for p in inside), room])

@@ -14,7 +14,7 @@ from .rows import pick_rows, place_rows
 
 def run(call: Call) -> tuple[Tensor, States]:
     if call.packed is not None:
-        batch_sizes, order = call.packed.batch_sizes, call.packed_order
+        batch_sizes, order = call.packed.batch_sizes.resolve_neg(), call.packed_order
         states = call.states if order is None else tuple(h.index_select(1, order) for h in call.states)
         output, last = run_stack(call, call.data, states, batch_sizes)
         if order is not None:

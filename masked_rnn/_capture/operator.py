@@ -15,19 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._backends.bptt.cells import CELLS
 from .._backends.bptt import choice, library
+from .._backends.bptt.cells import CELLS
 from .._backends.bptt.spec import LayerSpec, Saved, buffer_shape, history_shapes
 from .._backends.kernels import suits_kernel
 from .._backends.padded import run_padded
 from .._backends.recurrence import scan
 from .._call import Call
 from .._cells import LayerWeights, States, flatten_weights, group_weights, stack_layers
-from .._lengths import check_range
-from .._plan import Plan, move_to_front, plan_full, plan_padded, real_mask
-from .._segments import Segments, resets_at_real_steps
 from .._memory import as_array
+from .._plan import Plan, move_to_front, plan_full, plan_padded, real_mask
+from .._probe import check_dtype
+from .._segments import Segments, resets_at_real_steps
 from .._torch import unsafe_view, with_autograd
+from .arguments import check_arguments, check_saved
 
 CPU = torch.device("cpu")
 
@@ -66,7 +67,9 @@ def _forward(
     save: bool,
 ) -> list[Tensor]:
     """The output, the last states, and what the gradient needs, as bytes."""
+    check_arguments(x, lengths, resets, initial, weights, mode, directions, batch_first)
     grouped, states = group_weights(weights, 1, directions)[0], tuple(initial)
+    check_dtype(mode, x.dtype, x.device, grouped[0].b_ih is not None, grouped[0].w_hr is not None)
     size = _saved_size(x, initial, weights, mode, directions, save, resets)
     saved_bytes = x.new_empty(size, dtype=torch.uint8)
     runs_kernel = _runs_kernel(x, lengths, resets, initial, mode, batch_first, save)
@@ -102,6 +105,9 @@ def _backward(
     want_weights: bool,
 ) -> list[Tensor]:
     """The gradients of the initial states, then of x and of the weights where they are wanted."""
+    check_arguments(x, lengths, resets, initial, weights, mode, directions, batch_first)
+    size = _saved_size(x, initial, weights, mode, directions, True, resets)
+    check_saved(x, initial, saved_bytes, size, grads, directions)
     grouped, states = group_weights(weights, 1, directions)[0], tuple(initial)
     if x.device.type != "cpu" or bool(saved_bytes[-1]):
         return _recomputed(
@@ -146,10 +152,8 @@ def _runs_kernel(
     if x.device.type != "cpu":
         return True
     batch, steps = x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
-    if lengths is not None:
-        check_range(lengths, steps, f"batch_first={batch_first}")
-    if batch == 0 or steps == 0 or resets is not None:
-        return False
+    if batch == 0 or steps == 0 or x.is_complex() or resets is not None:
+        return x.is_complex() and batch * steps > 0  # the loops' gradients are those of real numbers
     hidden, fed_back = initial[-1].size(-1), initial[0].size(-1)
     return suits_kernel(mode, x, batch, steps, hidden, fed_back, lengths, learns, library.runs)
 
@@ -165,12 +169,12 @@ def _kernel(
 ) -> tuple[Tensor, States]:
     x = x.transpose(0, 1) if batch_first else x
     with torch.autocast(x.device.type, enabled=False):
-        if resets is None:
+        if resets is None and not x.is_complex():
             output, last = run_padded(mode, x, lengths, initial, weights)
         else:
-            # Where the segments lie can't be read without waiting for the device.
+            # Where the segments lie can't be read without waiting for the device; and `padded` has no complex LSTM.
             real = None if lengths is None else real_mask(lengths, x.size(0))
-            output, last = scan(mode, x, real, initial, weights, resets.unsqueeze(-1))
+            output, last = scan(mode, x, real, initial, weights, None if resets is None else resets.unsqueeze(-1))
     return output.transpose(0, 1) if batch_first else output, last
 
 

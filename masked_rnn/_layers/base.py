@@ -14,8 +14,8 @@ from torch.nn.utils import parametrize
 from .._at_once import run_at_once
 from .._call import close_call, open_call
 from .._cells import BackendName, Layer
-from .._choice import BACKENDS, run
-from .._torch import dynamo_refuses, dynamo_watches, forward_pre_hooks
+from .._choice import check_name, run
+from .._torch import dynamo_refuses, dynamo_watches, forward_pre_hooks, left_to_run
 from .keras import read_keras
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _eager_run() -> Any:
     """`_run`, which Dynamo leaves alone. Made when Dynamo is first there: loading it takes seconds."""
     global _run_eagerly
     if _run_eagerly is None:
-        _run_eagerly = torch.compiler.disable(_run)
+        _run_eagerly = left_to_run(_run)
     return _run_eagerly
 
 
@@ -108,9 +108,7 @@ class MaskedRNNBase(nn.RNNBase):
         for name, value in (("enforce_sorted", enforce_sorted), ("flatten_hidden", flatten_hidden)):
             if not isinstance(value, bool):
                 raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
-        if backend != "auto" and backend not in BACKENDS:
-            names = ", ".join(map(repr, BACKENDS))
-            raise ValueError(f"backend={backend!r} does not exist. Expected 'auto' or one of {names}.")
+        check_name(backend)
         self.enforce_sorted = enforce_sorted
         self.flatten_hidden = flatten_hidden
         self.backend = backend

@@ -111,8 +111,9 @@ class MaskedLSTM(MaskedRNNBase, nn.LSTM):
             resets have another shape. The input has another rank or dtype. A forced backend can't run the call.
         TypeError: Lengths are not integers, mask or resets are not a bool tensor, or one stands in the place of hx. The
             input is no tensor.
-        RuntimeError: The input is not I wide, or has no steps and no lengths. hx has another shape or dtype. A length
-            is out of range, where lengths and input are on a GPU: they are checked there, without waiting.
+        RuntimeError: The input is not I wide, or has no steps and no lengths. hx has another shape or dtype. PyTorch's
+            kernel does not know the dtype (as there, mostly a :class:`NotImplementedError`). A length is out of range,
+            where lengths and input are on a GPU: they are checked there, without waiting.
 
         What :class:`torch.nn.LSTM` refuses in its constructor raises as it does there.
 

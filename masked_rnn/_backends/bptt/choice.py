@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..._cells import LayerWeights, States
-from ..._memory import NotPlain
-from ..._torch import values_can_be_read
+from ..._cells import LayerWeights, States, Weights
+from ..._memory import NotPlainError, with_memory
+from ..._torch import is_recorded
 from . import library, loops, native
 from .spec import LayerSpec, Saved
 
@@ -16,11 +16,12 @@ from .spec import LayerSpec, Saved
 def forward(
     spec: LayerSpec, x: Tensor, initial: States, weights: LayerWeights, save: bool, into: Saved | None = None
 ) -> tuple[Tensor, States, Saved | None]:
-    if library.runs(x.dtype) and values_can_be_read(x):
+    if library.runs(x.dtype) and not is_recorded():
         try:
             return native.forward(spec, x, initial, weights, save, into)
-        except NotPlain:
+        except NotPlainError:
             pass  # PyTorch's ops know what else a tensor can be, and refuse what they must
+    x, initial, weights = _readable(x, initial, weights)
     return loops.forward(spec, x, initial, weights, save, into)
 
 
@@ -35,10 +36,22 @@ def backward(
     want_x: bool,
     want_weights: bool,
 ) -> tuple[Tensor | None, States, LayerWeights | None]:
-    given = (spec, x, initial, weights, saved, d_output, d_last, want_x, want_weights)
-    if library.runs(x.dtype) and values_can_be_read(x):
+    if library.runs(x.dtype) and not is_recorded():
         try:
-            return native.backward(*given)
-        except NotPlain:
+            return native.backward(spec, x, initial, weights, saved, d_output, d_last, want_x, want_weights)
+        except NotPlainError:
             pass  # as above
-    return loops.backward(*given)
+    x, initial, weights = _readable(x, initial, weights)
+    history, buffer = saved
+    saved = Saved(tuple(map(with_memory, history)), None if buffer is None else with_memory(buffer))
+    d_output = None if d_output is None else with_memory(d_output)
+    d_last = [None if d is None else with_memory(d) for d in d_last]
+    return loops.backward(spec, x, initial, weights, saved, d_output, d_last, want_x, want_weights)
+
+
+def _readable(x: Tensor, initial: States, weights: LayerWeights) -> tuple[Tensor, States, LayerWeights]:
+    return (
+        with_memory(x),
+        tuple(map(with_memory, initial)),
+        tuple(Weights(*(None if w is None else with_memory(w) for w in each)) for each in weights),
+    )

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from . import threads
 from .digest import sources_digest
 
 INTERFACE = 1
@@ -97,6 +98,7 @@ def call(name: str, numbers: Sequence[int]) -> None:
     assert isinstance(library, Library), library
     record = array("q", numbers)
     fault = library.functions[name](record.buffer_info()[0], library.level)
+    threads.raise_interrupt()
     if not fault:
         return
     if fault == OUT_OF_MEMORY:

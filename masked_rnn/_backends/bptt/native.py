@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._cells import LayerWeights, States, Weights
-from ..._memory import address
+from ..._memory import address, contiguous
 from ..._torch import below_autograd
 from . import library, loops, threads
 from .cells import CELLS
@@ -30,11 +28,11 @@ def forward(
         return loops.forward(spec, x, initial, weights, save, into)
     if save and into is None:
         into = new_saved(spec, x, initial, weights)
-    x = _rows(x)
-    states = tuple(h.clone(memory_format=torch.contiguous_format) for h in initial)
+    x = contiguous(x)
+    states = tuple(contiguous(h).clone(memory_format=torch.contiguous_format) for h in initial)
     size = plan.size if spec.scatter else plan.rows
     output = (x.new_zeros if size > plan.rows else x.new_empty)(size, len(weights) * initial[0].size(-1))
-    layer, alive = _layer(spec, x, states, weights, into)
+    layer, _alive = _layer(spec, x, states, weights, into)
     dtype = x.dtype
     library.call(
         "forward",
@@ -64,17 +62,14 @@ def backward(
     plan, D, dtype = spec.plan, len(weights), x.dtype
     if not plan.rows:
         return loops.backward(spec, x, initial, weights, saved, d_output, d_last, want_x, want_weights)
-    x = _rows(x)
-    if d_output is not None:
-        d_output = d_output.resolve_neg().contiguous()
+    x, d_output = contiguous(x), None if d_output is None else contiguous(d_output)
     # What hooks on saved tensors gave back may lie in any way.
-    saved = Saved(
-        tuple(h.contiguous() for h in saved.history), None if saved.buffer is None else saved.buffer.contiguous()
-    )
+    history, buffer = saved
+    saved = Saved(tuple(map(contiguous, history)), None if buffer is None else contiguous(buffer))
     grads = tuple(last_gradient(h, d) for h, d in zip(initial, d_last, strict=True))
-    layer, alive = _layer(spec, x, grads, weights, saved)
+    layer, _alive = _layer(spec, x, grads, weights, saved)
     dx = (x.new_zeros if x.size(0) > plan.rows else x.new_empty)(D, *x.shape) if want_x else None
-    d_weights = tuple(Weights(*(None if w is None else torch.empty_like(w) for w in each)) for each in weights)
+    d_weights = tuple(Weights(*(None if w is None else w.new_empty(w.shape) for w in each)) for each in weights)
     numbers = [
         *layer,
         *(NO_MEMORY if d_output is None else address(d_output, dtype, *d_output.shape)),
@@ -91,10 +86,6 @@ def backward(
     if dx is None:
         return None, grads, d_weights if want_weights else None
     return dx[0] if D == 1 else dx[0].add_(dx[1]), grads, d_weights if want_weights else None
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.is_contiguous() else x.contiguous()
 
 
 def _layer(
@@ -123,8 +114,8 @@ def _layer(
         *threads.count_and_start(),
         spec.gather,
         spec.scatter,
-        *address(sizes, INT64, steps + 1),
-        *address(starts, INT64, steps + 1),
+        *sizes.buffer_info(),
+        *starts.buffer_info(),
         *(NO_MEMORY if plan.index is None else address(plan.index, INT64, plan.rows)),
         *(NO_MEMORY if plan.order is None else address(plan.order, INT64, plan.order.numel())),
         *address(x, dtype, rows_of_x, inputs),
@@ -142,7 +133,7 @@ def _layer(
                 numbers += NO_MEMORY
                 continue
             if not w.is_contiguous():
-                w = w.contiguous()
+                w = contiguous(w)
                 alive.append(w)
             numbers += address(w, dtype, rows, columns)
     numbers += NO_MEMORY * (5 * (2 - D))

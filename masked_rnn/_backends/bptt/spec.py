@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..._cells import LayerWeights, States
+from ..._memory import with_memory
 from ..._plan import Plan, restore_states, sort_states
 from .cells import CELLS, Cell
 
@@ -90,7 +91,7 @@ def last_gradient(initial: Tensor, d_last: Tensor | None) -> Tensor:
     """The last state's gradient, in memory of its own; of a row without steps it is the initial state's, too."""
     if d_last is None:
         return torch.zeros_like(initial, memory_format=torch.contiguous_format)
-    return d_last.clone(memory_format=torch.contiguous_format)
+    return with_memory(d_last).clone(memory_format=torch.contiguous_format)
 
 
 def place_initial(spec: LayerSpec, carried: Tensor | None, d_last: Tensor | None, initial: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 
 import torch
@@ -21,7 +22,7 @@ PARALLEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uin
 
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
-_interrupts: list[BaseException] = []
+_here = threading.local()
 
 
 def count_and_start() -> tuple[int, int]:
@@ -44,13 +45,14 @@ def _run_on_pool(function: int, data: int, threads: int, _flags: int) -> None:
     try:
         run_on_pool(lambda: work(data), threads - 1)
     except BaseException as error:  # ctypes would only print it
-        _interrupts.append(error)
+        _here.error = error
 
 
 def raise_interrupt() -> None:
-    """Raise what came up in a pool's own thread while native loops ran."""
-    if _interrupts:
-        raise _interrupts.pop()
+    """Raise what came up in this thread while the pool ran its loops."""
+    error: BaseException | None = vars(_here).pop("error", None)
+    if error is not None:
+        raise error
 
 
 def run_on_pool(work: Callable[[], None], helpers: int) -> None:
@@ -61,8 +63,18 @@ def run_on_pool(work: Callable[[], None], helpers: int) -> None:
         # Another thread may use the old one just now: it ends when nobody holds it.
         pool, _pool_size = ThreadPoolExecutor(helpers, "masked_rnn"), helpers
         _pool = pool
-    futures = [pool.submit(work) for _ in range(helpers)]
+    futures: list[Future[None]] = []
     try:
+        for _ in range(helpers):
+            futures.append(pool.submit(work))
         work()
-    finally:  # an interrupt must not free what the helpers read
+    finally:
+        _wait(futures)
+
+
+def _wait(futures: Sequence[Future[None]]) -> None:
+    try:
         wait([future for future in futures if not future.cancel()])  # one that has not begun would find nothing left
+    except BaseException:  # an interrupt must not free what the helpers read
+        _wait(futures)
+        raise

@@ -24,7 +24,19 @@ ALWAYS_INLINE double magnitude(double x) { return __builtin_fabs(x); }
 ALWAYS_INLINE float with_sign(float x, float sign) { return __builtin_copysignf(x, sign); }
 ALWAYS_INLINE double with_sign(double x, double sign) { return __builtin_copysign(x, sign); }
 
-constexpr double inverse_factorial(int n) { return n < 2 ? 1.0 : inverse_factorial(n - 1) / n; }
+template <int N>
+constexpr double INVERSE_FACTORIAL = INVERSE_FACTORIAL<N - 1> / N;
+template <>
+constexpr double INVERSE_FACTORIAL<1> = 1.0;
+
+// Horner's scheme: p r^(N - 1) + 1/N! r^(N - 2) + ... + 1/3! r + 1/2!
+template <int N, class T>
+ALWAYS_INLINE T add_terms(T p, T r) {
+    if constexpr (N < 2)
+        return p;
+    else
+        return add_terms<N - 1>(p * r + T(INVERSE_FACTORIAL<N>), r);
+}
 
 // exp(x) = 2^k (1 + p). p keeps its digits near 0; `power` is 2^(k + added).
 template <class T>
@@ -34,9 +46,7 @@ ALWAYS_INLINE T exp_parts(T x, int added, T& power) {
     const T rounded = x * T(1.4426950408889634) + nearest;
     const T k = rounded - nearest;
     const T r = x - k * F::ln2_high - k * F::ln2_low;
-    T p = T(inverse_factorial(F::terms));
-#pragma GCC unroll 16
-    for (int n = F::terms - 1; n > 1; --n) p = p * r + T(inverse_factorial(n));
+    const T p = add_terms<F::terms - 1>(T(INVERSE_FACTORIAL<F::terms>), r);
     typename F::Bits bits;
     __builtin_memcpy(&bits, &rounded, sizeof bits);
     bits = (bits << F::fraction) + (typename F::Bits(F::bias + added) << F::fraction);

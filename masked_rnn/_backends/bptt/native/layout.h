@@ -35,7 +35,7 @@ struct Block {
     // How many of the block's sequences run at step t.
     ptrdiff_t active(ptrdiff_t t) const {
         const ptrdiff_t all = in<const int64_t>(layer.sizes)[t];
-        return all <= first ? 0 : (all - first - 1) / stride + 1;
+        return all <= first ? 0 : stride == 1 ? all - first : (all - first - 1) / stride + 1;
     }
 
     ptrdiff_t start(ptrdiff_t t) const { return in<const int64_t>(layer.starts)[t]; }

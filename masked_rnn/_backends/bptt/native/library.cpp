@@ -28,6 +28,9 @@ enum Level : int64_t { BASELINE, AVX2, AVX512 };
 
 bool is_supported(int64_t level) {
 #if defined(__x86_64__)
+#if defined(PLAY_AVX512)  // see avx512.cpp
+    if (level == AVX512) return is_supported(AVX2);
+#endif
     if (level == AVX512)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && is_supported(AVX2);

@@ -1,0 +1,51 @@
+"""Refusals in torch.nn's own words, and ours after them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from ._cells import Layer
+
+
+def refusal(
+    layer: Layer, kind: type[Exception], ask: Callable[[Any], Any], instead: str = "", more: str = "", **made: Any
+) -> Exception:
+    """The error to raise for a fault that was found: torch's words for it, then `more`.
+
+    `ask` gives the fault to a layer of torch.nn like ours, `made` with these options more. It has no values, and only
+    checks its arguments. `instead` is said where this release of torch says nothing, and while a call is compiled.
+    """
+    their = None
+    if not torch.compiler.is_compiling():
+        with suppress(Exception):  # some dtypes and transforms allow no new layer
+            their = _layer_of_torch(layer, **made)
+    try:
+        if their is not None:
+            ask(their)
+    except (RuntimeError, ValueError) as error:
+        return type(error)(_joined(str(error), more))
+    except Exception:  # torch stumbles, and doesn't say what is wrong
+        pass
+    return kind(_joined(instead, more))
+
+
+def _layer_of_torch(layer: Any, **made: Any) -> Any:
+    projected = {"proj_size": layer.proj_size} if layer.proj_size else {}
+    return layer._torch_layer(
+        layer.input_size,
+        layer.hidden_size,
+        layer.num_layers,
+        batch_first=layer.batch_first,
+        bidirectional=layer.bidirectional,
+        device="meta",
+        **projected,
+        **made,
+    )
+
+
+def _joined(words: str, more: str) -> str:
+    return f"{words.rstrip('.')}. {more}" if words and more else words or more

@@ -1,0 +1,329 @@
+"""Tensors whose memory ends, or begins, at a page that may not be touched, and layers run over them.
+
+    python tests/guarded.py < cases.json
+
+runs each case of a JSON list, forward and backward, and compares every result with `backend="scan"` over ordinary
+tensors. One access outside of a tensor ends the process: `run_cases` starts it, and says which case it died in.
+
+N batch, T time, I input, H hidden.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracle import CELLS, as_hx, as_tuple, masked, state_shapes
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Case = dict[str, Any]
+PAGE = mmap.PAGESIZE
+FORMS = ("full", "lengths", "mask", "resets", "lengths and resets", "mask and resets", "packed", "nested", "unbatched")
+SIDES = ("end", "begin")
+SIZES = (1, 2, 3, 5, 7, 8, 9, 15, 17, 31, 33)
+"""Around what vectors of 2 to 16 numbers hold."""
+
+
+def random_cases(number: int, seed: int) -> list[Case]:
+    """Cells, forms and sides in turn, so that each meets each; the rest is drawn."""
+    draw = random.Random(seed)
+    turns = [(cell, form, side) for side in SIDES for form in FORMS for cell in CELLS]
+    cases = []
+    for k in range(number):
+        cell, form, side = turns[k % len(turns)]
+        hidden = draw.choice([h for h in SIZES if h > 2])
+        large = draw.random() < 0.1  # work enough for two threads
+        case = {
+            "cell": cell,
+            "form": form,
+            "side": side,
+            "input": draw.choice(SIZES),
+            "hidden": hidden,
+            "batch": 1 if form == "unbatched" else 67 if large else draw.choice(SIZES),
+            "steps": draw.choice([1, 2, 3, 6, 9]),
+            "num_layers": draw.choice([1, 1, 2]),
+            "bidirectional": draw.random() < 0.5,
+            "bias": draw.random() < 0.7,
+            "batch_first": draw.random() < 0.5,
+            "dtype": draw.choice(["float32", "float64"]),
+            "hx": draw.random() < 0.5,
+            "strided": draw.random() < 0.3,
+            "expanded_gradients": draw.random() < 0.2,
+            "learns": draw.random() < 0.85,
+            "threads": 2 if large or draw.random() < 0.1 else 1,
+            "seed": k,
+        }
+        cases.append(case)
+    return cases
+
+
+# The parent's side
+
+
+def run_cases(cases: Sequence[Case]) -> dict[int, str]:
+    return run_apart(__file__, cases)
+
+
+def run_apart(script: str, cases: Sequence[Any], deaths: int = 5) -> dict[int, str]:
+    """What went wrong in a script that calls `run_each`, by the case's number.
+
+    A case that ends its process is one fault, and the rest runs on. After so many deaths the rest counts as failed.
+    """
+    faults: dict[int, str] = {}
+    first = 0
+    while first < len(cases):
+        reached, ended = _run_child(script, cases, first, faults)
+        if ended == 0:
+            break
+        faults[reached] = f"the process ended with {ended}"
+        first = reached + 1
+        deaths -= 1
+        if not deaths:
+            faults.update(dict.fromkeys(range(first, len(cases)), "not run: too many processes have ended"))
+            break
+    return faults
+
+
+def _run_child(script: str, cases: Sequence[Any], first: int, faults: dict[int, str]) -> tuple[int, int]:
+    """The last case that it began, and how it ended."""
+    child = subprocess.run(
+        [sys.executable, script, str(first)],
+        input=json.dumps(list(cases)),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"},  # a busy machine has no time to spin
+    )
+    reached = first
+    for line in child.stdout.splitlines():
+        number, _, fault = line.partition(" ")
+        reached = int(number)
+        if fault:
+            faults[reached] = json.loads(fault)
+    assert child.returncode <= 0, f"case {cases[reached]}: {child.stderr}"
+    return reached, child.returncode
+
+
+# The child's side
+
+
+@cache
+def _protect() -> Any:
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return protect
+
+
+def guarded_flat(numel: int, dtype: torch.dtype, side: str) -> Tensor:
+    """New memory, filled with NaN, or with ones: whoever reads what was not written sees it."""
+    if numel == 0:
+        return torch.empty(0, dtype=dtype)
+    size = numel * dtype.itemsize
+    inside = -(-size // PAGE) * PAGE
+    memory = mmap.mmap(-1, inside + 2 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    place = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for page in (place, place + PAGE + inside):
+        if _protect()(page, PAGE, 0):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    offset = PAGE + (inside - size if side == "end" else 0)
+    # The tensor keeps the memory: both go together.
+    flat = torch.frombuffer(memory, dtype=dtype, count=numel, offset=offset)
+    return flat.fill_(torch.nan if dtype.is_floating_point else 1)
+
+
+def guarded(tensor: Tensor, side: str) -> Tensor:
+    """A copy with the same strides; the same tensor where it has holes, or where elements share memory."""
+    span = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    if tensor.numel() == 0 or span != tensor.numel():
+        return tensor
+    flat = guarded_flat(span, tensor.dtype, side)
+    return flat.as_strided(tensor.shape, tensor.stride()).copy_(tensor.detach())
+
+
+class Guarding(TorchDispatchMode):
+    """While it is on, whatever an op of PyTorch allocates, and what comes from NumPy or a list, is guarded."""
+
+    def __init__(self, side: str) -> None:
+        super().__init__()
+        self.side = side
+        self.count = 0
+
+    def __enter__(self) -> Any:
+        self._made = torch.from_numpy, torch.tensor
+        torch.from_numpy, torch.tensor = (self._guarding(make) for make in self._made)  # type: ignore[assignment]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.from_numpy, torch.tensor = self._made  # type: ignore[assignment]
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if types or not _allocates(func):  # a nested tensor is known by the offsets that it was made with
+            return result
+        if isinstance(result, (list, tuple)):
+            return type(result)(map(self._guard, result))
+        return self._guard(result)
+
+    def _guard(self, result: Any) -> Any:
+        if type(result) is not Tensor or not result.is_cpu or result.layout != torch.strided:
+            return result
+        self.count += 1
+        return guarded(result, self.side)
+
+    def _guarding(self, make: Any) -> Any:
+        return lambda *args, **kwargs: self._guard(make(*args, **kwargs))
+
+
+@cache
+def _allocates(func: Any) -> bool:
+    """Whether its results are new memory."""
+    if func.name() in ("aten::_unsafe_view", "aten::lift_fresh"):
+        return False
+    return all(result.alias_info is None for result in func._schema.returns)
+
+
+def make_layer(case: Case, backend: str) -> Any:
+    names = ("num_layers", "bidirectional", "bias", "batch_first")
+    options = {name: case[name] for name in names}
+    layer = masked(case["cell"], case["input"], case["hidden"], backend=backend, **options)
+    return layer.to(getattr(torch, case["dtype"]))
+
+
+def given_tensors(case: Case, layer: Any) -> dict[str, Any]:
+    """The tensors of a call, as they stand with the batch first; made anew they are the same."""
+    made = torch.Generator().manual_seed(case["seed"])
+    lengths_of = np.random.default_rng(case["seed"])
+    N, T, I = case["batch"], case["steps"], case["input"]  # noqa: E741
+    dtype = getattr(torch, case["dtype"])
+    lengths = torch.from_numpy(lengths_of.integers(0 if case["form"] != "packed" else 1, T + 1, N))
+    D = 2 if layer.bidirectional else 1
+    return {
+        "x": torch.randn(N, T, I, generator=made, dtype=dtype),
+        "hx": [torch.randn(shape, generator=made, dtype=dtype) for shape in state_shapes(layer, N)],
+        "lengths": lengths,
+        "mask": torch.rand(N, T, generator=made) < 0.7,
+        "resets": torch.rand(N, T, generator=made) < 0.3,
+        "output": torch.randn(N, T, D * (layer.proj_size or layer.hidden_size), generator=made, dtype=dtype),
+        "last": [torch.randn(shape, generator=made, dtype=dtype) for shape in state_shapes(layer, N)],
+    }
+
+
+def run_case(case: Case, layer: Any, side: str | None) -> list[Tensor]:
+    """Output, last states and every gradient. Guarded where there is a side."""
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor.clone() if side is None else guarded(tensor.contiguous(), side)
+
+    def laid_out(tensor: Tensor) -> Tensor:
+        """(N, T, ...) in the layer's layout."""
+        return own(tensor if layer.batch_first else tensor.transpose(0, 1))
+
+    given, form = given_tensors(case, layer), case["form"]
+    layer.flatten_hidden = False
+    if side is not None:
+        for name, parameter in list(layer.named_parameters()):
+            setattr(layer, name, torch.nn.Parameter(own(parameter.detach())))
+    for parameter in layer.parameters():
+        parameter.requires_grad_(case["learns"])
+        parameter.grad = own(torch.zeros_like(parameter)) if case["learns"] else None
+    arguments: dict[str, Any] = {}
+    for name in ("lengths", "mask", "resets"):
+        if name in form:
+            arguments[name] = own(given[name]) if name == "lengths" else laid_out(given[name])
+    d_output = given["output"]
+    if form == "unbatched":
+        leaf = own(given["x"][0])
+        d_output, input = own(d_output[0]), leaf
+    elif form == "packed":
+        packed = pack_padded_sequence(given["x"], given["lengths"], True, False)
+        leaf = own(packed.data)
+        parts = (packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+        input = PackedSequence(leaf.requires_grad_(case["learns"]), *map(own, parts))
+        d_output = own(pack_padded_sequence(d_output, given["lengths"], True, False).data)
+    elif form == "nested":
+        offsets = torch.nn.functional.pad(given["lengths"].cumsum(0), (1, 0))
+        real = torch.arange(case["steps"]) < given["lengths"].view(-1, 1)
+        leaf = own(given["x"][real])
+        input = torch.nested.nested_tensor_from_jagged(leaf.requires_grad_(case["learns"]), own(offsets))
+        d_output = own(d_output[real])
+    elif case["strided"]:
+        leaf = own(torch.nn.functional.pad(given["x"], (1, 1)).movedim(0, 1 - layer.batch_first))
+        input, d_output = leaf.requires_grad_(case["learns"])[..., 1:-1], laid_out(d_output)
+    else:
+        leaf, d_output = laid_out(given["x"]), laid_out(d_output)
+        input = leaf
+    leaf.requires_grad_(case["learns"])
+    if case["learns"]:
+        leaf.grad = own(torch.zeros_like(leaf))
+    first = [own(h[:, 0] if form == "unbatched" else h).requires_grad_(case["learns"]) for h in given["hx"]]
+    output, last = layer(input, as_hx(first) if case["hx"] else None, **arguments)
+    results = [output.data if form == "packed" else output.values() if form == "nested" else output, *as_tuple(last)]
+    if not case["learns"]:
+        return results
+    pulled = [d_output, *(own(h[:, 0] if form == "unbatched" else h) for h in given["last"])]
+    if case["expanded_gradients"]:
+        pulled = [own(torch.ones(())).to(p.dtype).expand(p.shape) for p in pulled]
+    torch.autograd.backward(results, pulled)
+    gradients = [leaf.grad, *(p.grad for p in layer.parameters()), *(h.grad for h in first if case["hx"])]
+    return [r.detach() for r in results] + [g for g in gradients if g is not None]
+
+
+def check_case(case: Case) -> None:
+    torch.manual_seed(case["seed"])
+    layer = make_layer(case, "bptt")
+    plain = make_layer(case, "scan")
+    plain.load_state_dict(layer.state_dict())
+    torch.set_num_threads(1)
+    expected = run_case(case, plain, None)
+    torch.set_num_threads(case["threads"])
+    with Guarding(case["side"]) as guards:
+        found = run_case(case, layer, case["side"])
+    assert guards.count, "nothing was guarded"
+    tolerance = 1e-10 if case["dtype"] == "float64" else 1e-4
+    for own, truth in zip(found, expected, strict=True):
+        largest = max(1.0, truth.abs().max().item() if truth.numel() else 0.0)
+        torch.testing.assert_close(own, truth, rtol=0, atol=tolerance * largest)
+
+
+def trespass(case: Case) -> None:
+    """Touch the number just beside a guarded tensor, as a wrong bound would."""
+    dtype = getattr(torch, case["dtype"])
+    tensor = guarded(torch.ones(33, dtype=dtype), case["side"])
+    beside = tensor.data_ptr() + (33 if case["side"] == "end" else -1) * dtype.itemsize
+    number = ctypes.c_char.from_address(beside)
+    if case["trespass"] == "write":
+        number.value = b"1"
+    else:
+        assert number.value is not None
+
+
+def run_each(check: Callable[[Any], None]) -> None:
+    """The script's part of `run_apart`."""
+    cases, first = json.load(sys.stdin), int(sys.argv[1])
+    for number in range(first, len(cases)):
+        print(number, end="", flush=True)
+        try:
+            check(cases[number])
+        except (Exception, pytest.fail.Exception) as error:
+            print("", json.dumps(f"{type(error).__name__}: {error}"[:2000]), flush=True)
+        else:
+            print(flush=True)
+
+
+if __name__ == "__main__":
+    import torch.fx.experimental.proxy_tensor  # it tells a recording from any other mode
+
+    run_each(lambda case: trespass(case) if "trespass" in case else check_case(case))

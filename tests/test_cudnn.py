@@ -1,0 +1,184 @@
+"""What cuDNN refuses never reaches it: on the simulated device, a kernel that refuses the same."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from oracle import INPUT, ONE_STATE_AND_TWO, as_hx, as_tuple, every, masked, plain, random_states
+from simulated_device import DEVICE, SimulatedTensor
+from strict_kernel import check_chunk, with_cudnn
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
+
+from masked_rnn._backends import kernels
+
+BATCH, STEPS = 4, 5
+SORTED, LENGTHS = [5, 3, 2, 0], [3, 4, 0, 1]
+HOLES = torch.tensor([[0, 0, 1, 0, 1], [1, 0, 1, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+RESETS = torch.tensor([[0, 1, 0, 0, 1], [1, 0, 0, 1, 0], [1, 1, 0, 0, 0], [0, 0, 0, 1, 1]], dtype=torch.bool)
+# The form of input, how many steps, what is given; "there" lies on the device.
+FORMS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "whole": ("padded", STEPS, {}),
+    "lengths": ("padded", STEPS, {"lengths": LENGTHS}),
+    "lengths-there": ("padded", STEPS, {"lengths": torch.tensor(LENGTHS)}),
+    "mask": ("padded", STEPS, {"mask": HOLES}),
+    "mask-there": ("padded", STEPS, {"mask": HOLES}),
+    "resets": ("padded", STEPS, {"lengths": LENGTHS, "resets": RESETS}),
+    "resets-there": ("padded", STEPS, {"resets": RESETS}),
+    "unbatched": ("unbatched", STEPS, {}),
+    "unbatched-length": ("unbatched", STEPS, {"lengths": 3}),
+    "packed-sorted": ("packed-sorted", STEPS, {}),
+    "packed-unsorted": ("packed-unsorted", STEPS, {}),
+    "nested": ("nested", STEPS, {}),
+    "one-step": ("padded", 1, {}),
+    "one-step-lengths": ("padded", 1, {"lengths": [1, 0, 1, 1]}),
+    "one-step-lengths-there": ("padded", 1, {"lengths": torch.tensor([1, 0, 1, 1])}),
+    "one-step-packed": ("packed-sorted", 1, {}),
+    "one-step-resets": ("padded", 1, {"resets": RESETS[:, 1:2]}),
+    "one-step-unbatched": ("unbatched", 1, {}),
+    "empty-rows": ("padded", STEPS, {"lengths": SORTED}),
+}
+STATES = ("none", "flat", "whole", "expanded", "transposed")
+
+
+@pytest.fixture(autouse=True)
+def _cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_cudnn(monkeypatch, lambda x: isinstance(x, SimulatedTensor))
+
+
+def arranged(form: str, x: Tensor) -> Any:
+    """x (N, T, I) in a form of input."""
+    if form == "unbatched":
+        return x[0]
+    if form.startswith("packed"):
+        own = torch.tensor(SORTED[:3] if form == "packed-sorted" else [3, 5, 2]).clamp(max=x.size(1))
+        return pack_padded_sequence(x[:3], own, batch_first=True, enforce_sorted=form == "packed-sorted")
+    if form == "nested":
+        return torch.nested.nested_tensor_from_jagged(
+            x.flatten(0, 1), torch.tensor([0, 5, 7, 12, 20]).to(x.device), torch.tensor([3, 0, 5, 8]).to(x.device)
+        )
+    return x
+
+
+def initial(kind: str, form: str, states: tuple[Tensor, ...]) -> list[Tensor] | None:
+    """The leaves (L·D, N, P) as hx."""
+    if form.startswith("packed"):
+        states = tuple(h[:, :3] for h in states)
+    if form == "unbatched":
+        states = tuple(h[:, :1] for h in states)
+    one = form == "unbatched"
+    if kind == "none":
+        return None
+    if kind == "flat":
+        return [h.transpose(0, 1).flatten(1)[0 if one else slice(None)] for h in states]
+    if kind == "expanded":
+        states = tuple(h[:1, :1].expand(h.shape) for h in states)
+    if kind == "transposed":
+        states = tuple(h.transpose(0, 1).contiguous().transpose(0, 1) for h in states)
+    return [h[:, 0] if one else h for h in states]
+
+
+def run(layer: Any, form: str, kind: str, x: Tensor, states: tuple[Tensor, ...], device: Any) -> list[Tensor]:
+    """The output, the last states and all gradients, on the CPU."""
+    shape, steps, given = FORMS[form]
+    own = {n: v.to(device) if "there" in form and isinstance(v, Tensor) else v for n, v in given.items()}
+    leaf = x[:, :steps].to(device).requires_grad_()
+    leaves = tuple(h.to(device).requires_grad_() for h in states)
+    hx = initial(kind, shape, leaves)
+    data = arranged(shape, leaf)
+    with torch.no_grad():  # where cuDNN is not called training
+        layer(data, None if hx is None else as_hx(hx), **own)
+    output, last = layer(data, None if hx is None else as_hx(hx), **own)
+    values = output.data if isinstance(output, PackedSequence) else output.values() if output.is_nested else output
+    results = [values, *as_tuple(last)]
+    score = sum((t * t).sum() for t in results)
+    wanted = [leaf, *leaves, *layer.parameters()]
+    found = torch.autograd.grad(score, wanted, allow_unused=True, materialize_grads=True)
+    return [t.detach().cpu() for t in (*results, *found)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
+@pytest.mark.parametrize("options", [{"num_layers": 2, "bidirectional": True}, {"bias": False}], ids=str)
+def test_a_state_of_any_layout(cell: str, form: str, options: dict[str, Any]) -> None:
+    """The flattened state that the layer returned, an expanded one, and others, in each form of a call."""
+    batch_first = FORMS[form][0] == "padded"
+    enforced = form == "empty-rows" and options.get("num_layers") == 2
+    layer = masked(cell, backend="scan", batch_first=batch_first, enforce_sorted=enforced, **options).double()
+    there, x = copy.deepcopy(layer).to(DEVICE), torch.randn(BATCH, STEPS, INPUT, dtype=torch.float64)
+    states = random_states(layer, BATCH)
+    for kind in STATES:
+        expected = run(layer, form, kind, x, states, "cpu")
+        for there.backend in ("auto", "packed", "padded"):
+            for a, b in zip(run(there, form, kind, x, states, DEVICE), expected, strict=True):
+                torch.testing.assert_close(a, b, msg=lambda m, k=kind: f"{there.backend} {k}: {m}")
+
+
+@pytest.mark.parametrize("options", every(batch_first=[True, False], bias=[True, False]), ids=str)
+def test_every_cell(cell: str, options: dict[str, Any]) -> None:
+    """Stacked, in both layouts: values, gradients, and a state that is fed back as it came."""
+    layer = masked(cell, num_layers=2, bidirectional=True, backend="scan", **options).double()
+    there, x = copy.deepcopy(layer).to(DEVICE), torch.randn(STEPS, BATCH, INPUT, dtype=torch.float64)
+    x = x.transpose(0, 1) if layer.batch_first else x
+
+    def stream(own: Any, device: Any, given: dict[str, Any]) -> list[Tensor]:
+        leaf, hx, results = x.to(device).requires_grad_(), None, []
+        for _ in range(3):
+            output, hx = own(leaf, hx, **given)
+            results += [output, *as_tuple(hx)]
+        found = torch.autograd.grad(sum((t * t).sum() for t in results), [leaf, *own.parameters()])
+        return [t.detach().cpu() for t in (*results, *found)]
+
+    for given in ({}, {"lengths": LENGTHS}):
+        expected = stream(layer, "cpu", given)
+        for there.backend in ("auto", "packed", "padded"):
+            for a, b in zip(stream(there, DEVICE, given), expected, strict=True):
+                torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("given", [{}, {"lengths": LENGTHS}, {"mask": HOLES}], ids=str)
+def test_dropout_with_a_flattened_state(cell: str, given: dict[str, Any]) -> None:
+    layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, dropout=0.5).to(DEVICE)
+    x = torch.randn(BATCH, STEPS, INPUT).to(DEVICE).requires_grad_()
+    hx = as_hx([h.transpose(0, 1).flatten(1).to(DEVICE) for h in random_states(layer, BATCH, torch.float32)])
+    for layer.backend in ("auto", "packed", "padded"):
+        torch.manual_seed(3)
+        expected = layer(x, hx, **given)[0]
+        torch.manual_seed(3)
+        again = checkpoint(lambda x: layer(x, hx, **given)[0], x, use_reentrant=True)
+        assert torch.equal(again.cpu(), expected.cpu())
+        again.sum().backward()
+
+
+def test_the_kernel_is_strict() -> None:
+    kernel, layer = kernels.KERNELS["GRU"], plain("gru", num_layers=2).to(DEVICE)
+    chunk = list(kernels.in_one_chunk(list(layer.parameters())))
+    x, h = torch.randn(STEPS, BATCH, INPUT).to(DEVICE).requires_grad_(), torch.zeros(2, BATCH, 3).to(DEVICE)
+
+    def call(h: Tensor = h, weights: Any = chunk, train: bool = True) -> Tensor:
+        output: Tensor = kernel(x, h, weights, True, 2, 0.0, train, False, False)[0]
+        return output
+
+    call().sum().backward()
+    for refused in (torch.zeros(BATCH, 2, 3).to(DEVICE).transpose(0, 1), h[:, :1].expand(h.shape)):
+        with pytest.raises(RuntimeError, match="hx is not contiguous"):
+            call(refused)
+    with pytest.raises(RuntimeError, match="single contiguous chunk"):
+        call(weights=[p.clone() for p in chunk])
+    with pytest.raises(RuntimeError, match="backward can only be called in training mode"):
+        call(train=False).sum().backward()
+    output = call()
+    (output.sum() + output.square().sum()).backward(retain_graph=True)
+    output.sum().backward()
+    with pytest.raises(AssertionError, match="not the same dtype"):
+        call(h.double())
+    with pytest.raises(AssertionError, match="hidden size"):
+        call(h[:1])
+    bare = list(plain("gru", bias=False).parameters())
+    with pytest.raises(RuntimeError, match="single contiguous chunk"):
+        check_chunk(bare, has_biases=False)
+    check_chunk(kernels.in_one_chunk(bare), has_biases=False)

@@ -1,0 +1,344 @@
+"""The native loops give what the loops of PyTorch's ops give: every cell, kind of CPU, size, direction and dtype."""
+
+from __future__ import annotations
+
+import threading
+from functools import cache
+from typing import Any
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from native_loops import (
+    assert_close,
+    assert_equal,
+    found,
+    levels,
+    make,
+    needs_native,
+    play_avx512,
+    train,
+    use_loops_of_ops,
+    use_pool,
+)
+from oracle import as_tuple, masked, random_states
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from masked_rnn._backends.bptt import choice, library, loops, native
+
+DTYPES = (torch.float32, torch.float64)
+
+
+@pytest.fixture(params=levels())
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: Any) -> str:
+    """Each kind of CPU in turn."""
+    if request.param == "avx512 played":
+        chosen = play_avx512(tmp_path_factory.getbasetemp())
+    else:
+        assert isinstance(found, library.Library)
+        chosen = found._replace(level=library.LEVELS.index(request.param))
+    monkeypatch.setattr(library, "find", lambda: chosen)
+    return str(request.param)
+
+
+def compare(layer: Any, x: Any, **given: Any) -> None:
+    batch = x.size(0) if isinstance(x, Tensor) else int(x.batch_sizes[0])
+    states = random_states(layer, batch, layer.weight_ih_l0.dtype)
+    ours = train(layer, x, states, **given)
+    with pytest.MonkeyPatch.context() as patch:
+        use_loops_of_ops(patch)
+        theirs = train(layer, x, states, **given)
+    assert_close(ours, theirs)
+
+
+# (N, T, input size, hidden size)
+SHAPES = {
+    "one row": (1, 50, 5, 16),
+    "one step": (6, 1, 5, 16),
+    "one number": (1, 1, 1, 2),
+    "no whole register": (5, 9, 3, 7),
+    "one input": (4, 6, 1, 9),
+    "many rows": (70, 12, 9, 33),
+    "blocks of sequences": (150, 5, 2, 6),
+    "several tiles": (9, 10, 40, 70),
+    "more columns than are packed at once": (3, 5, 4, 100),
+    "columns packed thrice": (2, 4, 101, 200),
+    "more rows than a gradient's product takes at once": (3, 400, 3, 17),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.usefixtures("level")
+def test_against_the_loops_of_ops(cell: str, bidirectional: bool, shape: str, dtype: torch.dtype) -> None:
+    N, T, inputs, hidden = SHAPES[shape]
+    x = torch.randn(N, T, inputs, dtype=dtype, requires_grad=True)
+    for bias in (False, True):
+        layer = make(cell, inputs, hidden, bidirectional=bidirectional, bias=bias).to(dtype)
+        compare(layer, x, lengths=[*torch.randint(0, T + 1, (N - 1,)).tolist(), T])
+
+
+EDGES = (*range(1, 18), 31, 32, 33, 63, 64, 65)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("level")
+def test_sizes_at_the_edges_of_tiles(cell: str, dtype: torch.dtype) -> None:
+    """Each size as hidden size, as input size and as the number of sequences, and of projections."""
+    for k, hidden in enumerate(EDGES):
+        if cell == "lstm-proj" and hidden == 1:
+            continue
+        N, inputs, fed_back = EDGES[k - 7], EDGES[k - 13], EDGES[k - 2]
+        layer = make(cell, inputs, hidden, min(fed_back, max(1, hidden - 1)), bidirectional=k % 2 == 0).to(dtype)
+        x = torch.randn(N, 3, inputs, dtype=dtype, requires_grad=True)
+        compare(layer, x, lengths=[3, *torch.randint(0, 4, (N - 1,)).tolist()])
+
+
+@needs_native
+@pytest.mark.parametrize(("hidden", "fed_back"), [(2, 1), (9, 8), (33, 1), (40, 39), (150, 99)])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.usefixtures("level")
+def test_projections(hidden: int, fed_back: int, bidirectional: bool) -> None:
+    for dtype in DTYPES:
+        layer = make("lstm-proj", 3, hidden, fed_back, bidirectional=bidirectional).to(dtype)
+        compare(layer, torch.randn(5, 6, 3, dtype=dtype, requires_grad=True), lengths=[6, 1, 0, 4, 6])
+
+
+LENGTHS = {
+    "all": [7] * 11,
+    "all empty but one": [0] * 6 + [5] + [0] * 4,
+    "one long": [1] * 4 + [7] + [1] * 6,
+    "falling": [7, 7, 6, 5, 4, 4, 4, 3, 2, 1, 0],
+    "of one step": [1] * 11,
+    "rising": [0, 1, 2, 3, 4, 5, 6, 7, 7, 7, 7],
+}
+
+
+@needs_native
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("given", [*LENGTHS, "mask", "resets", "packed", "packed, sorted"])
+@pytest.mark.usefixtures("level")
+def test_steps_and_order(cell: str, given: str, bidirectional: bool) -> None:
+    layer = make(cell, 5, 6, bidirectional=bidirectional)
+    x: Any = torch.randn(11, 7, 5, requires_grad=True)
+    if given in LENGTHS:
+        more: dict[str, Any] = {"lengths": LENGTHS[given]}
+    elif given.startswith("packed"):
+        lengths, more = [7, 6, 6, 6, 5, 4, 3, 2, 2, 1, 1], {}
+        order = list(range(11)) if "sorted" in given else torch.randperm(11).tolist()
+        x = pack_padded_sequence(
+            x.detach(), torch.tensor(lengths)[order], batch_first=True, enforce_sorted="sorted" in given
+        )
+        x = x._replace(data=x.data.requires_grad_())
+    else:
+        more = {given: torch.rand(11, 7) < (0.3 if given == "resets" else 0.6)}
+    compare(layer, x, **more)
+
+
+@needs_native
+@pytest.mark.parametrize("wanted", ["input", "weights", "states alone"])
+@pytest.mark.parametrize("pulls", ["output", "last", "output and last"])
+@pytest.mark.usefixtures("level")
+def test_what_nobody_wants(cell: str, wanted: str, pulls: str) -> None:
+    for bidirectional in (False, True):
+        layer = make(cell, 5, 18, bidirectional=bidirectional).requires_grad_(wanted == "weights")
+        x = torch.randn(9, 7, 5, requires_grad=wanted == "input")
+        compare(layer, x, pulls=pulls, lengths=[7, 0, 3, 7, 1, 2, 6, 5, 4])
+
+
+@needs_native
+def test_the_native_loops_run(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("the loops of ops ran")
+
+    ran = []
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(loops, name, fail)
+    call = library.call
+    monkeypatch.setattr(native.library, "call", lambda name, numbers: ran.append(name) or call(name, numbers))
+    layer = make(cell, 4, 6)
+    train(layer, torch.randn(3, 5, 4), random_states(layer, 3, torch.float32), lengths=[5, 0, 2])
+    assert ran == ["forward", "backward", "forward"]
+    assert library.runs(torch.float32)
+    assert not library.runs(torch.bfloat16)
+    assert choice.library is library
+
+
+@needs_native
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("batch", [1, 21, 140])
+def test_threads(cell: str, bidirectional: bool, pool: bool, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share the work, and the same run gives the same bits."""
+    if pool:
+        use_pool(monkeypatch)
+    layer = make(cell, 10, 20, bidirectional=bidirectional)
+    x, states = torch.randn(batch, 9, 10, requires_grad=True), random_states(layer, batch, torch.float32)
+    lengths = [9, *torch.randint(0, 10, (batch - 1,)).tolist()]
+    one = train(layer, x, states, lengths=lengths)
+    assert_equal(train(layer, x, states, lengths=lengths), one)
+    try:
+        for count in (2, 3):
+            torch.set_num_threads(count)
+            several = train(layer, x, states, lengths=lengths)
+            assert_equal(train(layer, x, states, lengths=lengths), several)
+            assert_close(several, one)
+    finally:
+        torch.set_num_threads(1)
+
+
+@needs_native
+@pytest.mark.parametrize("pool", [False, True])
+def test_several_threads_of_python_at_once(pool: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if pool:
+        use_pool(monkeypatch)
+    lengths = [20, 3, 0, 7, 20, 1, 9, 12, 5]
+    work = [(make("gru", 8, 16), torch.randn(9, 20, 8, requires_grad=True), torch.randn(1, 9, 16)) for _ in range(8)]
+    results: list[Any] = [None] * len(work)
+
+    def run(k: int) -> list[Tensor | None]:
+        layer, x, h = work[k]
+        return train(layer, x, (h,), lengths=lengths)
+
+    def run_often(k: int) -> None:
+        torch.set_num_threads(2)
+        results[k] = [run(k) for _ in range(20)]
+
+    expected = [run(k) for k in range(len(work))]
+    threads = [threading.Thread(target=run_often, args=(k,)) for k in range(len(work))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.set_num_threads(1)
+    for once, many in zip(expected, results, strict=True):
+        for each in many:
+            assert_close(each, once)
+
+
+@needs_native
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("level")
+def test_what_is_no_number_comes_out_as_from_torch(cell: str, value: float, dtype: torch.dtype) -> None:
+    layer = make(cell, 5, 18).to(dtype)
+    x = torch.randn(2, 6, 5, dtype=dtype, requires_grad=True)
+    with torch.no_grad():
+        x[1, 3, 2] = value
+    states = random_states(layer, 2, dtype)
+    ours = train(layer, x, states, lengths=[6, 5])
+    layer.backend = "packed"
+    for a, b in zip(ours, train(layer, x, states, lengths=[6, 5]), strict=True):
+        assert a is not None
+        assert b is not None
+        torch.testing.assert_close(a.isnan(), b.isnan())
+        torch.testing.assert_close(a.nan_to_num(), b.nan_to_num(), rtol=1e-4, atol=1e-4)
+
+
+def test_what_does_not_lie_in_memory_as_it_is(cell: str) -> None:
+    """Negated and expanded views, of the input and of the gradient."""
+    layer = masked(cell, 5, 6, backend="bptt")
+    base = torch.randn(7, 3, 5, dtype=torch.complex64)
+    inputs = [base.conj().imag, base.real, torch.randn(1, 1, 5).expand(7, 3, 5)]
+    ones: list[list[Tensor]] = []
+    one = masked(cell, 1, 3 if cell == "lstm-proj" else 1, backend="bptt")
+    # Contiguous, though its number lies there with the other sign.
+    negated = base[:1, :1, :1].conj().imag
+    width = one(negated)[0].size(-1)
+    assert negated.is_neg()
+    assert negated.is_contiguous()
+    pulled_one = negated if width == 1 else negated.expand(1, 1, width)
+    x_one, pull = negated.resolve_neg(), pulled_one.resolve_neg()
+    for x, d_output in ((x_one, pull), (negated, pull), (x_one, pulled_one)):
+        one.zero_grad()
+        output, _ = one(x)
+        output.backward(d_output)
+        ones.append([output.detach(), *(p.grad.clone() for p in one.parameters())])
+    for expected, in_x, in_gradient in zip(*ones, strict=True):
+        torch.testing.assert_close(in_x, expected)
+        torch.testing.assert_close(in_gradient, expected)
+
+    def results() -> list[Tensor]:
+        found = []
+        for x in inputs:
+            layer.zero_grad()
+            output, last = layer(x, lengths=[7, 2, 4])
+            pulled = torch.view_as_complex(torch.ones(7, 3, output.size(-1), 2)).conj().imag
+            assert pulled.is_neg()
+            state = as_tuple(last)[0]
+            torch.autograd.backward((output, state), (pulled, torch.ones(1).expand_as(state)))
+            found += [output.detach(), *(p.grad.clone() for p in layer.parameters() if p.grad is not None)]
+        return found
+
+    ours = results()
+    with pytest.MonkeyPatch.context() as patch:
+        use_loops_of_ops(patch)
+        theirs = results()
+    assert_close(ours, theirs)
+
+
+def test_saved_tensors_that_come_back_in_another_layout(cell: str) -> None:
+    layer, x = make(cell, 5, 6, bidirectional=True), torch.randn(3, 7, 5, requires_grad=True)
+    states = random_states(layer, 3, torch.float32)
+    expected = train(layer, x, states, lengths=[7, 2, 4])
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.mT.contiguous().mT if t.dim() > 1 else t):
+        assert_close(train(layer, x, states, lengths=[7, 2, 4]), expected)
+
+
+@needs_native
+@pytest.mark.usefixtures("level")
+def test_where_denormals_are_zero(cell: str) -> None:
+    """Comparisons of numbers next to 0 mean something else then."""
+    layer, x = make(cell, 5, 20), torch.randn(3, 7, 5, requires_grad=True)
+    states = random_states(layer, 3, torch.float32)
+    expected = train(layer, x, states, lengths=[7, 2, 4])
+    if torch.set_flush_denormal(True):  # else this CPU computes with denormals only
+        try:
+            assert_close(train(layer, x, states, lengths=[7, 2, 4]), expected)
+        finally:
+            torch.set_flush_denormal(False)
+
+
+@cache
+def arguments_and_truth(name: str, dtype: torch.dtype) -> tuple[Tensor, np.ndarray[Any, Any]]:
+    """Numbers of every size, and the function's values there, rounded once."""
+    generator = torch.Generator().manual_seed(3)
+    least = -45 if dtype == torch.float32 else -323
+    scales = 10.0 ** torch.arange(least, 3, dtype=torch.float64)
+    sizes = scales * (1 + 9 * torch.rand(20, 1, generator=generator, dtype=torch.float64))
+    usual = 25 * torch.rand(4000, generator=generator, dtype=torch.float64)
+    a = torch.cat([sizes.flatten(), usual, torch.zeros(1)])
+    a = torch.cat([a, -a]).to(dtype)
+    with mpmath.workprec(200):
+        functions = {"tanh": mpmath.tanh, "sigmoid": lambda x: 1 / (1 + mpmath.exp(-x))}
+        truth = [functions[name](mpmath.mpf(x)) for x in a.tolist()]
+        rounded = np.array([float(y) for y in truth], np.float64)
+    return a, rounded
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["sigmoid", "tanh"])
+@pytest.mark.usefixtures("level")
+def test_activations_are_right_to_two_units_in_the_last_place(name: str, dtype: torch.dtype) -> None:
+    """By the LSTM's g gate alone: c' = σ(∞) tanh(a) + σ(-∞) c; or its o gate: h' = σ(a) tanh(c') where c' is large."""
+    a, truth = arguments_and_truth(name, dtype)
+    layer = masked("lstm", 1, 1, backend="bptt", flatten_hidden=False).to(dtype)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.zero_()
+        layer.weight_ih_l0[3 if name == "sigmoid" else 2] = 1
+        # Of i, f, g, o.
+        layer.bias_ih_l0.copy_(torch.tensor([0.0, 2000, 0, 0] if name == "sigmoid" else [2000.0, -2000, 0, 0]))
+        c = torch.full((1, len(a), 1), 100.0, dtype=dtype)
+        h, c = layer(a.view(1, -1, 1), (torch.zeros_like(c), c))[1]
+    ours = (h if name == "sigmoid" else c).flatten().double().numpy()
+    limits = np.finfo(np.float32 if dtype == torch.float32 else np.float64)
+    errors = np.abs(ours - truth) / np.maximum(np.abs(truth) * float(limits.eps), float(limits.smallest_subnormal))
+    worst = errors.argmax()
+    assert errors[worst] <= 2, f"{errors[worst]} units at {a[worst]}"

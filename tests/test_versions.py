@@ -1,0 +1,136 @@
+"""What docs/versions.md says to use instead of what is not supported, where no other file runs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from oracle import CELLS, HIDDEN, INPUT, as_tuple, masked, needs_torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).parent.parent
+TABLE = (
+    (ROOT / "docs/versions.md").read_text().partition("| what | instead | which is run by |\n")[2].partition("\n\n")[0]
+)
+
+
+class Model(nn.Module):
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Any:
+        output, last = self.layer(x, lengths=lengths)
+        return output, *as_tuple(last)
+
+
+def test_each_row_names_its_tests() -> None:
+    rows = [row.strip("| ").split(" | ") for row in TABLE.splitlines()[1:]]
+    assert len(rows) > 9
+    for what, instead, run_by in rows:
+        assert instead, what
+        assert "::test_" in run_by, what
+
+
+@needs_torch("2.13", "torch.onnx.export(dynamo=True)")
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
+@pytest.mark.parametrize("cell", ["gru", "lstm", "rnn-tanh"])
+def test_int8_in_onnx_runtime(cell: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """An LSTM, after `quant_pre_process`; a GRU or RNN stays as it is."""
+    whole, ready, small = (str(tmp_path / name) for name in ("model.onnx", "ready.onnx", "int8.onnx"))
+    model = Model(masked(cell, 32, 64, batch_first=True, **options)).eval()
+    x, lengths = torch.randn(4, 7, 32), torch.tensor([7, 3, 0, 5])
+    torch.onnx.export(model, (x, lengths), whole, dynamo=True, external_data=False, verbose=False)
+
+    quantize_dynamic(whole, small, weight_type=QuantType.QInt8)
+    assert Path(small).stat().st_size >= Path(whole).stat().st_size
+    quant_pre_process(whole, ready)
+    quantize_dynamic(ready, small, weight_type=QuantType.QInt8, reduce_range=True)
+    kinds = {node.op_type for node in onnx.load(small).graph.node}
+    smaller = Path(small).stat().st_size / Path(ready).stat().st_size
+    if cell != "lstm":
+        assert CELLS[cell][0] in kinds
+        assert smaller > 0.99
+        return
+    assert "DynamicQuantizeLSTM" in kinds
+    assert "LSTM" not in kinds
+    assert smaller < 0.5
+    session = onnxruntime.InferenceSession(small, providers=["CPUExecutionProvider"])
+    names = [given.name for given in session.get_inputs()]
+    found = session.run(None, dict(zip(names, (x.numpy(), lengths.numpy()), strict=True)))
+    for a, b in zip(found, model(x, lengths), strict=True):
+        assert (torch.from_numpy(a) - b).norm() < 0.05 * b.norm()
+
+
+def test_aot_inductor_without_python(tmp_path: Path) -> None:
+    """A process that knows nothing of the package."""
+    model = Model(masked("gru", batch_first=True, backend="scan")).eval()
+    x, lengths = torch.randn(3, 2, INPUT), torch.tensor([2, 0, 1])
+    path = str(tmp_path / "model.pt2")
+    with torch.no_grad():
+        program = torch.export.export(model, (x, lengths))
+        assert not any("masked_rnn" in str(node.target) for node in program.graph.nodes)
+        torch._inductor.aoti_compile_and_package(program, package_path=path)
+        lengths = torch.tensor([1, 2, 2])
+        torch.save((x, lengths, model(x, lengths)), tmp_path / "case.pt")
+    script = (
+        "import sys, torch\n"
+        "x, lengths, expected = torch.load(sys.argv[1] + '/case.pt')\n"
+        "found = torch._inductor.aoti_load_package(sys.argv[1] + '/model.pt2')(x, lengths)\n"
+        "for a, b in zip(found, expected, strict=True): torch.testing.assert_close(a, b)\n"
+        "assert 'masked_rnn' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script, str(tmp_path)], check=True, cwd=tmp_path)
+
+
+def test_products_are_counted(cell: str) -> None:
+    layer = masked(cell, batch_first=True, backend="scan")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        layer(torch.randn(3, 5, INPUT), lengths=[5, 2, 1])
+    gates = layer.weight_ih_l0.size(0)
+    weights = gates * (INPUT + (layer.proj_size or HIDDEN)) + layer.proj_size * HIDDEN
+    assert counter.get_total_flops() == 2 * 3 * 5 * weights
+
+
+PYTHON_THAT_PRETENDS = """#!/usr/bin/env bash
+case "$2" in
+    venv) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+    pip) if [[ "$4" == torch==* ]]; then echo "${4#torch==}" >"${0%python}torch"; fi ;;
+    pytest)
+        torch=$(cat "${0%python}torch")
+        printf '%s\\n' "a test of $torch" "12 passed on $torch"
+        [[ "$torch" != 2.9.1 ]]
+        ;;
+    *) echo "Python 3.11" ;;
+esac
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a script of bash")
+def test_a_log_of_several_releases_has_them_all(tmp_path: Path) -> None:
+    python, log = tmp_path / "python", tmp_path / "log"
+    python.write_text(PYTHON_THAT_PRETENDS)
+    python.chmod(0o755)
+    with log.open("w") as out:
+        done = subprocess.run(
+            ["bash", str(ROOT / ".ci/versions"), "2.6.0", "2.9.1", "2.13.0"],
+            env={**os.environ, "PYTHON": str(python)},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    assert done.returncode == 1  # that of the one in the middle
+    expected = []
+    for name in ("2.6.0", "2.9.1", "2.13.0"):
+        expected += [f"a test of {name}", f"12 passed on {name}", f"torch {name}, Python 3.11: 12 passed on {name}"]
+    assert log.read_text().splitlines() == expected
