@@ -1,20 +1,30 @@
 """Builds the native loops, where there is a compiler. All else that the package is: pyproject.toml."""
 
-import hashlib
 from pathlib import Path
+from runpy import run_path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
-FOLDER = Path("masked_rnn/_backends/bptt/native")
-SOURCES = sorted([*FOLDER.glob("*.h"), *FOLDER.glob("*.cpp")])
-DIGEST = hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in SOURCES)).hexdigest()[:16]
+ENGINE = Path("masked_rnn/_backends/bptt")
+DIGEST = run_path(str(ENGINE / "digest.py"))["sources_digest"](ENGINE / "native")
+
+
+class Wheel(bdist_wheel):
+    """The wheel's name tells whether the library is in it: cp311-abi3-<platform>, or py3-none-<platform> without it."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform = super().get_tag()
+        built = any(Path(self.bdist_dir).rglob("_native.*"))
+        return (python, abi, platform) if built else ("py3", "none", platform)
+
 
 setup(
+    cmdclass={"bdist_wheel": Wheel},
     ext_modules=[
         Extension(
             "masked_rnn._backends.bptt._native",
-            [str(path) for path in SOURCES if path.suffix == ".cpp"],
-            depends=[str(path) for path in SOURCES],
+            sorted(str(path) for path in (ENGINE / "native").glob("*.cpp")),
             define_macros=[("SOURCES_DIGEST", f'"{DIGEST}"')],
             extra_compile_args=[
                 "-std=c++17",
@@ -29,5 +39,5 @@ setup(
             py_limited_api=True,
             optional=True,  # without it the loops of PyTorch's ops run
         )
-    ]
+    ],
 )

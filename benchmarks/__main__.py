@@ -13,7 +13,6 @@ import sys
 import time
 from dataclasses import replace
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 from .contenders import BACKENDS, CAPTURED, CONTENDERS
@@ -110,11 +109,10 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
 
 
 def file_name(quick: bool, plan: Plan) -> str:
-    """<device>-torch<version>[-numba]-<date>.csv; a run that isn't the whole suite says so."""
+    """<device>-torch<version>-<date>.csv; a run that isn't the whole suite says so."""
     parts = [
         plan.device,
         f"torch{version('torch').split('+')[0]}",
-        *["numba"] * (plan.device == "cpu" and find_spec("numba") is not None),
         datetime.date.today().isoformat(),
     ]
     parts += ["quick"] * quick
@@ -133,6 +131,7 @@ def facts(suite: Suite, busy: float, seconds: float) -> dict[str, str]:
         **({} if suite.plan.device == "cpu" else {"card": card()}),
         "threads": str(suite.plan.threads),
         "python": platform.python_version(),
+        **({"loops": loops()} if suite.plan.device == "cpu" else {}),
         "versions": ", ".join(dict.fromkeys(row.version for row in suite.rows)),
         "commit": commit.stdout or "?",
         "load before": f"{busy:.1f}",
@@ -150,6 +149,14 @@ def card() -> str:
 def load() -> float:
     """Over the last minute, where the system tells."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+def loops() -> str:
+    """Those that masked_rnn runs in on the CPU."""
+    from masked_rnn import get_env_info
+
+    info = get_env_info()
+    return f"native loops ({info.loops_capability})" if info.loops == "native" else "loops of PyTorch's ops"
 
 
 def processor() -> str:

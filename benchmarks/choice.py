@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 import masked_rnn
-from masked_rnn._backends.bptt.choice import loops_are_compiled
 from masked_rnn._call import open_call
 from masked_rnn._choice import choose
 
+from .__main__ import loops
 from .report import print_table
 
 SHAPES = ((512, 300, 4), (128, 200, 4), (64, 200, 8), (128, 200, 16), (32, 100, 16), (64, 100, 64), (16, 100, 128))
@@ -77,8 +77,7 @@ def main() -> None:
     print_table(table)
     right = sum(not line[-1] for line in table[1:])
     print(f"{right} of {len(table) - 1} choices took at most a tenth longer than the faster one")
-    loops = "compiled loops" if loops_are_compiled(torch.float32) else "loops of ops"
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {loops}")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {loops()}")
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def speedups(rows: Iterable[Row], work: str, against: Sequence[str]) -> dict[str
 def name_of(contender: str, work: str, layer: str) -> str:
     padded = f"{layer} itself" if "without" in work else f"{layer} on the padded batch"
     names = {"recipe": "the recipe", "padded": padded, "keras": "Keras", "flax": "Flax", "paddle": "Paddle"}
-    names |= {"onnxruntime": "ONNX Runtime", "masked_rnn-ops": "the layer without the extra fast"}
+    names |= {"onnxruntime": "ONNX Runtime", "masked_rnn-ops": "the layer in PyTorch's ops"}
     return names[contender]
 
 

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from masked_rnn import MaskedGRU
-from masked_rnn._backends.bptt.choice import loops_are_compiled
 
-from .__main__ import card, load, processor
+from .__main__ import card, load, loops, processor
 from .contenders import version_of
 from .measure import MOST_ROUNDS, Times, ratio
 from .report import print_table
@@ -195,9 +194,8 @@ def main() -> None:
     print(f"{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}; load before {busy:.1f}")
     if arguments.device == "cuda":
         print(card())
-    versions = ", ".join(f"{package} {version_of(package)}" for package in ("torch", "numba", "torchrl"))
-    loops = "compiled loops" if loops_are_compiled(torch.float32) else "loops of ops"
-    print(f"masked_rnn with {loops}, {versions}, {torch.get_num_threads()} threads")
+    versions = ", ".join(f"{package} {version_of(package)}" for package in ("torch", "torchrl"))
+    print(f"masked_rnn with {loops()}, {versions}, {torch.get_num_threads()} threads")
     if any(text.startswith("wrong") for (_, name), text in cells.items() if name.startswith("loop")):
         raise SystemExit("a loop over torch.nn's own cell disagrees with masked_rnn")
 

@@ -1,6 +1,7 @@
 """Recurrent layers for sequences of different lengths: `torch.nn`'s, with one more argument, `lengths`."""
 
+from ._environment import get_env_info
 from ._layers import MaskedGRU, MaskedLSTM, MaskedRNN
 
-__all__ = ["MaskedGRU", "MaskedLSTM", "MaskedRNN"]
-__version__ = "1.6.0"
+__all__ = ["MaskedGRU", "MaskedLSTM", "MaskedRNN", "get_env_info"]
+__version__ = "2.0.0"

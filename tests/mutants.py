@@ -1,6 +1,6 @@
 """Mutation testing: one fault after another is put into the package; which does the suite see?
 
-    python -m pip install -e ".[test,fast,mutants]"
+    python -m pip install -e ".[test,mutants]"
     python tests/mutants.py                             # every mutant of every file: days
     python tests/mutants.py --sample 20 --seconds 40    # 20 of each file, 40 seconds of tests for each: some hours
     python tests/mutants.py masked_rnn/_plan.py         # every mutant of one file
@@ -10,9 +10,10 @@ Mutants are cosmic-ray's: another operator, comparison, number, keyword or excep
 the many that replace one operator, one is drawn. Those that change annotations, overloads or `strict=` alone are none.
 
 Each mutant is run against the tests that pass through its line (pytest-cov notes that first, in one run of the suite):
-one case of each test function first, then a second of each, until one fails. What the compiled loops do is hidden from
-it: for their files tests/test_compiled.py comes first. A mutant that hangs is killed. Results go to
-build/mutants/results.jsonl, and what is there is not run again. Works where processes fork (Linux, macOS).
+one case of each test function first, then a second of each, until one fails. A mutant that hangs is killed. Results go
+to build/mutants/results.jsonl, and what is there is not run again. Works where processes fork (Linux, macOS).
+
+The native loops are C++ and have no mutants.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "mutants"
 COVERAGE, DURATIONS, RESULTS = BUILD / "coverage", BUILD / "durations.json", BUILD / "results.jsonl"
-FIRST = {"masked_rnn/_backends/bptt/compiled": "tests/test_compiled.py"}
-"""Which tests come first for what coverage can't see."""
+LIBRARY = [str(path.relative_to(ROOT)) for path in (ROOT / "masked_rnn/_backends/bptt").glob("_native.*")]
+"""The native loops, where they were built: git ignores them."""
 BROKEN, NO_TESTS = 99, 5
 """A run that ends with one is this script's failure, not a mutant's: with its own code, or pytest's."""
 
@@ -230,12 +230,7 @@ class Tests:
         of_file = {c.split("|")[0] for contexts in lines.values() for c in contexts if c}
         # What runs when the file is imported can matter to any test.
         found = of_line & set(self.seconds) or (set(self.seconds) if of_file else set())
-        first = next((test for folder, test in FIRST.items() if mutant.file.startswith(folder)), None)
-        if first:
-            found = set(self.seconds)
         ordered = self.in_turns(found, random.Random(str(mutant.key)))
-        if first:
-            ordered.sort(key=lambda test: not test.startswith(first))
         chosen, total = [], 0.0
         for test in ordered:
             total += self.seconds[test]
@@ -320,7 +315,7 @@ def run_all(queue: list[Mutant], seconds: float, jobs: int, results: dict[tuple[
 
 def copy_of_the_tree(folder: Path) -> Path:
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    for name in listed.stdout.splitlines():
+    for name in (*listed.stdout.splitlines(), *LIBRARY):
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
@@ -364,7 +359,7 @@ def enter(tree: Path) -> None:
     """The package is that of this tree from here on, in processes that are started as well."""
     os.chdir(tree)
     os.environ["PYTHONPATH"] = str(tree)
-    os.environ["MASKED_RNN_EXPECT_LOOPS"] = "compiled" if find_spec("numba") else "ops"
+    os.environ["MASKED_RNN_EXPECT_LOOPS"] = "native" if LIBRARY else "ops"
     sys.path.insert(0, str(tree))
 
 

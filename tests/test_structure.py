@@ -13,8 +13,8 @@ import masked_rnn
 ROOT = Path(masked_rnn.__file__).parent
 MODULES = {str(path.relative_to(ROOT).with_suffix("")).removesuffix("/__init__"): path for path in ROOT.rglob("*.py")}
 FLOORS = (
-    ("__init__",),
-    ("_layers",),
+    ("__init__", "__main__"),
+    ("_environment", "_layers"),
     ("_at_once", "_choice"),
     ("_capture",),
     ("_backends/packed", "_backends/padded", "_backends/bptt", "_backends/scan"),

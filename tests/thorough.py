@@ -24,21 +24,21 @@ from hypothesis import strategies as st
 from oracle import BACKENDS, CELLS, INPUT, Run, call, cotangents, masked, oracle, random_states
 from torch import Tensor
 
-from masked_rnn._backends.bptt import choice
+from masked_rnn._backends.bptt import library
 
 CALLS = int(os.environ.get("MASKED_RNN_CALLS", "2000"))
 COMMON: dict[str, Any] = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-LOOPS = ["ops", "compiled"]
+LOOPS = ["ops", "native"]
 
 
 @pytest.fixture(scope="module", params=LOOPS)
 def loops(request: pytest.FixtureRequest) -> Any:
-    compiled = choice.compiled_loops()
-    if request.param == "compiled" and isinstance(compiled, str):
-        pytest.skip(compiled)
+    found = library.find()
+    if request.param == "native" and isinstance(found, str):
+        pytest.skip(found)
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "ops":
-            patch.setattr(choice, "compiled_loops", lambda: "not wanted here")
+            patch.setattr(library, "find", lambda: "not wanted here")
         yield request.param
 
 
@@ -190,7 +190,8 @@ def test_memory_beside_a_tensor_is_not_touched(part: int) -> None:
 def test_memory_stays_flat(loops: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over training steps of varied shapes, forms and options: what 6,000 steps have filled, 4,000 more don't raise."""
     pytest.importorskip("resource", reason="Windows does not tell")
-    monkeypatch.setenv("NUMBA_DISABLE_JIT", "01"[loops == "ops"])
+    if loops == "ops":
+        monkeypatch.setenv(library.VARIABLE, "none")
     # It keeps a kernel for each of the last 1,024 shapes, nn.LSTM's as well: some 100 MB.
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1")
     torch.multiprocessing.spawn(train_for_long, (str(tmp_path / "peaks"),))

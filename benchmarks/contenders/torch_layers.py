@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import masked_rnn
-from masked_rnn._backends.bptt import choice
+from masked_rnn._backends.bptt import library
 
 from ..problem import Problem, Result
 
@@ -114,26 +114,26 @@ class Graph(Masked):
         return self.training()
 
 
-class WithoutExtra(Masked):
-    """As without Numba."""
+class InOps(Masked):
+    """Without the native loops."""
 
     def infer(self) -> tuple[Tensor, ...]:
-        with without_compiled_loops():
+        with without_native_loops():
             return super().infer()
 
     def train(self) -> tuple[Tensor, ...]:
-        with without_compiled_loops():
+        with without_native_loops():
             return super().train()
 
 
 @contextmanager
-def without_compiled_loops() -> Iterator[None]:
-    found = choice.compiled_loops
-    choice.compiled_loops = lambda: "left out of this run"  # type: ignore[assignment]
+def without_native_loops() -> Iterator[None]:
+    found = library.find
+    library.find = lambda: "left out of this run"  # type: ignore[assignment]
     try:
         yield
     finally:
-        choice.compiled_loops = found
+        library.find = found
 
 
 class Padded(TorchRunner):

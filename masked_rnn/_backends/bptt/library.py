@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 from array import array
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from . import threads
+from .digest import sources_digest
 
 INTERFACE = 1
 """Must be that of native/interface.h."""
@@ -44,41 +44,52 @@ class Library(NamedTuple):
     """Of the loops that run."""
 
 
-def sources_digest(folder: Path) -> str:
-    """Return the digest that setup.py builds into the library."""
-    sources = sorted([*folder.glob("*.h"), *folder.glob("*.cpp")])
-    return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in sources)).hexdigest()[:16]
-
-
 @cache
 def find() -> Library | str:
-    """Load the library, or say in words why the loops of PyTorch's ops run instead, and what to do about it."""
+    """Load the library, or say in words why the loops of PyTorch's ops run instead, and what to do about it.
+
+    Raises:
+        ValueError: The environment variable asks for a kind of CPU that there is not.
+    """
     wanted = os.environ.get(VARIABLE, "").lower()
     if wanted == "none":
         return f"{VARIABLE}=none asks for the loops of PyTorch's ops"
     if wanted not in ("", *LEVELS):
-        return f"{VARIABLE}={wanted!r} is none of {', '.join(LEVELS)} and none"
+        raise ValueError(f"{VARIABLE}={wanted!r}: expected one of {', '.join(LEVELS)} and none")
     paths = [path for pattern in ("_native*.so", "_native*.pyd") for path in sorted(FOLDER.glob(pattern))]
     if not paths:
-        return "they were not built when masked_rnn was installed: install a C++17 compiler (GCC or Clang), then again"
+        if os.name == "nt":
+            return "the native loops can't be built on Windows: MSVC lacks the vector types that they need"
+        return (
+            "the native loops were not built when masked_rnn was installed: "
+            f"install a C++17 compiler (GCC or Clang), then run {_install_again()}"
+        )
     try:
         library = ctypes.CDLL(str(paths[0]))
         library.masked_rnn_digest.restype = ctypes.c_char_p
         if library.masked_rnn_interface() != INTERFACE:
-            return "they were built from other sources: install masked_rnn again"
+            return f"the native loops are of another version of masked_rnn: run {_install_again()}"
         digest = library.masked_rnn_digest().decode()
         functions = {name: getattr(library, f"masked_rnn_{name}") for name in ("forward", "backward")}
     except (OSError, AttributeError) as error:
-        return f"the library can't be loaded: {error}. Install masked_rnn again"
+        return f"the native loops can't be loaded: run {_install_again()} ({error})"
     sources = FOLDER / "native"
     if sources.is_dir() and sources_digest(sources) != digest:
-        return "their sources have changed since they were built: install masked_rnn again"
+        return f"the sources of the native loops have changed since they were built: run {_install_again()}"
     for function in functions.values():
         function.argtypes = (ctypes.c_void_p, ctypes.c_int64)
         function.restype = ctypes.c_int64
     most = LEVELS.index(wanted) if wanted else len(LEVELS) - 1
     level = max(level for level in range(most + 1) if library.masked_rnn_supports(ctypes.c_int64(level)))
     return Library(functions, level)
+
+
+def _install_again() -> str:
+    """Return the command that builds the library. Pip's cache may hold a wheel that was made without it."""
+    root = FOLDER.parents[2]
+    if (root / "setup.py").is_file():
+        return f"`python -m pip install -e {root}`"
+    return "`python -m pip install --force-reinstall --no-deps --no-cache-dir --no-binary masked_rnn masked_rnn`"
 
 
 def call(name: str, numbers: Sequence[int]) -> None:

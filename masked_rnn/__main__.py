@@ -1,0 +1,6 @@
+"""Prints what runs here: python -m masked_rnn"""
+
+from ._environment import get_env_info
+
+if __name__ == "__main__":
+    print(get_env_info())

@@ -1,0 +1,189 @@
+"""The native loops' library is found and checked, or what is wrong with it is said in words and PyTorch's ops run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle import CELLS, INPUT, assert_same, call, cotangents, masked, oracle, prefix_mask, random_states
+
+import masked_rnn
+from masked_rnn._backends.bptt import library, loops, native
+from masked_rnn._backends.bptt.digest import sources_digest
+
+ROOT = Path(__file__).parent.parent
+
+
+class Function:
+    """As ctypes has one: attributes can be set."""
+
+    def __init__(self, result: Any) -> None:
+        self.result = result
+
+    def __call__(self, *args: Any) -> Any:
+        return self.result(*args) if callable(self.result) else self.result
+
+
+class FakeLibrary:
+    """A library for a CPU that has the first `levels` kinds."""
+
+    def __init__(self, digest: str, interface: int = library.INTERFACE, levels: int = 3) -> None:
+        self.masked_rnn_interface = Function(interface)
+        self.masked_rnn_digest = Function(digest.encode())
+        self.masked_rnn_supports = Function(lambda level: level.value < levels)
+        self.masked_rnn_forward = Function(0)
+        self.masked_rnn_backward = Function(0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An installed `bptt`, with a library and its sources."""
+    (tmp_path / "native").mkdir()
+    (tmp_path / "native" / "loops.cpp").write_text("int one;")
+    (tmp_path / "native" / "loops.h").write_text("extern int one;")
+    (tmp_path / "_native.abi3.so").write_text("not a library")
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
+    monkeypatch.delenv(library.VARIABLE, raising=False)
+    return tmp_path
+
+
+find: Callable[[], library.Library | str] = library.find.__wrapped__
+"""As the first call of a process does."""
+
+
+def load(monkeypatch: pytest.MonkeyPatch, **facts: Any) -> None:
+    facts.setdefault("digest", sources_digest(library.FOLDER / "native"))
+    monkeypatch.setattr("ctypes.CDLL", lambda _path: FakeLibrary(**facts))
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+@pytest.mark.parametrize(("wanted", "most"), [(None, 2), ("", 2), ("default", 0), ("avx2", 1), ("AVX512", 2)])
+def test_a_capability_is_at_most_the_cpus(
+    wanted: str | None, most: int, levels: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(monkeypatch, levels=levels)
+    if wanted is not None:
+        monkeypatch.setenv(library.VARIABLE, wanted)
+    found = find()
+    assert isinstance(found, library.Library)
+    assert found.level == min(most, levels - 1)
+
+
+def test_an_unknown_capability_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load(monkeypatch)
+    monkeypatch.setenv(library.VARIABLE, "avx-512")
+    with pytest.raises(ValueError, match="'avx-512': expected one of default, avx2, avx512 and none"):
+        find()
+
+
+def test_none_asks_for_the_loops_of_ops(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load(monkeypatch)
+    monkeypatch.setenv(library.VARIABLE, "none")
+    assert find() == "MASKED_RNN_CPU_CAPABILITY=none asks for the loops of PyTorch's ops"
+
+
+@pytest.mark.parametrize("change", ["edit", "add", "rename", "remove"])
+def test_changed_sources_ask_for_another_install(change: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load(monkeypatch)
+    assert isinstance(find(), library.Library)
+    source = folder / "native" / "loops.cpp"
+    if change == "edit":
+        times = source.stat()
+        source.write_text("int two;")
+        os.utime(source, (times.st_atime, times.st_mtime))
+    elif change == "add":
+        (folder / "native" / "more.h").touch()
+    elif change == "rename":
+        source.rename(folder / "native" / "loop.cpp")
+    else:
+        source.unlink()
+    assert "sources of the native loops have changed since they were built: run `python -m pip install" in str(find())
+
+
+def test_without_sources_there_is_nothing_to_compare(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a wheel has it."""
+    load(monkeypatch, digest="of sources that stayed elsewhere")
+    shutil.rmtree(folder / "native")
+    assert isinstance(find(), library.Library)
+
+
+def test_another_interface_asks_for_another_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load(monkeypatch, interface=library.INTERFACE + 1)
+    assert "of another version of masked_rnn: run `python -m pip install" in str(find())
+
+
+def test_a_missing_library_asks_for_a_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "_native.abi3.so").unlink()
+    expected = "MSVC lacks" if os.name == "nt" else "install a C++17 compiler (GCC or Clang), then run `python -m pip"
+    assert expected in str(find())
+
+
+@pytest.mark.parametrize("contents", [b"", b"not a library", b"\x7fELF"])
+def test_an_unreadable_library_asks_for_another_install(contents: bytes, folder: Path) -> None:
+    (folder / "_native.abi3.so").write_bytes(contents)
+    assert "the native loops can't be loaded: run `python -m pip install" in str(find())
+
+
+def test_another_library_asks_for_another_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctypes.CDLL", lambda _path: type("Other", (), {})())
+    assert "the native loops can't be loaded: run `python -m pip install" in str(find())
+
+
+def test_the_command_is_that_of_a_checkout_or_of_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "masked_rnn" / "_backends" / "bptt"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(library, "FOLDER", folder)
+    assert "--no-cache-dir --no-binary masked_rnn masked_rnn" in library._install_again()
+    (tmp_path / "setup.py").touch()
+    assert library._install_again() == f"`python -m pip install -e {tmp_path}`"
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_without_the_library_the_loops_of_ops_run(cell: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "find", find)
+    ran = []
+    for module in (loops, native):
+        for name in ("forward", "backward"):
+            run = getattr(module, name)
+            monkeypatch.setattr(
+                module, name, lambda *args, of=module, run=run, name=name: ran.append((of, name)) or run(*args)
+            )
+    layer = masked(cell, backend="bptt", batch_first=True).double()
+    x, lengths = torch.randn(3, 5, INPUT, dtype=torch.float64), [3, 0, 5]
+    states, pulled = random_states(layer, 3), cotangents(layer, 3, 5)
+    assert_same(
+        call(layer, x, states, pulled, lengths=lengths), oracle(layer, x, prefix_mask(lengths, 5), states, pulled)
+    )
+    assert set(ran) == {(loops, "forward"), (loops, "backward")}
+
+
+def test_what_runs_here_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "find", find)
+    info = masked_rnn.get_env_info()
+    assert (info.loops, info.loops_capability) == ("ops", None)
+    assert info.why_not_native == find()
+    load(monkeypatch, levels=2)
+    info = masked_rnn.get_env_info()
+    assert (info.loops, info.loops_capability, info.why_not_native) == ("native", "avx2", None)
+    assert (info.masked_rnn, info.torch) == (masked_rnn.__version__, torch.__version__)
+    assert info.cpu_capability == torch.backends.cpu.get_cpu_capability()
+
+
+def test_the_command_prints_what_the_function_returns() -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), library.VARIABLE: "none"}
+    run = subprocess.run(
+        [sys.executable, "-m", "masked_rnn"], env=environment, capture_output=True, text=True, check=True
+    )
+    told = dict(line.split(maxsplit=1) for line in run.stdout.splitlines())
+    expected = {name: str(value) for name, value in masked_rnn.get_env_info()._asdict().items()}
+    expected |= {"loops": "ops", "why_not_native": f"{library.VARIABLE}=none asks for the loops of PyTorch's ops"}
+    for name in ("loops_capability", "threads"):  # a process has its own
+        expected.pop(name), told.pop(name, None)
+    assert told == expected
