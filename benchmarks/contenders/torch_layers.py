@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import masked_rnn
-from masked_rnn._backends.bptt import library
 
 from ..problem import Problem, Result
 
@@ -128,6 +127,8 @@ class InOps(Masked):
 
 @contextmanager
 def without_native_loops() -> Iterator[None]:
+    from masked_rnn._backends.bptt import library  # not there in checkouts before 2.0, which benchmarks.versions times
+
     found = library.find
     library.find = lambda: "left out of this run"  # type: ignore[assignment]
     try:

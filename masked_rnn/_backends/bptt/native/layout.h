@@ -2,6 +2,7 @@
 
 constexpr ptrdiff_t MOST_ROWS = 64;     // sequences of a block
 constexpr ptrdiff_t DEPTH = 256;        // rows whose share of the weights' gradients is summed at once
+constexpr ptrdiff_t PANEL_BYTES = 16 << 10;   // of a weight's panel that is used at once
 constexpr ptrdiff_t GROUP_BYTES = 128 << 10;  // activations whose input product runs at once
 
 // Not those of <algorithm>: what the linker keeps of a standard template may be compiled for another CPU.

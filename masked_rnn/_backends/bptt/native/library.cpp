@@ -158,7 +158,7 @@ using namespace masked_rnn;
 #if defined(__x86_64__)
 #define LEVELS(pass) baseline::pass, avx2::pass, avx512::pass
 #else
-#define LEVELS(pass) baseline::pass, nullptr, nullptr
+#define LEVELS(pass) baseline::pass, baseline::pass, baseline::pass
 #endif
 
 EXPORT int64_t masked_rnn_interface() { return INTERFACE; }
