@@ -17,7 +17,6 @@ from torch.nn.utils.rnn import PackedSequence
 from ._cells import Layer, LayerWeights, States, drawn_dropout, group_weights, read_weights
 from ._forms import Opened, check_input, open_lengths, open_nested, open_packed, open_padded, open_resets, refuse_twice
 from ._lengths import check_sorted, is_on_host
-from ._memory import as_array
 from ._plan import (
     Plan,
     move_back,
@@ -30,6 +29,7 @@ from ._plan import (
 )
 from ._segments import Segments
 from ._states import close_states, forget, open_states
+from ._memory import as_array
 from ._torch import is_traced, jagged_like, to_device, unsafe_view, values_can_be_read
 
 Restore = Callable[[Tensor], Tensor]

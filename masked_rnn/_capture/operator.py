@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._backends.bptt import choice, library
 from .._backends.bptt.cells import CELLS
+from .._backends.bptt import choice, library
 from .._backends.bptt.spec import LayerSpec, Saved, buffer_shape, history_shapes
 from .._backends.kernels import suits_kernel
 from .._backends.padded import run_padded
@@ -24,9 +24,9 @@ from .._backends.recurrence import scan
 from .._call import Call
 from .._cells import LayerWeights, States, flatten_weights, group_weights, stack_layers
 from .._lengths import check_range
-from .._memory import as_array
 from .._plan import Plan, move_to_front, plan_full, plan_padded, real_mask
 from .._segments import Segments, resets_at_real_steps
+from .._memory import as_array
 from .._torch import unsafe_view, with_autograd
 
 CPU = torch.device("cpu")
