@@ -27,6 +27,7 @@ from ._forms import (
     refuse_twice,
 )
 from ._lengths import check_sorted, is_on_host
+from ._memory import as_array
 from ._plan import (
     Plan,
     move_back,
@@ -39,7 +40,6 @@ from ._plan import (
 )
 from ._segments import Segments
 from ._states import close_states, forget, open_states
-from ._memory import as_array
 from ._torch import is_traced, jagged_like, to_device, unsafe_view, values_can_be_read
 
 Restore = Callable[[Tensor], Tensor]

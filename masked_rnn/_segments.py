@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._plan import Plan, plan_listed, real_mask, real_rows
 from ._memory import Array, as_array
+from ._plan import Plan, plan_listed, real_mask, real_rows
 from ._torch import to_device
 
 

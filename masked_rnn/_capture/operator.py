@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._backends.bptt.cells import CELLS
 from .._backends.bptt import choice, library
+from .._backends.bptt.cells import CELLS
 from .._backends.bptt.spec import LayerSpec, Saved, buffer_shape, history_shapes
 from .._backends.kernels import suits_kernel
 from .._backends.padded import run_padded
@@ -27,7 +27,6 @@ from .._memory import as_array
 from .._plan import Plan, move_to_front, plan_full, plan_padded, real_mask
 from .._probe import check_dtype
 from .._segments import Segments, resets_at_real_steps
-from .._memory import as_array
 from .._torch import unsafe_view, with_autograd
 from .arguments import check_arguments, check_saved
 

@@ -21,7 +21,6 @@ from .cells import Cell
 from .products import InputProduct, WeightGradients, recurrent_product
 from .spec import LayerSpec, Saved, new_history, new_saved, pick_states, place_initial, place_last
 
-
 CHUNK_BYTES = 2 << 20
 """Of a chunk's activations, for each direction: about what stays in a core's caches."""
 

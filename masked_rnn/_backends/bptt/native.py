@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +31,7 @@ def forward(
     x = contiguous(x)
     states = tuple(copied(h) for h in initial)
     size = plan.size if spec.scatter else plan.rows
-    output = (x.new_zeros if size > plan.rows else x.new_empty)(size, len(weights) * initial[0].size(-1))
+    output = x.new_empty(size, len(weights) * initial[0].size(-1))
     layer, _alive = _layer(spec, x, states, weights, into)
     dtype = x.dtype
     library.call(
@@ -70,7 +68,7 @@ def backward(
     saved = Saved(tuple(map(contiguous, history)), None if buffer is None else contiguous(buffer))
     grads = tuple(last_gradient(h, d) for h, d in zip(initial, d_last, strict=True))
     layer, _alive = _layer(spec, x, grads, weights, saved)
-    dx = (x.new_zeros if x.size(0) > plan.rows else x.new_empty)(D, *x.shape) if want_x else None
+    dx = x.new_empty(D, *x.shape) if want_x else None
     d_weights = tuple(each.map(lambda w: w.new_empty(w.shape)) for each in weights)
     numbers = [
         *layer,

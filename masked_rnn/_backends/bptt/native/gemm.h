@@ -124,35 +124,31 @@ struct Panels {
 };
 
 template <class T, int M>
-NEVER_INLINE void multiply_rows(const T* const* a, ptrdiff_t first, const T* panel, ptrdiff_t depth, Start start,
-                                const T* row, T* const* c, ptrdiff_t column, ptrdiff_t count) {
+NEVER_INLINE void multiply_rows(const T* const* a, const T* panel, ptrdiff_t depth, Start start, const T* row,
+                                T* const* c, ptrdiff_t column, ptrdiff_t count) {
     RowsOfA<T, M> rows;
-    for (int r = 0; r < M; ++r) rows.row[r] = a[r] + first;
+    for (int r = 0; r < M; ++r) rows.row[r] = a[r];
     multiply_tile<T, M>(rows, panel, depth, start, row, c, column, count);
 }
 
-// C = start + A B. `a` and `c` are tables of the rows' addresses. Of a deep panel only a part is used at once, which stays
-// in the first-level cache while all rows pass.
+// C = start + A B, for at most TABLE rows. `a` and `c` are tables of the rows' addresses.
 template <class T>
 NEVER_INLINE void multiply(const T* const* a, const Panels<T>& b, Start start, const T* row, T* const* c,
                            ptrdiff_t rows) {
-    constexpr ptrdiff_t MOST_DEPTH = PANEL_BYTES / (TILE_WIDTH<T> * sizeof(T));
-    for (ptrdiff_t first = 0; first == 0 || first < b.depth; first += MOST_DEPTH) {
-        const ptrdiff_t depth = min(MOST_DEPTH, b.depth - first);
-        for (ptrdiff_t column = 0, p = 0; column < b.columns; column += TILE_WIDTH<T>, ++p) {
-            const T* panel = b.panel(p) + first * TILE_WIDTH<T>;
-            const ptrdiff_t count = b.columns - column;
-            for (ptrdiff_t i = 0, m; i < rows; i += m) {
-                m = rows_of_next_tile(rows - i);
-                switch (m) {
+    unsigned char tiles[TABLE];
+    for (ptrdiff_t i = 0, n = 0; i < rows; i += tiles[n++]) tiles[n] = static_cast<unsigned char>(rows_of_next_tile(rows - i));
+    for (ptrdiff_t column = 0, p = 0; column < b.columns; column += TILE_WIDTH<T>, ++p) {
+        const T* panel = b.panel(p);
+        const ptrdiff_t count = b.columns - column;
+        for (ptrdiff_t i = 0, n = 0; i < rows; i += tiles[n++]) {
+            switch (tiles[n]) {
 #define CASE(M) \
-    case M: multiply_rows<T, M>(a + i, first, panel, depth, first ? AT_C : start, row, c + i, column, count); break;
-                    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+    case M: multiply_rows<T, M>(a + i, panel, b.depth, start, row, c + i, column, count); break;
+                CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if TILE_ROWS_OF_THIS_CPU > 6
-                    CASE(7) CASE(8)
+                CASE(7) CASE(8)
 #endif
 #undef CASE
-                }
             }
         }
     }

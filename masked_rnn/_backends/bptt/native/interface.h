@@ -85,7 +85,7 @@ struct Backward {
     int64_t d_output_row;
     Array dh;            // (D, N, P): the gradients of the last states, replaced by those of the initial ones
     Array dc;            // (D, N, H)
-    Array dx;            // (D, rows, I), or none. Rows that do not run are not written
+    Array dx;            // (D, rows, I), or none
     Weights gradients[2];  // or none
 };
 

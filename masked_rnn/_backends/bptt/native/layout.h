@@ -1,9 +1,10 @@
 // How a layer's work is divided, and where its numbers lie.
 
-constexpr ptrdiff_t MOST_ROWS = 64;     // sequences of a block
+constexpr ptrdiff_t MOST_ROWS = 64;           // sequences of a block, at most
+constexpr ptrdiff_t BLOCK_BYTES = 96 << 10;   // of the activations that a block has at one step
 constexpr ptrdiff_t DEPTH = 256;        // rows whose share of the weights' gradients is summed at once
-constexpr ptrdiff_t PANEL_BYTES = 16 << 10;   // of a weight's panel that is used at once
-constexpr ptrdiff_t GROUP_BYTES = 128 << 10;  // activations whose input product runs at once
+constexpr ptrdiff_t GROUP_BYTES = 192 << 10;  // of the activations whose input product runs at once
+constexpr ptrdiff_t TABLE = DEPTH;            // rows in a table of addresses, at most
 
 // Not those of <algorithm>: what the linker keeps of a standard template may be compiled for another CPU.
 ALWAYS_INLINE ptrdiff_t min(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
@@ -22,7 +23,9 @@ struct Division {
 
     explicit Division(const Layer& layer) {
         sides = max(1, min(divide_up(layer.threads, layer.directions), layer.sequences));
-        blocks = sides * divide_up(divide_up(layer.sequences, sides), MOST_ROWS);
+        const ptrdiff_t row_bytes = sizes_of(layer.cell).width * layer.hidden * layer.item_bytes;
+        const ptrdiff_t most = max(TILE_ROWS, min(BLOCK_BYTES / row_bytes, MOST_ROWS));
+        blocks = sides * divide_up(divide_up(layer.sequences, sides), most);
     }
 };
 

@@ -114,6 +114,7 @@ Fault check(const Forward& run) {
     if (const Fault fault = check(layer)) return fault;
     if (const Fault fault = check_states(layer, run.h, run.c)) return fault;
     if (!reaches(layer, layer.x, layer.x_row, layer.inputs, layer.gather)) return BAD_INPUT;
+    if (run.output_row < layer.directions * layer.fed_back) return BAD_OUTPUT;
     if (!reaches(layer, run.output, run.output_row, layer.directions * layer.fed_back, layer.scatter)) return BAD_OUTPUT;
     return layer.history.data ? check_saved(layer) : NONE;
 }

@@ -17,9 +17,18 @@ NEVER_INLINE void fill(ptrdiff_t count, T* to) {
     SIMD for (ptrdiff_t j = 0; j < count; ++j) to[j] = 0;
 }
 
-// Rows that wait in tables of addresses are at most so many.
-constexpr ptrdiff_t TABLE = DEPTH;
-static_assert(DEPTH >= MOST_ROWS);
+static_assert(TABLE >= DEPTH && DEPTH >= MOST_ROWS);
+
+// Zeros the rows of a matrix that the layer's index leaves out. `is_there` has room for a byte for each row.
+template <class T>
+NEVER_INLINE void clear_padding(const Layer& layer, T* matrix, ptrdiff_t rows, ptrdiff_t width, unsigned char* is_there) {
+    if (rows <= layer.rows) return;
+    for (ptrdiff_t k = 0; k < rows; ++k) is_there[k] = 0;
+    const int64_t* index = in<const int64_t>(layer.index);
+    for (ptrdiff_t k = 0; k < layer.rows; ++k) is_there[index ? index[k] : k] = 1;
+    for (ptrdiff_t k = 0; k < rows; ++k)
+        if (!is_there[k]) fill(width, matrix + k * width);
+}
 
 template <class T>
 class ForwardPass {
@@ -27,7 +36,7 @@ class ForwardPass {
     explicit ForwardPass(const Forward& run)
         : run_(run), layer_(run.layer), sizes_(sizes_of(layer_.cell)), steps_(Steps<T>::of(layer_.cell)), division_(layer_), H_(layer_.hidden), P_(layer_.fed_back), N_(sizes_.gates * H_),
           free_((sizes_.width - sizes_.gates) * H_), row_(sizes_.width * H_), projects_(layer_.weights[0].w_hr.data),
-          saves_(layer_.history.data), group_(max(8, min(GROUP_BYTES / (row_ * ptrdiff_t(sizeof(T))), MOST_ROWS))),
+          saves_(layer_.history.data), group_(max(TILE_ROWS, min(GROUP_BYTES / (row_ * ptrdiff_t(sizeof(T))), MOST_ROWS))),
           memory_(bytes()) {}
 
     Fault operator()() {
@@ -40,7 +49,14 @@ class ForwardPass {
         const ptrdiff_t tasks = layer_.directions * division_.sides;
         T* scratch = memory_.take<T>(tasks * scratch_size());
         const ptrdiff_t panels = divide_up(N_, TILE_WIDTH<T>);
-        run_tasks(layer_, layer_.directions * panels, [&](ptrdiff_t k) { pack(k % layer_.directions, k / layer_.directions); });
+        const ptrdiff_t outside = run_.output.size / run_.output_row, packs = layer_.directions * panels;
+        auto* is_there = memory_.take<unsigned char>(outside);
+        run_tasks(layer_, packs + 1, [&](ptrdiff_t k) {
+            if (k < packs)
+                pack(k % layer_.directions, k / layer_.directions);
+            else
+                clear_padding(layer_, in<T>(run_.output), outside, run_.output_row, is_there);
+        });
         run_tasks(layer_, tasks, [&](ptrdiff_t k) {
             const ptrdiff_t d = k % layer_.directions;
             for (ptrdiff_t b = k / layer_.directions; b < division_.blocks; b += division_.sides)
@@ -67,7 +83,8 @@ class ForwardPass {
     size_t bytes() const {
         const size_t weights = Memory::bytes_for<T>(Panels<T>::size(layer_.inputs, N_)) +
                                Memory::bytes_for<T>(Panels<T>::size(P_, N_)) + Memory::bytes_for<T>(Panels<T>::size(H_, P_));
-        return layer_.directions * weights + Memory::bytes_for<T>(layer_.directions * division_.sides * scratch_size());
+        return layer_.directions * weights + Memory::bytes_for<T>(layer_.directions * division_.sides * scratch_size()) +
+               Memory::bytes_for<unsigned char>(run_.output.size / run_.output_row);
     }
 
     void pack(ptrdiff_t d, ptrdiff_t p) {
@@ -170,7 +187,12 @@ class BackwardPass {
         T* scratch = memory_.take<T>(tasks * scratch_size());
         T* sums = memory_.take<T>(tasks * sums_size());
         const ptrdiff_t panels = divide_up(max(I_, max(P_, H_)), TILE_WIDTH<T>);
-        run_tasks(layer_, D * panels, [&](ptrdiff_t k) { pack(k % D, k / D); });
+        auto* is_there = memory_.take<unsigned char>(D * outside_rows());
+        run_tasks(layer_, D * panels + (wants_x_ ? D : 0), [&](ptrdiff_t k) {
+            if (k < D * panels) return pack(k % D, k / D);
+            const ptrdiff_t d = k - D * panels, rows = outside_rows();
+            clear_padding(layer_, in<T>(run_.dx) + d * rows * I_, rows, I_, is_there + d * rows);
+        });
         run_tasks(layer_, tasks, [&](ptrdiff_t k) {
             const ptrdiff_t d = k % D, side = k / D;
             const Sums own = sums_of(d, side, sums + k * sums_size());
@@ -218,8 +240,12 @@ class BackwardPass {
                                Memory::bytes_for<T>(Panels<T>::size(N_, P_)) + Memory::bytes_for<T>(Panels<T>::size(P_, H_));
         const ptrdiff_t tasks = layer_.directions * division_.sides;
         return layer_.directions * weights + Memory::bytes_for<T>(tasks * scratch_size()) +
-               Memory::bytes_for<T>(tasks * sums_size());
+               Memory::bytes_for<T>(tasks * sums_size()) +
+               Memory::bytes_for<unsigned char>(layer_.directions * outside_rows());
     }
+
+    // The rows of dx.
+    ptrdiff_t outside_rows() const { return wants_x_ && I_ ? run_.dx.size / (layer_.directions * I_) : 0; }
 
     void pack(ptrdiff_t d, ptrdiff_t p) {
         const Weights& w = layer_.weights[d];
