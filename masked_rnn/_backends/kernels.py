@@ -47,7 +47,7 @@ def suits_kernel(
     fed_back: int,
     lengths: Tensor | None,
     learns: bool,
-    loops_are_compiled: Callable[[torch.dtype], bool],
+    loops_are_native: Callable[[torch.dtype], bool],
 ) -> bool:
     """On the CPU: whether the kernel over a padded batch beats a loop of our own over the real steps alone.
 
@@ -58,13 +58,13 @@ def suits_kernel(
     if not has_lstm_kernel(mode, x, hidden, fed_back):
         if lengths is None and steps <= FEW_STEPS:
             return True
-        return not learns and batch * hidden < 512 and (steps < 8 or (steps < 16 and not loops_are_compiled(x.dtype)))
+        return not learns and batch * hidden < 512 and (steps < 8 or (steps < 16 and not loops_are_native(x.dtype)))
     # Its vectors are 16 wide: it computes no less for a smaller layer.
     width = max(hidden, 16)
     if lengths is None:
-        # Autocast asks for a precision that only the kernel has. To ask for compiled loops, last, may compile them.
-        return batch * width * steps < 10_000 or is_autocast_on("cpu") or not loops_are_compiled(x.dtype)
-    if loops_are_compiled(x.dtype):
+        # Autocast asks for a precision that only the kernel has.
+        return batch * width * steps < 10_000 or is_autocast_on("cpu") or not loops_are_native(x.dtype)
+    if loops_are_native(x.dtype):
         return False
     real = int(lengths.sum()) / max(steps, 1) * width
     return batch * width < 1400 + (0.8 if learns else 1.6) * real
