@@ -34,7 +34,8 @@ struct Gru {
     static void step(ptrdiff_t H, const Row<T>& row) {
         T *g = row.buffer, *r = g + H, *z = r + H, *n = z + H, *h_after = row.h_after;
         const T* h = row.h;
-        SIMD for (ptrdiff_t j = 0; j < H; ++j) {
+        SIMD
+        for (ptrdiff_t j = 0; j < H; ++j) {
             r[j] = sigmoid(r[j]);
             z[j] = sigmoid(z[j]);
             n[j] = tanh(n[j] + r[j] * g[j]);
@@ -46,7 +47,8 @@ struct Gru {
     static void step_back(ptrdiff_t H, const RowBack<T>& row) {
         const T *g = row.buffer, *r = g + H, *z = r + H, *n = z + H, *h = row.h;
         T *dg = row.delta, *dr = dg + H, *dz = dr + H, *dn = dz + H, *dh = row.dh;
-        SIMD for (ptrdiff_t j = 0; j < H; ++j) {
+        SIMD
+        for (ptrdiff_t j = 0; j < H; ++j) {
             const T d = dh[j], d_n = d * (1 - z[j]) * (1 - n[j] * n[j]);
             dg[j] = d_n * r[j];
             dr[j] = d_n * g[j] * r[j] * (1 - r[j]);
@@ -64,7 +66,8 @@ struct Lstm {
     static void step(ptrdiff_t H, const Row<T>& row) {
         T *i = row.buffer, *f = i + H, *g = f + H, *o = g + H, *c_after = row.c_after, *m = row.h_after;
         const T* c = row.c;
-        SIMD for (ptrdiff_t j = 0; j < H; ++j) {
+        SIMD
+        for (ptrdiff_t j = 0; j < H; ++j) {
             i[j] = sigmoid(i[j]);
             f[j] = sigmoid(f[j]);
             g[j] = tanh(g[j]);
@@ -79,7 +82,8 @@ struct Lstm {
     static void step_back(ptrdiff_t H, const RowBack<T>& row) {
         const T *i = row.buffer, *f = i + H, *g = f + H, *o = g + H, *c = row.c, *c_after = row.c_after, *dm = row.dh;
         T *di = row.delta, *df = di + H, *dg = df + H, *d_o = dg + H, *dc = row.dc, *m = row.m;
-        SIMD for (ptrdiff_t j = 0; j < H; ++j) {
+        SIMD
+        for (ptrdiff_t j = 0; j < H; ++j) {
             const T t = tanh(c_after[j]), d = dc[j] + dm[j] * o[j] * (1 - t * t);
             di[j] = d * g[j] * i[j] * (1 - i[j]);
             df[j] = d * c[j] * f[j] * (1 - f[j]);
@@ -97,14 +101,16 @@ struct RnnTanh {
     static void step(ptrdiff_t H, const Row<T>& row) {
         const T* a = row.buffer;
         T* h_after = row.h_after;
-        SIMD for (ptrdiff_t j = 0; j < H; ++j) h_after[j] = tanh(a[j]);
+        SIMD
+        for (ptrdiff_t j = 0; j < H; ++j) h_after[j] = tanh(a[j]);
     }
 
     template <class T>
     static void step_back(ptrdiff_t H, const RowBack<T>& row) {
         const T *h_after = row.h_after, *dh = row.dh;
         T* da = row.delta;
-        SIMD for (ptrdiff_t j = 0; j < H; ++j) da[j] = dh[j] * (1 - h_after[j] * h_after[j]);
+        SIMD
+        for (ptrdiff_t j = 0; j < H; ++j) da[j] = dh[j] * (1 - h_after[j] * h_after[j]);
     }
 };
 
@@ -114,14 +120,16 @@ struct RnnRelu {
     static void step(ptrdiff_t H, const Row<T>& row) {
         const T* a = row.buffer;
         T* h_after = row.h_after;
-        SIMD for (ptrdiff_t j = 0; j < H; ++j) h_after[j] = a[j] <= 0 ? 0 : a[j];
+        SIMD
+        for (ptrdiff_t j = 0; j < H; ++j) h_after[j] = a[j] <= 0 ? 0 : a[j];
     }
 
     template <class T>
     static void step_back(ptrdiff_t H, const RowBack<T>& row) {
         const T *h_after = row.h_after, *dh = row.dh;
         T* da = row.delta;
-        SIMD for (ptrdiff_t j = 0; j < H; ++j) da[j] = h_after[j] <= 0 ? 0 : dh[j];
+        SIMD
+        for (ptrdiff_t j = 0; j < H; ++j) da[j] = h_after[j] <= 0 ? 0 : dh[j];
     }
 };
 

@@ -107,9 +107,7 @@ ALWAYS_INLINE void multiply_tile(const A& a, const T* panel, ptrdiff_t depth, St
 }
 
 // So many of the rows that are left go into the next tile: none is left with a row or two for itself.
-ALWAYS_INLINE ptrdiff_t rows_of_next_tile(ptrdiff_t left) {
-    return divide_up(left, divide_up(left, TILE_ROWS));
-}
+ALWAYS_INLINE ptrdiff_t rows_of_next_tile(ptrdiff_t left) { return divide_up(left, divide_up(left, TILE_ROWS)); }
 
 // A weight as products read it: panels of TILE_WIDTH columns, each (depth, TILE_WIDTH), padded with zeros.
 template <class T>
@@ -136,7 +134,8 @@ template <class T>
 NEVER_INLINE void multiply(const T* const* a, const Panels<T>& b, Start start, const T* row, T* const* c,
                            ptrdiff_t rows) {
     unsigned char tiles[TABLE];
-    for (ptrdiff_t i = 0, n = 0; i < rows; i += tiles[n++]) tiles[n] = static_cast<unsigned char>(rows_of_next_tile(rows - i));
+    for (ptrdiff_t i = 0, n = 0; i < rows; i += tiles[n++])
+        tiles[n] = static_cast<unsigned char>(rows_of_next_tile(rows - i));
     for (ptrdiff_t column = 0, p = 0; column < b.columns; column += TILE_WIDTH<T>, ++p) {
         const T* panel = b.panel(p);
         const ptrdiff_t count = b.columns - column;
@@ -156,7 +155,8 @@ NEVER_INLINE void multiply(const T* const* a, const Panels<T>& b, Start start, c
 
 // Packs a weight (M, K) into panels of its transpose's columns; row `first` counts as 0, those before it come last.
 template <class T>
-NEVER_INLINE void pack_transposed(const T* weight, ptrdiff_t M, ptrdiff_t K, ptrdiff_t first, const Panels<T>& to, ptrdiff_t p) {
+NEVER_INLINE void pack_transposed(const T* weight, ptrdiff_t M, ptrdiff_t K, ptrdiff_t first, const Panels<T>& to,
+                                  ptrdiff_t p) {
     const ptrdiff_t here = min(TILE_WIDTH<T>, M - p * TILE_WIDTH<T>);
     T* panel = to.panel(p);
     const T* row[TILE_WIDTH<T>];
@@ -180,7 +180,8 @@ NEVER_INLINE void pack_transposed(const T* weight, ptrdiff_t M, ptrdiff_t K, ptr
 
 // Packs a weight (M, K) into panels of its own columns.
 template <class T>
-NEVER_INLINE void pack_straight(const T* weight, ptrdiff_t M, ptrdiff_t K, ptrdiff_t first, const Panels<T>& to, ptrdiff_t p) {
+NEVER_INLINE void pack_straight(const T* weight, ptrdiff_t M, ptrdiff_t K, ptrdiff_t first, const Panels<T>& to,
+                                ptrdiff_t p) {
     const ptrdiff_t column = p * TILE_WIDTH<T>, here = min(TILE_WIDTH<T>, K - column);
     T* panel = to.panel(p);
     for (ptrdiff_t k = 0; k < M; ++k) {

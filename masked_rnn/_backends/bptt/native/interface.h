@@ -83,9 +83,9 @@ struct Backward {
     Layer layer;
     Array d_output;  // (rows, D P), or none
     int64_t d_output_row;
-    Array dh;            // (D, N, P): the gradients of the last states, replaced by those of the initial ones
-    Array dc;            // (D, N, H)
-    Array dx;            // (D, rows, I), or none
+    Array dh;              // (D, N, P): the gradients of the last states, replaced by those of the initial ones
+    Array dc;              // (D, N, H)
+    Array dx;              // (D, rows, I), or none
     Weights gradients[2];  // or none
 };
 

@@ -2,7 +2,7 @@
 
 constexpr ptrdiff_t MOST_ROWS = 64;           // sequences of a block, at most
 constexpr ptrdiff_t BLOCK_BYTES = 96 << 10;   // of the activations that a block has at one step
-constexpr ptrdiff_t DEPTH = 256;        // rows whose share of the weights' gradients is summed at once
+constexpr ptrdiff_t DEPTH = 256;              // rows whose share of the weights' gradients is summed at once
 constexpr ptrdiff_t GROUP_BYTES = 192 << 10;  // of the activations whose input product runs at once
 constexpr ptrdiff_t TABLE = DEPTH;            // rows in a table of addresses, at most
 

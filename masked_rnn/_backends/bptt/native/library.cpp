@@ -10,10 +10,10 @@
 
 namespace masked_rnn {
 
-#define DECLARE(level)                \
-    namespace level {                 \
-    Fault forward(const Forward&);    \
-    Fault backward(const Backward&);  \
+#define DECLARE(level)               \
+    namespace level {                \
+    Fault forward(const Forward&);   \
+    Fault backward(const Backward&); \
     }
 DECLARE(baseline)
 #if defined(__x86_64__)
@@ -115,7 +115,8 @@ Fault check(const Forward& run) {
     if (const Fault fault = check_states(layer, run.h, run.c)) return fault;
     if (!reaches(layer, layer.x, layer.x_row, layer.inputs, layer.gather)) return BAD_INPUT;
     if (run.output_row < layer.directions * layer.fed_back) return BAD_OUTPUT;
-    if (!reaches(layer, run.output, run.output_row, layer.directions * layer.fed_back, layer.scatter)) return BAD_OUTPUT;
+    if (!reaches(layer, run.output, run.output_row, layer.directions * layer.fed_back, layer.scatter))
+        return BAD_OUTPUT;
     return layer.history.data ? check_saved(layer) : NONE;
 }
 
@@ -127,7 +128,8 @@ Fault check(const Backward& run) {
     if (const Fault fault = check_saved(layer)) return fault;
     if (const Fault fault = check_states(layer, run.dh, run.dc)) return fault;
     if (!reaches(layer, layer.x, layer.x_row, I, layer.gather)) return BAD_INPUT;
-    if (run.d_output.data && !reaches(layer, run.d_output, run.d_output_row, D * P, layer.scatter)) return BAD_GRADIENTS;
+    if (run.d_output.data && !reaches(layer, run.d_output, run.d_output_row, D * P, layer.scatter))
+        return BAD_GRADIENTS;
     const Array of_one_direction{run.dx.data, run.dx.size / D};
     if (run.dx.data && !reaches(layer, of_one_direction, I, I, layer.gather)) return BAD_GRADIENTS;
     if (is_absent(run.gradients[0].w_hh)) return NONE;
@@ -169,7 +171,9 @@ EXPORT const char* masked_rnn_digest() { return SOURCES_DIGEST; }
 
 EXPORT int64_t masked_rnn_supports(int64_t level) { return is_supported(level); }
 
-EXPORT int64_t masked_rnn_forward(const Forward* run, int64_t level) { return check_and_run(run, level, LEVELS(forward)); }
+EXPORT int64_t masked_rnn_forward(const Forward* run, int64_t level) {
+    return check_and_run(run, level, LEVELS(forward));
+}
 
 EXPORT int64_t masked_rnn_backward(const Backward* run, int64_t level) {
     return check_and_run(run, level, LEVELS(backward));

@@ -4,24 +4,28 @@
 
 template <class T>
 NEVER_INLINE void copy(ptrdiff_t count, const T* from, T* to) {
-    SIMD for (ptrdiff_t j = 0; j < count; ++j) to[j] = from[j];
+    SIMD
+    for (ptrdiff_t j = 0; j < count; ++j) to[j] = from[j];
 }
 
 template <class T>
 NEVER_INLINE void add(ptrdiff_t count, const T* from, T* to) {
-    SIMD for (ptrdiff_t j = 0; j < count; ++j) to[j] += from[j];
+    SIMD
+    for (ptrdiff_t j = 0; j < count; ++j) to[j] += from[j];
 }
 
 template <class T>
 NEVER_INLINE void fill(ptrdiff_t count, T* to) {
-    SIMD for (ptrdiff_t j = 0; j < count; ++j) to[j] = 0;
+    SIMD
+    for (ptrdiff_t j = 0; j < count; ++j) to[j] = 0;
 }
 
 static_assert(TABLE >= DEPTH && DEPTH >= MOST_ROWS);
 
 // Zeros the rows of a matrix that the layer's index leaves out. `is_there` has room for a byte for each row.
 template <class T>
-NEVER_INLINE void clear_padding(const Layer& layer, T* matrix, ptrdiff_t rows, ptrdiff_t width, unsigned char* is_there) {
+NEVER_INLINE void clear_padding(const Layer& layer, T* matrix, ptrdiff_t rows, ptrdiff_t width,
+                                unsigned char* is_there) {
     if (rows <= layer.rows) return;
     for (ptrdiff_t k = 0; k < rows; ++k) is_there[k] = 0;
     const int64_t* index = in<const int64_t>(layer.index);
@@ -34,9 +38,19 @@ template <class T>
 class ForwardPass {
   public:
     explicit ForwardPass(const Forward& run)
-        : run_(run), layer_(run.layer), sizes_(sizes_of(layer_.cell)), steps_(Steps<T>::of(layer_.cell)), division_(layer_), H_(layer_.hidden), P_(layer_.fed_back), N_(sizes_.gates * H_),
-          free_((sizes_.width - sizes_.gates) * H_), row_(sizes_.width * H_), projects_(layer_.weights[0].w_hr.data),
-          saves_(layer_.history.data), group_(max(TILE_ROWS, min(GROUP_BYTES / (row_ * ptrdiff_t(sizeof(T))), MOST_ROWS))),
+        : run_(run),
+          layer_(run.layer),
+          sizes_(sizes_of(layer_.cell)),
+          steps_(Steps<T>::of(layer_.cell)),
+          division_(layer_),
+          H_(layer_.hidden),
+          P_(layer_.fed_back),
+          N_(sizes_.gates * H_),
+          free_((sizes_.width - sizes_.gates) * H_),
+          row_(sizes_.width * H_),
+          projects_(layer_.weights[0].w_hr.data),
+          saves_(layer_.history.data),
+          group_(max(TILE_ROWS, min(GROUP_BYTES / (row_ * ptrdiff_t(sizeof(T))), MOST_ROWS))),
           memory_(bytes()) {}
 
     Fault operator()() {
@@ -82,8 +96,10 @@ class ForwardPass {
 
     size_t bytes() const {
         const size_t weights = Memory::bytes_for<T>(Panels<T>::size(layer_.inputs, N_)) +
-                               Memory::bytes_for<T>(Panels<T>::size(P_, N_)) + Memory::bytes_for<T>(Panels<T>::size(H_, P_));
-        return layer_.directions * weights + Memory::bytes_for<T>(layer_.directions * division_.sides * scratch_size()) +
+                               Memory::bytes_for<T>(Panels<T>::size(P_, N_)) +
+                               Memory::bytes_for<T>(Panels<T>::size(H_, P_));
+        return layer_.directions * weights +
+               Memory::bytes_for<T>(layer_.directions * division_.sides * scratch_size()) +
                Memory::bytes_for<unsigned char>(run_.output.size / run_.output_row);
     }
 
@@ -171,10 +187,22 @@ template <class T>
 class BackwardPass {
   public:
     explicit BackwardPass(const Backward& run)
-        : run_(run), layer_(run.layer), sizes_(sizes_of(layer_.cell)), steps_(Steps<T>::of(layer_.cell)), division_(layer_), H_(layer_.hidden), P_(layer_.fed_back), I_(layer_.inputs),
-          N_(sizes_.gates * H_), free_((sizes_.width - sizes_.gates) * H_), row_(sizes_.width * H_),
-          projects_(layer_.weights[0].w_hr.data), wants_x_(run.dx.data), wants_weights_(run.gradients[0].w_hh.data),
-          delta_row_(row_ + (projects_ ? P_ + H_ : 0)), memory_(bytes()) {}
+        : run_(run),
+          layer_(run.layer),
+          sizes_(sizes_of(layer_.cell)),
+          steps_(Steps<T>::of(layer_.cell)),
+          division_(layer_),
+          H_(layer_.hidden),
+          P_(layer_.fed_back),
+          I_(layer_.inputs),
+          N_(sizes_.gates * H_),
+          free_((sizes_.width - sizes_.gates) * H_),
+          row_(sizes_.width * H_),
+          projects_(layer_.weights[0].w_hr.data),
+          wants_x_(run.dx.data),
+          wants_weights_(run.gradients[0].w_hh.data),
+          delta_row_(row_ + (projects_ ? P_ + H_ : 0)),
+          memory_(bytes()) {}
 
     Fault operator()() {
         if (!memory_) return NO_MEMORY;
@@ -237,7 +265,8 @@ class BackwardPass {
     }
     size_t bytes() const {
         const size_t weights = Memory::bytes_for<T>(Panels<T>::size(N_, I_)) +
-                               Memory::bytes_for<T>(Panels<T>::size(N_, P_)) + Memory::bytes_for<T>(Panels<T>::size(P_, H_));
+                               Memory::bytes_for<T>(Panels<T>::size(N_, P_)) +
+                               Memory::bytes_for<T>(Panels<T>::size(P_, H_));
         const ptrdiff_t tasks = layer_.directions * division_.sides;
         return layer_.directions * weights + Memory::bytes_for<T>(tasks * scratch_size()) +
                Memory::bytes_for<T>(tasks * sums_size()) +
@@ -335,9 +364,11 @@ class BackwardPass {
                 h[k] = history + before * P_;
                 x[k] = in<const T>(layer_.x) + outside * layer_.x_row;
                 if (wants_x_) dx[k] = in<T>(run_.dx) + (d * (run_.dx.size / layer_.directions)) + outside * I_;
-                steps_.step_back(H_, RowBack<T>{buffer, h[k], c, history + after * P_, c_after, dm[i], dc[i], own, m_row});
+                steps_.step_back(H_,
+                                 RowBack<T>{buffer, h[k], c, history + after * P_, c_after, dm[i], dc[i], own, m_row});
             }
-            multiply(delta + waiting, w_hh_[d], steps_.keeps_dh ? AT_C : AT_ZERO, static_cast<const T*>(nullptr), dh, m);
+            multiply(delta + waiting, w_hh_[d], steps_.keeps_dh ? AT_C : AT_ZERO, static_cast<const T*>(nullptr), dh,
+                     m);
             waiting += m;
             if (t == 0 || waiting + block.active(t - 1) > DEPTH) {
                 if (wants_weights_) add_gradients(deltas, h, x, waiting, packed, sums);
