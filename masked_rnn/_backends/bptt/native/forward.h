@@ -1,0 +1,152 @@
+// The loop through time: activations and states, first step first.
+//
+// B sequences, R rows that run, I input, H hidden, P state that is fed back, N = gates H.
+
+template <class T>
+class ForwardPass {
+  public:
+    explicit ForwardPass(const Forward& run)
+        : run_(run),
+          layer_(run.layer),
+          sizes_(sizes_of(layer_.cell)),
+          steps_(Steps<T>::of(layer_.cell)),
+          division_(layer_),
+          H_(layer_.hidden),
+          P_(layer_.fed_back),
+          N_(sizes_.gates * H_),
+          free_((sizes_.width - sizes_.gates) * H_),
+          row_(sizes_.width * H_),
+          projects_(layer_.weights[0].w_hr.data),
+          saves_(layer_.history.data),
+          group_(max(TILE_ROWS, min(GROUP_BYTES / (row_ * ptrdiff_t(sizeof(T))), MOST_ROWS))),
+          memory_(bytes()) {}
+
+    Fault operator()() {
+        if (!memory_) return NO_MEMORY;
+        for (ptrdiff_t d = 0; d < layer_.directions; ++d) {
+            w_ih_[d] = {memory_.take<T>(Panels<T>::size(layer_.inputs, N_)), layer_.inputs, N_};
+            w_hh_[d] = {memory_.take<T>(Panels<T>::size(P_, N_)), P_, N_};
+            if (projects_) w_hr_[d] = {memory_.take<T>(Panels<T>::size(H_, P_)), H_, P_};
+        }
+        const ptrdiff_t tasks = layer_.directions * division_.sides;
+        T* scratch = memory_.take<T>(tasks * scratch_size());
+        const ptrdiff_t panels = divide_up(N_, TILE_WIDTH<T>);
+        const ptrdiff_t outside = run_.output.size / run_.output_row, packs = layer_.directions * panels;
+        auto* is_there = memory_.take<unsigned char>(outside);
+        run_tasks(layer_, packs + 1, [&](ptrdiff_t k) {
+            if (k < packs)
+                pack(k % layer_.directions, k / layer_.directions);
+            else
+                clear_padding(layer_, in<T>(run_.output), outside, run_.output_row, is_there);
+        });
+        run_tasks(layer_, tasks, [&](ptrdiff_t k) {
+            const ptrdiff_t d = k % layer_.directions;
+            for (ptrdiff_t b = k / layer_.directions; b < division_.blocks; b += division_.sides)
+                run_block(Block{layer_, d, b, division_.blocks}, scratch + k * scratch_size());
+        });
+        return NONE;
+    }
+
+  private:
+    const Forward& run_;
+    const Layer& layer_;
+    CellSizes sizes_;
+    Steps<T> steps_;
+    Division division_;
+    ptrdiff_t H_, P_, N_, free_, row_;
+    bool projects_, saves_;
+    ptrdiff_t group_;
+    Memory memory_;
+    Panels<T> w_ih_[2], w_hh_[2], w_hr_[2];
+
+    // A task's activations that are not saved, the sums of biases that a row begins with, and m.
+    ptrdiff_t scratch_size() const { return MOST_ROWS * row_ + row_ + MOST_ROWS * (projects_ ? H_ : 0) + 16; }
+
+    size_t bytes() const {
+        const size_t weights = Memory::bytes_for<T>(Panels<T>::size(layer_.inputs, N_)) +
+                               Memory::bytes_for<T>(Panels<T>::size(P_, N_)) +
+                               Memory::bytes_for<T>(Panels<T>::size(H_, P_));
+        return layer_.directions * weights +
+               Memory::bytes_for<T>(layer_.directions * division_.sides * scratch_size()) +
+               Memory::bytes_for<unsigned char>(run_.output.size / run_.output_row);
+    }
+
+    void pack(ptrdiff_t d, ptrdiff_t p) {
+        const Weights& w = layer_.weights[d];
+        pack_transposed(in<const T>(w.w_ih), N_, layer_.inputs, 0, w_ih_[d], p);
+        pack_transposed(in<const T>(w.w_hh), N_, P_, N_ - free_, w_hh_[d], p);
+        if (projects_ && p * TILE_WIDTH<T> < P_) pack_transposed(in<const T>(w.w_hr), P_, H_, 0, w_hr_[d], p);
+    }
+
+    // What a row's activations begin with. The recurrent bias adds to the input's, except that of the GRU's g.
+    void write_biases(const Weights& w, T* begin) const {
+        const T *b_ih = in<const T>(w.b_ih), *b_hh = in<const T>(w.b_hh);
+        const ptrdiff_t joined = N_ - free_;
+        for (ptrdiff_t j = 0; j < free_; ++j) begin[j] = b_hh ? b_hh[joined + j] : T(0);
+        for (ptrdiff_t j = 0; j < N_; ++j) begin[free_ + j] = b_ih ? b_ih[j] + (j < joined ? b_hh[j] : T(0)) : T(0);
+    }
+
+    void run_block(const Block& block, T* scratch) const {
+        const ptrdiff_t d = block.direction, most = block.active(0);
+        T *buffer = scratch, *biases = buffer + MOST_ROWS * row_, *projected = biases + row_;
+        T *history = in<T>(layer_.history), *cells = in<T>(layer_.cells);
+        write_biases(layer_.weights[d], biases);
+        ptrdiff_t length[MOST_ROWS];
+        T *h[MOST_ROWS], *c[MOST_ROWS] = {}, *h_after[MOST_ROWS], *c_after[MOST_ROWS] = {};
+        for (ptrdiff_t i = 0; i < most; ++i) {
+            const ptrdiff_t place = block.place(i), at = block.state(place);
+            h[i] = h_after[i] = in<T>(run_.h) + at * P_;
+            if (sizes_.has_c) c[i] = c_after[i] = in<T>(run_.c) + at * H_;
+            length[i] = i ? length[i - 1] : layer_.steps;
+            while (block.active(length[i] - 1) <= i) --length[i];
+            if (saves_) {
+                copy(P_, h[i], history + block.before(0, place) * P_);
+                if (sizes_.has_c) copy(H_, c[i], cells + block.before(0, place) * H_);
+            }
+        }
+        const T* x[TABLE];
+        T *own[TABLE], *gates[TABLE], *m_rows[MOST_ROWS];
+        for (ptrdiff_t t = 0; t < length[0];) {
+            // The input product of some steps, then those steps.
+            const ptrdiff_t first = t;
+            ptrdiff_t rows = 0;
+            for (ptrdiff_t m; t < length[0] && (m = block.active(t), !rows || rows + m <= group_); ++t) {
+                for (ptrdiff_t i = 0; i < m; ++i, ++rows) {
+                    const ptrdiff_t place = block.place(i);
+                    x[rows] = in<const T>(layer_.x) + block.outside(t, place, length[i], layer_.gather) * layer_.x_row;
+                    own[rows] = saves_ && sizes_.saves_buffer
+                                    ? in<T>(layer_.buffer) + (d * layer_.rows + block.start(t) + place) * row_
+                                    : buffer + rows * row_;
+                    gates[rows] = own[rows] + free_;
+                    copy(free_, biases, own[rows]);
+                }
+            }
+            multiply(x, w_ih_[d], AT_ROW, biases + free_, gates, rows);
+            ptrdiff_t done = 0;
+            for (ptrdiff_t s = first; s < t; ++s) {
+                const ptrdiff_t m = block.active(s);
+                for (ptrdiff_t i = 0; saves_ && i < m; ++i) {
+                    const ptrdiff_t before = block.before(s, block.place(i)), after = block.after(s, block.place(i));
+                    h[i] = history + before * P_, h_after[i] = history + after * P_;
+                    if (sizes_.has_c) c[i] = cells + before * H_, c_after[i] = cells + after * H_;
+                }
+                multiply(h, w_hh_[d], AT_C, static_cast<const T*>(nullptr), own + done, m);
+                for (ptrdiff_t i = 0; i < m; ++i) {
+                    m_rows[i] = projects_ ? projected + i * H_ : h_after[i];
+                    steps_.step(H_, Row<T>{own[done + i], h[i], c[i], m_rows[i], c_after[i]});
+                }
+                if (projects_) multiply(m_rows, w_hr_[d], AT_ZERO, static_cast<const T*>(nullptr), h_after, m);
+                for (ptrdiff_t i = 0; i < m; ++i) {
+                    const ptrdiff_t place = block.place(i), at = block.state(place);
+                    const ptrdiff_t outside = block.outside(s, place, length[i], layer_.scatter);
+                    copy(P_, h_after[i], in<T>(run_.output) + outside * run_.output_row + d * P_);
+                    if (saves_ && s == length[i] - 1) {
+                        copy(P_, h_after[i], in<T>(run_.h) + at * P_);
+                        if (sizes_.has_c) copy(H_, c_after[i], in<T>(run_.c) + at * H_);
+                    }
+                }
+                done += m;
+            }
+        }
+    }
+};
