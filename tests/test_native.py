@@ -291,6 +291,22 @@ def test_saved_tensors_that_come_back_in_another_layout(cell: str) -> None:
 
 
 @needs_native
+def test_weights_in_another_layout_run_natively(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a parametrization or a hook may give them."""
+    layer, x = make(cell, 5, 6, bidirectional=True), torch.randn(3, 7, 5, requires_grad=True)
+    for name, weight in list(layer.named_parameters()):
+        if weight.dim() == 2:
+            setattr(layer, name, torch.nn.Parameter(weight.detach().t().contiguous().t()))
+    states = random_states(layer, 3, torch.float32)
+    compare(layer, x, lengths=[7, 2, 4])
+    ran = []
+    call = library.call
+    monkeypatch.setattr(library, "call", lambda name, numbers: ran.append(name) or call(name, numbers))
+    train(layer, x, states, lengths=[7, 2, 4])
+    assert ran == ["forward", "backward", "forward"]
+
+
+@needs_native
 @pytest.mark.usefixtures("level")
 def test_where_denormals_are_zero(cell: str) -> None:
     """Comparisons of numbers next to 0 mean something else then."""

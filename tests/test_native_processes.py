@@ -172,27 +172,31 @@ assert os.waitpid(child, 0)[1] == 0
 
 @needs_native
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no such timer")
-def test_many_interrupts_leave_the_process_healthy() -> None:
+@pytest.mark.parametrize("pool", [False, True])
+def test_many_interrupts_leave_the_process_healthy(pool: bool) -> None:
     """They come at any time: before a call, within it, after it."""
-    run_python("""
+    run_python(f"""
 import random, signal, torch
-from native_loops import make, train
+import pytest
+from native_loops import make, train, use_pool
 from oracle import random_states
 
 torch.set_num_threads(2)
+if {pool}:
+    use_pool(pytest.MonkeyPatch())
 layer, x = make("gru", 16, 32), torch.randn(24, 60, 16, requires_grad=True)
 states = random_states(layer, 24, torch.float32)
 expected = train(layer, x, states)
 caught = 0
 signal.signal(signal.SIGALRM, signal.default_int_handler)
-for _ in range(60):
+for _ in range(300):
     try:
         signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-4, 2e-2))
         while True:
             train(layer, x, states)
     except KeyboardInterrupt:
         caught += 1
-assert caught == 60
+assert caught == 300
 for a, b in zip(train(layer, x, states), expected, strict=True):
     assert torch.equal(a, b)
 """)
