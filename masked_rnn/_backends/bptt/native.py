@@ -74,7 +74,10 @@ def backward(
     grads = tuple(last_gradient(h, d) for h, d in zip(initial, d_last, strict=True))
     layer, alive = _layer(spec, x, grads, weights, saved)
     dx = (x.new_zeros if x.size(0) > plan.rows else x.new_empty)(D, *x.shape) if want_x else None
-    d_weights = tuple(Weights(*(None if w is None else torch.empty_like(w) for w in each)) for each in weights)
+    d_weights = tuple(
+        Weights(*(None if w is None else torch.empty_like(w, memory_format=torch.contiguous_format) for w in each))
+        for each in weights
+    )
     numbers = [
         *layer,
         *(NO_MEMORY if d_output is None else address(d_output, dtype, *d_output.shape)),

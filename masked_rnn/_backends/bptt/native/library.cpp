@@ -82,7 +82,8 @@ Fault check(const Layer& layer) {
 // Whether rows of `width` numbers, `stride` apart, lie within an array wherever the layer's index puts them.
 bool reaches(const Layer& layer, const Array& array, int64_t stride, int64_t width, bool as_callers) {
     if (!array.data || stride < 0) return false;
-    const auto row_fits = [&](int64_t row) { return row >= 0 && row * stride + width <= array.size; };
+    const int64_t last = array.size - width;  // where a row may begin; a product with any row could overflow
+    const auto row_fits = [&](int64_t row) { return row >= 0 && last >= 0 && (!stride || row <= last / stride); };
     if (!as_callers || !layer.index.data) return row_fits(layer.rows - 1);
     const auto* index = static_cast<const int64_t*>(layer.index.data);
     int64_t least = index[0], most = index[0];
