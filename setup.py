@@ -35,7 +35,9 @@ setup(
                 "-fopenmp-simd",
                 "-fvisibility=hidden",
                 "-Wno-psabi",
+                "-pthread",
             ],
+            extra_link_args=["-pthread"],
             py_limited_api=True,
             optional=True,  # without it the loops of PyTorch's ops run
         )

@@ -20,7 +20,7 @@ from native_loops import (
     play_avx512,
     train,
     use_loops_of_ops,
-    use_pool,
+    use_own_threads,
 )
 from oracle import as_tuple, masked, random_states
 from torch import Tensor
@@ -171,12 +171,12 @@ def test_the_native_loops_run(cell: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @needs_native
 @pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("batch", [1, 21, 140])
-def test_threads(cell: str, bidirectional: bool, pool: bool, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads(cell: str, bidirectional: bool, own: bool, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """They share the work, and the same run gives the same bits."""
-    if pool:
-        use_pool(monkeypatch)
+    if own:
+        use_own_threads(monkeypatch)
     layer = make(cell, 10, 20, bidirectional=bidirectional)
     x, states = torch.randn(batch, 9, 10, requires_grad=True), random_states(layer, batch, torch.float32)
     lengths = [9, *torch.randint(0, 10, (batch - 1,)).tolist()]
@@ -193,10 +193,10 @@ def test_threads(cell: str, bidirectional: bool, pool: bool, batch: int, monkeyp
 
 
 @needs_native
-@pytest.mark.parametrize("pool", [False, True])
-def test_several_threads_of_python_at_once(pool: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if pool:
-        use_pool(monkeypatch)
+@pytest.mark.parametrize("own", [False, True])
+def test_several_threads_of_python_at_once(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if own:
+        use_own_threads(monkeypatch)
     lengths = [20, 3, 0, 7, 20, 1, 9, 12, 5]
     work = [(make("gru", 8, 16), torch.randn(9, 20, 8, requires_grad=True), torch.randn(1, 9, 16)) for _ in range(8)]
     results: list[Any] = [None] * len(work)
@@ -288,6 +288,22 @@ def test_saved_tensors_that_come_back_in_another_layout(cell: str) -> None:
     expected = train(layer, x, states, lengths=[7, 2, 4])
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.mT.contiguous().mT if t.dim() > 1 else t):
         assert_close(train(layer, x, states, lengths=[7, 2, 4]), expected)
+
+
+@needs_native
+def test_weights_in_another_layout_run_natively(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a parametrization or a hook may give them."""
+    layer, x = make(cell, 5, 6, bidirectional=True), torch.randn(3, 7, 5, requires_grad=True)
+    for name, weight in list(layer.named_parameters()):
+        if weight.dim() == 2:
+            setattr(layer, name, torch.nn.Parameter(weight.detach().t().contiguous().t()))
+    states = random_states(layer, 3, torch.float32)
+    compare(layer, x, lengths=[7, 2, 4])
+    ran = []
+    call = library.call
+    monkeypatch.setattr(library, "call", lambda name, numbers: ran.append(name) or call(name, numbers))
+    train(layer, x, states, lengths=[7, 2, 4])
+    assert ran == ["forward", "backward", "forward"]
 
 
 @needs_native

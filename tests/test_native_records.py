@@ -130,7 +130,7 @@ def test_sizes_that_do_not_fit_each_other(cell: str, bidirectional: bool, check_
 def test_tables_that_point_elsewhere(cell: str, bidirectional: bool, check_each: Callable[..., None]) -> None:
     def check(record: Record) -> None:
         rows, steps = record["rows"], record["steps"]
-        for value in (-1, 24, 1 << 31):
+        for value in (-1, 24, 1 << 31, 1 << 62, -(1 << 62)):
             for place in (0, rows // 2, rows - 1):
                 record.refuses_table("", "index", place, value)
         for value in (-1, 4, 1 << 62):

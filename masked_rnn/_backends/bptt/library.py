@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 
-from . import threads
 from .digest import sources_digest
 
 INTERFACE = 1
@@ -98,7 +97,6 @@ def call(name: str, numbers: Sequence[int]) -> None:
     assert isinstance(library, Library), library
     record = array("q", numbers)
     fault = library.functions[name](record.buffer_info()[0], library.level)
-    threads.raise_interrupt()
     if not fault:
         return
     if fault == OUT_OF_MEMORY:

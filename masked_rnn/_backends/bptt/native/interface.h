@@ -33,7 +33,7 @@ struct Array {
     int64_t size;
 };
 
-// Runs a function on several threads and waits for them: GOMP_parallel, or a pool of Python's.
+// Runs a function on several threads and waits for them: GOMP_parallel. An address of 0: threads of our own do.
 using Parallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
 
 struct Weights {

@@ -1,6 +1,11 @@
 // The library's functions: which CPU this is, and the checks that every pointer's size fits before anything is read.
 
+#include <system_error>
+#include <thread>
+#include <vector>
+
 #include "interface.h"
+#include "threads.h"
 
 #if defined(_WIN32)
 #define EXPORT extern "C" __declspec(dllexport)
@@ -21,6 +26,17 @@ DECLARE(avx2)
 DECLARE(avx512)
 #endif
 
+void run_on_own_threads(void (*function)(void*), void* data, int64_t more) {
+    std::vector<std::thread> threads;
+    try {
+        for (int64_t k = 0; k < more; ++k) threads.emplace_back(function, data);
+    } catch (const std::exception&) {
+        // Fewer threads do all tasks, too.
+    }
+    function(data);
+    for (std::thread& thread : threads) thread.join();
+}
+
 namespace {
 
 // The kinds of CPU, least first.
@@ -39,6 +55,10 @@ bool is_supported(int64_t level) {
     return level == BASELINE;
 }
 
+// Products of any two sizes, a cell's blocks and two directions must not overflow.
+constexpr int64_t MOST = int64_t(1) << 29;
+bool is_size(int64_t number) { return 0 <= number && number <= MOST; }
+
 bool holds(const Array& array, int64_t size) { return array.data && array.size >= size; }
 bool is_absent(const Array& array) { return !array.data; }
 bool fits(const Array& array, int64_t size) { return is_absent(array) || array.size >= size; }
@@ -47,7 +67,8 @@ Fault check(const Layer& layer) {
     const CellSizes cell = sizes_of(layer.cell);
     const int64_t D = layer.directions, I = layer.inputs, H = layer.hidden, P = layer.fed_back;
     if (layer.cell < GRU || layer.cell > RNN_RELU || (layer.item_bytes != 4 && layer.item_bytes != 8) ||
-        (D != 1 && D != 2) || I < 0 || H < 1 || P < 1 || layer.threads < 1 || layer.batch < 1 || layer.sequences < 1 ||
+        (D != 1 && D != 2) || !is_size(I) || !is_size(H) || !is_size(P) || !is_size(layer.batch) || !is_size(layer.rows) ||
+        !is_size(layer.steps) || !is_size(layer.threads) || H < 1 || P < 1 || layer.threads < 1 || layer.batch < 1 || layer.sequences < 1 ||
         layer.sequences > layer.batch || layer.steps < 1 || layer.rows < 1)
         return BAD_LAYER;
     if (!holds(layer.sizes, layer.steps + 1) || !holds(layer.starts, layer.steps + 1)) return BAD_STEPS;
@@ -67,7 +88,7 @@ Fault check(const Layer& layer) {
             if (order[k] < 0 || order[k] >= layer.batch) return BAD_ORDER;
     }
     const bool projects = layer.weights[0].w_hr.data, biased = layer.weights[0].b_ih.data;
-    if (projects ? layer.cell != LSTM : P != H) return BAD_WEIGHTS;
+    if (projects ? layer.cell != LSTM || P > H : P != H) return BAD_WEIGHTS;
     for (int64_t d = 0; d < D; ++d) {
         const Weights& w = layer.weights[d];
         if (!holds(w.w_ih, cell.gates * H * I) || !holds(w.w_hh, cell.gates * H * P) ||
@@ -82,7 +103,8 @@ Fault check(const Layer& layer) {
 // Whether rows of `width` numbers, `stride` apart, lie within an array wherever the layer's index puts them.
 bool reaches(const Layer& layer, const Array& array, int64_t stride, int64_t width, bool as_callers) {
     if (!array.data || stride < 0) return false;
-    const auto row_fits = [&](int64_t row) { return row >= 0 && row * stride + width <= array.size; };
+    const int64_t last = array.size - width;  // where a row may begin; a product with any row could overflow
+    const auto row_fits = [&](int64_t row) { return row >= 0 && last >= 0 && (!stride || row <= last / stride); };
     if (!as_callers || !layer.index.data) return row_fits(layer.rows - 1);
     const auto* index = static_cast<const int64_t*>(layer.index.data);
     int64_t least = index[0], most = index[0];

@@ -7,9 +7,12 @@
 
 namespace masked_rnn {
 
+// Runs a function here and in so many threads more, made for it. In library.cpp, which is compiled for any CPU.
+void run_on_own_threads(void (*function)(void*), void* data, int64_t more);
+
 template <class Task>
 void run_tasks(const Layer& layer, int64_t tasks, const Task& task) {
-    if (tasks <= 1 || layer.threads <= 1 || !layer.parallel) {
+    if (tasks <= 1 || layer.threads <= 1) {
         for (int64_t k = 0; k < tasks; ++k) task(k);
         return;
     }
@@ -22,8 +25,10 @@ void run_tasks(const Layer& layer, int64_t tasks, const Task& task) {
         Shared& mine = *static_cast<Shared*>(data);
         for (int64_t k; (k = mine.next.fetch_add(1, std::memory_order_relaxed)) < mine.tasks;) mine.task(k);
     };
-    // Always as many threads: GNU's OpenMP ends those that a smaller team leaves out.
-    layer.parallel(work, &shared, static_cast<unsigned>(layer.threads), 0);
+    if (layer.parallel)  // always as many threads: GNU's OpenMP ends those that a smaller team leaves out
+        layer.parallel(work, &shared, static_cast<unsigned>(layer.threads), 0);
+    else
+        run_on_own_threads(work, &shared, (tasks < layer.threads ? tasks : layer.threads) - 1);
 }
 
 }  // namespace masked_rnn
