@@ -20,7 +20,7 @@ class BackwardPass {
           projects_(layer_.weights[0].w_hr.data),
           wants_x_(run.dx.data),
           wants_weights_(run.gradients[0].w_hh.data),
-          delta_row_(row_ + (projects_ ? P_ + H_ : 0)),
+          delta_row_(row_ + (projects_ ? P_ + H_ : 0) + PADDING<T>),
           memory_(bytes()) {}
 
     Fault operator()() {
@@ -65,7 +65,7 @@ class BackwardPass {
     Division division_;
     ptrdiff_t H_, P_, I_, N_, free_, row_;
     bool projects_, wants_x_, wants_weights_;
-    ptrdiff_t delta_row_;  // a row's deltas; with a projection the gradient of h and m, too
+    ptrdiff_t delta_row_;  // a row's deltas; with a projection the gradient of h and m, too; padding
     Memory memory_;
     Panels<T> w_ih_[2], w_hh_[2], w_hr_[2];
 

@@ -60,7 +60,10 @@ class ForwardPass {
     Panels<T> w_ih_[2], w_hh_[2], w_hr_[2];
 
     // A task's activations that are not saved, the sums of biases that a row begins with, and m.
-    ptrdiff_t scratch_size() const { return MOST_ROWS * row_ + row_ + MOST_ROWS * (projects_ ? H_ : 0) + 16; }
+    ptrdiff_t scratch_size() const { return MOST_ROWS * stride() + row_ + MOST_ROWS * (projects_ ? H_ : 0) + 16; }
+
+    // From one row of these activations to the next.
+    ptrdiff_t stride() const { return row_ + PADDING<T>; }
 
     size_t bytes() const {
         const size_t weights = Memory::bytes_for<T>(Panels<T>::size(layer_.inputs, N_)) +
@@ -88,7 +91,7 @@ class ForwardPass {
 
     void run_block(const Block& block, T* scratch) const {
         const ptrdiff_t d = block.direction, most = block.active(0);
-        T *buffer = scratch, *biases = buffer + MOST_ROWS * row_, *projected = biases + row_;
+        T *buffer = scratch, *biases = buffer + MOST_ROWS * stride(), *projected = biases + row_;
         T *history = in<T>(layer_.history), *cells = in<T>(layer_.cells);
         write_biases(layer_.weights[d], biases);
         ptrdiff_t length[MOST_ROWS];
@@ -116,7 +119,7 @@ class ForwardPass {
                     x[rows] = in<const T>(layer_.x) + block.outside(t, place, length[i], layer_.gather) * layer_.x_row;
                     own[rows] = saves_ && sizes_.saves_buffer
                                     ? in<T>(layer_.buffer) + (d * layer_.rows + block.start(t) + place) * row_
-                                    : buffer + rows * row_;
+                                    : buffer + rows * stride();
                     gates[rows] = own[rows] + free_;
                     copy(free_, biases, own[rows]);
                 }

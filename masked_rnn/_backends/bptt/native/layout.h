@@ -1,10 +1,15 @@
 // How a layer's work is divided, and where its numbers lie.
 
 constexpr ptrdiff_t MOST_ROWS = 64;           // sequences of a block, at most
-constexpr ptrdiff_t BLOCK_BYTES = 96 << 10;   // of the activations that a block has at one step
+constexpr ptrdiff_t BLOCK_BYTES = 192 << 10;  // of the activations that a block has at one step
 constexpr ptrdiff_t DEPTH = 256;              // rows whose share of the weights' gradients is summed at once
 constexpr ptrdiff_t GROUP_BYTES = 192 << 10;  // of the activations whose input product runs at once
 constexpr ptrdiff_t TABLE = DEPTH;            // rows in a table of addresses, at most
+
+// Behind each row of scratch memory. Rows a multiple of 4 KiB apart would take the same places in the first-level cache,
+// and a load of one would wait for a store to another.
+template <class T>
+constexpr ptrdiff_t PADDING = 64 / sizeof(T);
 
 // Not those of <algorithm>: what the linker keeps of a standard template may be compiled for another CPU.
 ALWAYS_INLINE ptrdiff_t min(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
