@@ -1,6 +1,6 @@
 """Times this checkout's CPU layers against those of another one, in turns: how much faster a change has made them.
 
-    git worktree add ../before v1.6.0
+    git worktree add ../before 7380e2d  # 1.6.0
     python -m benchmarks.versions --other ../before
 
 Each checkout runs in a process of its own, stopped while the other works. A figure is the median over the rounds of

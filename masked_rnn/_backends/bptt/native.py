@@ -69,7 +69,7 @@ def backward(
     grads = tuple(last_gradient(h, d) for h, d in zip(initial, d_last, strict=True))
     layer, _alive = _layer(spec, x, grads, weights, saved)
     dx = x.new_empty(D, *x.shape) if want_x else None
-    d_weights = tuple(each.map(lambda w: w.new_empty(w.shape)) for each in weights)
+    d_weights = tuple(each.map(lambda w: w.new_empty(w.shape)) for each in weights) if want_weights else None
     numbers = [
         *layer,
         *(NO_MEMORY if d_output is None else address(d_output, dtype, *d_output.shape)),
@@ -78,14 +78,14 @@ def backward(
         *(address(grads[1], dtype, grads[1].numel()) if len(grads) == 2 else NO_MEMORY),
         *(NO_MEMORY if dx is None else address(dx, dtype, dx.numel())),
     ]
-    for each in d_weights if want_weights else ():
+    for each in d_weights or ():
         for g in each:
             numbers += NO_MEMORY if g is None else address(g, dtype, g.numel())
     numbers += NO_MEMORY * (5 * (2 - D * want_weights))
     library.call("backward", numbers)
     if dx is None:
-        return None, grads, d_weights if want_weights else None
-    return dx[0] if D == 1 else dx[0].add_(dx[1]), grads, d_weights if want_weights else None
+        return None, grads, d_weights
+    return dx[0] if D == 1 else dx[0].add_(dx[1]), grads, d_weights
 
 
 def _layer(
