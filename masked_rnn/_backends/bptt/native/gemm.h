@@ -178,6 +178,16 @@ NEVER_INLINE void pack_transposed(const T* weight, ptrdiff_t M, ptrdiff_t K, ptr
         for (ptrdiff_t j = 0; j < TILE_WIDTH<T>; ++j) panel[k * TILE_WIDTH<T> + j] = row[j][k];
 }
 
+// Packs a row's next numbers into a row of a panel, with zeros where it has no more.
+template <class T>
+ALWAYS_INLINE void pack_row(const T* row, ptrdiff_t here, T* out) {
+    if (here == TILE_WIDTH<T>) {
+        store(out, load(row)), store(out + LANES<T>, load(row + LANES<T>));
+    } else {
+        for (ptrdiff_t j = 0; j < TILE_WIDTH<T>; ++j) out[j] = j < here ? row[j] : T(0);
+    }
+}
+
 // Packs a weight (M, K) into panels of its own columns.
 template <class T>
 NEVER_INLINE void pack_straight(const T* weight, ptrdiff_t M, ptrdiff_t K, ptrdiff_t first, const Panels<T>& to,
@@ -187,11 +197,7 @@ NEVER_INLINE void pack_straight(const T* weight, ptrdiff_t M, ptrdiff_t K, ptrdi
     for (ptrdiff_t k = 0; k < M; ++k) {
         const T* row = weight + (k + first) % M * K + column;
         T* out = panel + k * TILE_WIDTH<T>;
-        if (here == TILE_WIDTH<T>) {
-            store(out, load(row)), store(out + LANES<T>, load(row + LANES<T>));
-        } else {
-            for (ptrdiff_t j = 0; j < TILE_WIDTH<T>; ++j) out[j] = j < here ? row[j] : T(0);
-        }
+        pack_row(row, here, out);
     }
 }
 
@@ -204,11 +210,7 @@ NEVER_INLINE void pack_rows(const T* const* rows, const Panels<T>& to) {
         for (ptrdiff_t k = 0; k < to.depth; ++k) {
             const T* row = rows[k] + column;
             T* out = panel + k * TILE_WIDTH<T>;
-            if (here == TILE_WIDTH<T>) {
-                store(out, load(row)), store(out + LANES<T>, load(row + LANES<T>));
-            } else {
-                for (ptrdiff_t j = 0; j < TILE_WIDTH<T>; ++j) out[j] = j < here ? row[j] : T(0);
-            }
+            pack_row(row, here, out);
         }
     }
 }
