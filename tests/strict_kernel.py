@@ -38,7 +38,7 @@ class StrictKernel:
         check_states(x, states, stacked, batch_sizes, batch_first=not is_packed and options[5])
         check_chunk(weights, has_biases)
         assert not dropout, "cuDNN's own draw can't be made again"
-        return Run.apply(self.kernel, train, batch_sizes, options, len(states), x, *states, *weights)  # type: ignore[no-untyped-call]
+        return Run.apply(self.kernel, train, batch_sizes, options, len(states), x, *states, *weights)
 
 
 def check_kinds(x: Tensor, others: Sequence[Tensor]) -> None:

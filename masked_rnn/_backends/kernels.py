@@ -137,7 +137,7 @@ def run_kernel(
 
     results = kernel(x, *initial, *parameters)
     if learns:
-        results = DoubleBackward.apply(recurrence, len(results), *results, x, *initial, *parameters)  # type: ignore[no-untyped-call]
+        results = DoubleBackward.apply(recurrence, len(results), *results, x, *initial, *parameters)
     output, *last = results
     return output, tuple(last)
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 def pick_rows(x: Tensor, index: Tensor | None) -> Tensor:
     """The rows of x (P, I) at `index`, all of them where it is None."""
-    return x if index is None else _Pick.apply(x, index)  # type: ignore[no-untyped-call]
+    return x if index is None else _Pick.apply(x, index)
 
 
 def place_rows(x: Tensor, index: Tensor | None, size: int) -> Tensor:
     """A tensor of `size` rows, zero but for those of x at `index`."""
-    return x if index is None else _Place.apply(x, index, size)  # type: ignore[no-untyped-call]
+    return x if index is None else _Place.apply(x, index, size)
 
 
 class _Pick(torch.autograd.Function):

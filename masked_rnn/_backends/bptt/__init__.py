@@ -28,7 +28,7 @@ def run(call: Call) -> tuple[Tensor, States]:
         spec = LayerSpec(call.layer.mode, call.directions, plan, gather=k == 0, scatter=k == L - 1)
         tensors = (*initial, *flatten_weights([weights]))
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors)):
-            output, *last = ThroughTime.apply(spec, len(initial), x, *tensors)  # type: ignore[no-untyped-call]
+            output, *last = ThroughTime.apply(spec, len(initial), x, *tensors)
             return output, tuple(last)
         output, states, _ = choice.forward(spec, x, initial, weights, save=False)
         return output, states
