@@ -101,15 +101,17 @@ class Problem:
         d_states = tuple(normal(L * D, N, H) for _ in range(2 if self.cell == "lstm" else 1))
         return Data(normal(N, T, I), lengths, weights, d_output, d_states)
 
-    def training_flops(self) -> int:
-        """Of the products that one training step can't do without, at real steps only.
+    def flops(self, step: str) -> int:
+        """Of the products that a step ("train" or "infer") can't do without, at real steps only.
 
         Forward: W_ih x and W_hh h. Backward: dh, dW_hh, dW_ih; dx between layers, not of the input.
         """
         _, _, I, H, L, _ = self.shape  # noqa: E741
         D, rows = self.shape.D, int(self.lengths().sum())
         widths = [I] + [D * H] * (L - 1)
-        columns = sum(3 * H + 2 * width + (width if layer else 0) for layer, width in enumerate(widths))
+        columns = sum(H + width for width in widths)
+        if step == "train":
+            columns += sum(2 * H + width + (width if layer else 0) for layer, width in enumerate(widths))
         return 2 * rows * D * GATES[self.cell] * H * columns
 
 

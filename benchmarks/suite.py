@@ -231,7 +231,7 @@ class Suite:
         for entry in training:
             self.add("peak", entry, times[entry], times[entry])
             self.rows[-1] = replace(
-                self.rows[-1], gflops=entry.problem.training_flops() / median(times[entry].values()) / 1e9
+                self.rows[-1], gflops=entry.problem.flops("train") / median(times[entry].values()) / 1e9
             )
         for entry, n in sgemm.items():
             if entry not in times:

@@ -4,7 +4,8 @@
     python -m benchmarks.versions --other ../before
 
 Each checkout runs in a process of its own, stopped while the other works. A figure is the median over the rounds of
-(the other's time / ours).
+(the other's time / ours). Behind it stand the products that each side makes a second, over the whole call, as a share of
+what torch.mm makes: where the other is near it, there is little left to win.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import Any
 
 from .problem import CELLS, SHAPES, Problem, Shape
 
+SGEMM = 2048
+"""Rows and columns of the matrices whose product is the measure."""
 HERE = Path(__file__).resolve().parent.parent
 
 
@@ -58,6 +61,7 @@ def serve(threads: int) -> None:
     """The far end: answers a cell, a shape, whether to train, whether lengths are given, and for how long to run."""
     import torch
 
+    from .contenders.products import Sgemm
     from .contenders.torch_layers import Masked
 
     torch.set_num_threads(threads)
@@ -68,7 +72,7 @@ def serve(threads: int) -> None:
         if problem not in runners:
             runners.clear()
             runners[problem] = Masked(problem, threads)
-        run, took = getattr(runners[problem], step), []
+        run, took = Sgemm(problem, threads, SGEMM).infer if step == "sgemm" else getattr(runners[problem], step), []
         if not seconds:
             run()  # warms up
         while not took or sum(took) < seconds:
@@ -105,10 +109,14 @@ def main() -> None:
                 for side in sides:
                     side.ask(*question, 0)
                 rounds = [[side.ask(*question, arguments.seconds) for side in sides] for _ in range(arguments.rounds)]
+                best = sides[0].ask(*question[:3], "sgemm", arguments.seconds) / (2 * SGEMM**3)
                 ratios.append(median(theirs / ours for ours, theirs in rounds))
-                ours = median(ours for ours, _ in rounds)
+                ours, theirs = map(median, zip(*rounds, strict=True))
+                flops = Problem(cell, SHAPES[k - 1], full=arguments.full).flops(step)
                 print(
-                    f"{threads} thread(s) {cell} {step} {SHAPES[k - 1]}: {ratios[-1]:.2f} ({1e3 * ours:.2f} ms)",
+                    f"{threads} thread(s) {cell} {step} {SHAPES[k - 1]}: {ratios[-1]:.2f}, {1e3 * ours:.2f} ms; "
+                    f"of torch.mm's {1e-9 / best:.0f} GFLOP/s: "
+                    f"{flops * best / theirs:.0%} there, {flops * best / ours:.0%} here",
                     flush=True,
                 )
             print(

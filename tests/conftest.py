@@ -14,6 +14,15 @@ settings.register_profile("suite", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("suite")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks as slow the cases of a test marked `slow_but(word)`, except those whose names contain the word."""
+    for item in items:
+        mark = item.get_closest_marker("slow_but")
+        if mark and mark.args[0] not in item.name:
+            item.add_marker("slow")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(20)

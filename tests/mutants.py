@@ -209,7 +209,10 @@ def observe(jobs: int, tests: list[str]) -> None:
     os.environ["COVERAGE_FILE"] = str(COVERAGE)
     enter(ROOT)
     watch = Durations()
-    pytest.main(["-n", str(jobs), "--cov=masked_rnn", "--cov-context=test", "--cov-report=", *tests], plugins=[watch])
+    pytest.main(
+        ["-n", str(jobs), "-m", "slow or not slow", "--cov=masked_rnn", "--cov-context=test", "--cov-report=", *tests],
+        plugins=[watch],
+    )
     DURATIONS.write_text(json.dumps(watch.seconds()))
     os._exit(0)
 
@@ -352,7 +355,10 @@ def run(mutant: Mutant | None, folder: Path, chosen: list[str], number: int) -> 
         os.utime(target, (number, number))  # no bytecode of another mutant is of this time
     enter(folder)
     files = sorted({test.split("::")[0] for test in chosen})
-    return pytest.main(["-x", "-n", "0", "-p", "no:cacheprovider", "-p", "no:cov", *files], plugins=[InOrder(chosen)])
+    return pytest.main(
+        ["-x", "-n", "0", "-m", "slow or not slow", "-p", "no:cacheprovider", "-p", "no:cov", *files],
+        plugins=[InOrder(chosen)],
+    )
 
 
 def enter(tree: Path) -> None:

@@ -147,6 +147,7 @@ def options(given: str, batch: int, steps: int) -> dict[str, Any]:
     return {"mask": torch.rand(batch, steps) > 0.4, **more} if "mask" in given else more
 
 
+@pytest.mark.slow_but("eager")
 @pytest.mark.parametrize(
     ("compiler", "given", "with_hx", "cell"),
     [
@@ -215,6 +216,7 @@ def test_the_initial_states_gradient_with_resets(cell: str) -> None:
     close(*found)
 
 
+@pytest.mark.slow_but("gru")
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 @pytest.mark.usefixtures("allow_rnn")
 def test_static_shapes_and_no_gradient(cell: str) -> None:
@@ -237,6 +239,7 @@ def test_a_list_of_lengths_and_time_first(cell: str) -> None:
     close([compiled(x[:, 0], lengths=4)[0]], [layer(x[:, 0], lengths=4)[0]])
 
 
+@pytest.mark.slow_but("gru")
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 @pytest.mark.usefixtures("allow_rnn")
 def test_lists_and_ints_that_change_from_call_to_call(cell: str) -> None:
@@ -319,6 +322,7 @@ def test_the_operator_runs_the_kernel_that_eager_runs(
     close(list(gradients), list(torch.autograd.grad([output, *last], weights, pulled)))
 
 
+@pytest.mark.slow_but("gru")
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 @pytest.mark.usefixtures("allow_rnn")
 def test_inside_a_model(cell: str) -> None:
@@ -350,6 +354,7 @@ def test_inside_a_model(cell: str) -> None:
         ids, lengths = torch.randperm(45).view(5, 9), torch.tensor([9, 0, 4, 4, 2])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("allow_rnn")
 def test_compiling_does_not_grow_with_the_length() -> None:
     """Neither the graph nor what Python does to make it."""
@@ -423,6 +428,7 @@ def test_the_operator_keeps_torchs_rules(cell: str, monkeypatch: pytest.MonkeyPa
         )
 
 
+@pytest.mark.slow_but("gru")
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 @pytest.mark.usefixtures("allow_rnn")
 def test_the_same_lengths_in_another_layout(cell: str) -> None:

@@ -189,6 +189,7 @@ def test_complex_layers_elsewhere(cell: str, dtype: torch.dtype, ran: list[str])
         torch.testing.assert_close(layer(x, lengths=LENGTHS)[0], scan(x, lengths=LENGTHS)[0])
 
 
+@pytest.mark.slow_but("gru")
 @pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize("cell", ["gru", "lstm", "lstm-proj", "rnn-tanh"])
 def test_complex_layers_compiled(cell: str, given: str) -> None:

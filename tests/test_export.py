@@ -91,6 +91,7 @@ def test_resets(cell: str, real: str) -> None:
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_runs_it(tmp_path: Any) -> None:
     layer = masked("gru", num_layers=2, bidirectional=True, batch_first=True)
     x, lengths = torch.randn(3, 6, INPUT), torch.tensor([6, 0, 2])

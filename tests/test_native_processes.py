@@ -59,6 +59,7 @@ assert os.waitpid(child, 0)[1] == 0
 """)
 
 
+@pytest.mark.slow_but("False")
 @needs_native
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no such timer")
 @pytest.mark.parametrize("own", [False, True])

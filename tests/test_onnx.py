@@ -66,6 +66,7 @@ def compare(path: Any, layers: list[Any], given: str, arguments: tuple[Any, ...]
         torch.testing.assert_close(torch.from_numpy(found), own, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow_but("'given': 'lengths'")
 @pytest.mark.parametrize(
     "case",
     [
@@ -129,6 +130,7 @@ def test_resets_are_refused_in_clear_words() -> None:
     assert "ONNX's nodes know no resets within a sequence" in str(refused.value)
 
 
+@pytest.mark.slow
 def test_a_projection_step_by_step(tmp_path: Any) -> None:
     """For any batch, and as many steps as the example has."""
     layers = [masked("lstm-proj", num_layers=2, bidirectional=True, batch_first=True, backend="scan")]

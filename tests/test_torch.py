@@ -192,6 +192,7 @@ def found() -> dict[str, str]:
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_without(name: str, found: dict[str, str]) -> None:
     assert not found[name], found[name]

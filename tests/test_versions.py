@@ -42,6 +42,7 @@ def test_each_row_names_its_tests() -> None:
         assert "::test_" in run_by, what
 
 
+@pytest.mark.slow_but("lstm-{}")
 @needs_torch("2.13", "torch.onnx.export(dynamo=True)")
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
 @pytest.mark.parametrize("cell", ["gru", "lstm", "rnn-tanh"])
@@ -72,6 +73,7 @@ def test_int8_in_onnx_runtime(cell: str, options: dict[str, Any], tmp_path: Path
         assert (torch.from_numpy(a) - b).norm() < 0.05 * b.norm()
 
 
+@pytest.mark.slow
 def test_aot_inductor_without_python(tmp_path: Path) -> None:
     """A process that knows nothing of the package."""
     model = Model(masked("gru", batch_first=True, backend="scan")).eval()
