@@ -4,8 +4,8 @@
     python -m benchmarks.versions --other ../before
 
 Each checkout runs in a process of its own, stopped while the other works. A figure is the median over the rounds of
-(the other's time / ours). Behind it stand the products that each side makes a second, over the whole call, as a share of
-what torch.mm makes: where the other is near it, there is little left to win.
+(the other's time / ours). Behind it stand the products that each side makes a second, over the whole call, as a share
+of what torch.mm makes: where the other is near it, there is little left to win.
 """
 
 from __future__ import annotations
