@@ -83,11 +83,17 @@ def serve(threads: int) -> None:
         sys.stdout.buffer.flush()
 
 
+def shape_of(text: str) -> Shape:
+    return SHAPES[int(text) - 1] if text.isdigit() else Shape(*map(int, text.split("x")))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.versions", description=__doc__)
     parser.add_argument("--other", type=Path, required=True, help="the other checkout")
     parser.add_argument("--cells", default=",".join(CELLS))
-    parser.add_argument("--shapes", default=",".join(str(k + 1) for k in range(len(SHAPES))))
+    parser.add_argument(
+        "--shapes", default=",".join(str(k + 1) for k in range(len(SHAPES))), help="numbers of `SHAPES`, or NxTxIxH"
+    )
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--steps", default="train,infer")
     parser.add_argument("--full", action="store_true", help="no lengths: every sequence runs to its end")
@@ -104,17 +110,17 @@ def main() -> None:
         ]
         for cell, step in product(arguments.cells.split(","), arguments.steps.split(",")):
             ratios = []
-            for k in map(int, arguments.shapes.split(",")):
-                question = (cell, tuple(SHAPES[k - 1]), arguments.full, step)
+            for shape in map(shape_of, arguments.shapes.split(",")):
+                question = (cell, tuple(shape), arguments.full, step)
                 for side in sides:
                     side.ask(*question, 0)
                 rounds = [[side.ask(*question, arguments.seconds) for side in sides] for _ in range(arguments.rounds)]
                 best = sides[0].ask(*question[:3], "sgemm", arguments.seconds) / (2 * SGEMM**3)
                 ratios.append(median(theirs / ours for ours, theirs in rounds))
                 ours, theirs = map(median, zip(*rounds, strict=True))
-                flops = Problem(cell, SHAPES[k - 1], full=arguments.full).flops(step)
+                flops = Problem(cell, shape, full=arguments.full).flops(step)
                 print(
-                    f"{threads} thread(s) {cell} {step} {SHAPES[k - 1]}: {ratios[-1]:.2f}, {1e3 * ours:.2f} ms; "
+                    f"{threads} thread(s) {cell} {step} {shape}: {ratios[-1]:.2f}, {1e3 * ours:.2f} ms; "
                     f"of torch.mm's {1e-9 / best:.0f} GFLOP/s: "
                     f"{flops * best / theirs:.0%} there, {flops * best / ours:.0%} here",
                     flush=True,
