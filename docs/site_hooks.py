@@ -13,8 +13,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 WHOLE = None
 PAGES: dict[str, list[tuple[str, list[str] | None]]] = {
-    "index.md": [("README.md", ["", "Before and after", "What you searched for", "Options"])],
-    "recipes.md": [("README.md", ["Recipes", "Examples"])],
+    "index.md": [("README.md", ["", "Before and after", "What you searched for", "Options", "Recipes"])],
+    "examples.md": [("README.md", ["Examples"])],
     "benchmarks.md": [("README.md", ["Speed"]), ("benchmarks/README.md", WHOLE)],
     "contributing.md": [("CONTRIBUTING.md", WHOLE)],
     "changelog.md": [("CHANGELOG.md", WHOLE)],

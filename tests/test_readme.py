@@ -11,6 +11,7 @@ import traceback
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -36,6 +37,11 @@ NEEDS = {
     "allennlp_light": (("allennlp_light",), "'.[migration]'", "MASKED_RNN_REQUIRE_MIGRATION"),
     "pytorch_forecasting": (("pytorch_forecasting",), "'.[migration]'", "MASKED_RNN_REQUIRE_MIGRATION"),
     "speechbrain": (("speechbrain",), "speechbrain", "MASKED_RNN_REQUIRE_SPEECHBRAIN"),
+    "torchrl": (("torchrl",), "'.[recipes]'", "MASKED_RNN_REQUIRE_RECIPES"),
+    "lightning": (("lightning",), "'.[recipes]'", "MASKED_RNN_REQUIRE_RECIPES"),
+    "transformers": (("transformers", "accelerate"), "'.[recipes]'", "MASKED_RNN_REQUIRE_RECIPES"),
+    "captum": (("captum",), "'.[recipes]'", "MASKED_RNN_REQUIRE_RECIPES"),
+    "safetensors": (("safetensors",), "'.[recipes]'", "MASKED_RNN_REQUIRE_RECIPES"),
 }
 """By what a block imports: the packages it needs, what pip installs them by, and the variable that makes their lack a
 failure."""
@@ -45,6 +51,8 @@ failure."""
 def test_code_in_the_docs(code: str, tmp_path: Path) -> None:
     if "dynamo=True" in code and torch_before("2.13"):
         pytest.skip("torch.onnx.export(dynamo=True) of the layer needs torch 2.13; docs/versions.md")
+    if '"cuda"' in code and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
     for name in set(re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE)) & set(NEEDS):
         packages, installed_by, required = NEEDS[name]
         missing = [package for package in packages if importlib.util.find_spec(package) is None]
@@ -62,10 +70,14 @@ def test_code_in_the_docs(code: str, tmp_path: Path) -> None:
 
 
 def run_as_main(code: str, sent: Connection, folder: Path) -> None:
-    """As `python -c` does, in a process that has torch and the package loaded. What it writes goes into `folder`."""
+    """As `python block.py` does, in a process that has torch and the package loaded, and in `folder`."""
     try:
         os.chdir(folder)
-        exec(compile(code, "<block>", "exec"), vars(sys.modules["__main__"]))
+        main, path = ModuleType("__main__"), folder / "block.py"
+        path.write_text(code)
+        main.__file__ = str(path)  # a DataLoader's workers may import it
+        sys.modules["__main__"] = main
+        exec(compile(code, path, "exec"), vars(main))
         sent.send("")
     except BaseException:
         sent.send(traceback.format_exc())
