@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib.util
 import os
+import pydoc
 import re
 import sys
 import traceback
@@ -12,7 +13,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -88,6 +89,18 @@ def test_docstrings(module: Any) -> None:
     failed, attempted = doctest.testmod(module, globs={"torch": torch, **vars(masked_rnn)})
     assert attempted > 3
     assert failed == 0
+
+
+@pytest.mark.parametrize("layer", [masked_rnn.MaskedGRU, masked_rnn.MaskedLSTM, masked_rnn.MaskedRNN])
+def test_help_of_forward_has_types_and_shapes(layer: Any) -> None:
+    types = get_type_hints(layer.forward)
+    assert list(types) == ["input", "hx", "lengths", "mask", "resets", "return"]
+    assert Any not in types.values()
+    shown = pydoc.render_doc(layer.forward, renderer=pydoc.plaintext)
+    for name in types.keys() - {"return"}:
+        assert re.search(rf"^ +{name}: .*?[(].*?T|^ +{name}: .*?[(]N|^ +{name}: .*mask", shown, re.MULTILINE), name
+    assert "output: " in shown
+    assert "(L·D, N, H)" in shown
 
 
 def test_links() -> None:
