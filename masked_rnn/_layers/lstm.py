@@ -191,8 +191,8 @@ class MaskedLSTM(MaskedRNNBase, nn.LSTM):
         Args:
             input: ``(N, T, I)`` with ``batch_first``, else ``(T, N, I)``; unbatched ``(T, I)``; packed; or nested
                 ``(N, j, I)``
-            hx: The initial states (h, c), each ``(N, L·D·H)`` or ``(L·D, N, H)``; in h, ``proj_size`` stands for H if it
-                is not 0. Zeros if None
+            hx: The initial states (h, c), each ``(N, L·D·H)`` or ``(L·D, N, H)``. In h, ``proj_size`` stands for H if
+                it is not 0. Zeros if None
             lengths: How many steps of each sequence are real, ``(N,)``, each from 0 to T
             mask: In place of lengths, a bool tensor, ``(N, T)`` or ``(T, N)`` as the input is: True at real steps
             resets: A bool tensor shaped as a mask: True where the state starts anew before the step
