@@ -155,7 +155,7 @@ def plot(shares: dict[str, Tensor], out: Path) -> None:
     mpl.rcParams.update({"text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY, "font.size": 11})
     mpl.rcParams.update({"xtick.color": GREY, "ytick.color": GREY, "svg.hashsalt": "masked_rnn"})
     mpl.rcParams["svg.fonttype"] = "none"  # the reader's own fonts
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(5.2, 3.2), layout="constrained")
     axes = figure.subplots()
     for (variant, of_seeds), style in zip(shares.items(), ("-", "--", ":"), strict=True):
         smooth = 100 * of_seeds.unfold(1, 10, 5).mean(2)

@@ -66,6 +66,17 @@ def test_links_are_made_to_work_on_the_site() -> None:
     assert linked("```\n[a](b.md)\n```\n") == "```\n[a](b.md)\n```\n"
 
 
+def test_long_names_in_tables_may_be_broken_at_their_joints() -> None:
+    def cell(code: str) -> str:
+        return str(hooks.on_page_content(f"<table><tr><td><code>{code}</code></td></tr></table>"))
+
+    assert "<wbr>" not in cell("enforce_sorted")
+    assert "<code>tests/<wbr>test_<wbr>compile.<wbr>py::<wbr>test_<wbr>as_<wbr>it</code>" in cell(
+        "tests/test_compile.py::test_as_it"
+    )
+    assert hooks.on_page_content("<p><code>torch._dynamo.config.allow_rnn</code></p>").count("<wbr>") == 0
+
+
 def test_the_pictures_of_semantics_are_what_the_layer_computes() -> None:
     for name, picture in script("draw_semantics").pictures().items():
         assert (ROOT / "docs" / "images" / f"semantics-{name}.svg").read_text() == picture
