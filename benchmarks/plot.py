@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
-from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -29,6 +29,8 @@ COLOURS = {
     "paddle": "#2fa39a",
     "onnxruntime": "#c75c8d",
 }
+WIDTH = 5.0
+"""Inches: letters are about as large as the text's on a phone, where a picture is 360 pixels wide."""
 LABELS = {c.name: c.label for c in CONTENDERS}
 STYLE = {
     "axes.edgecolor": GREY,
@@ -70,35 +72,35 @@ def bars(cell: str, work: str, rows: Sequence[Row]) -> Figure:
     shapes = list(dict.fromkeys(row.shape for row in rows))
     groups = [["recipe"], ["padded"], ["keras", "keras-xla"], ["flax"], ["paddle"], ["onnxruntime"]]
     groups = [group for group in groups if any(row.contender in group for row in rows)]
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 7.5), layout="constrained")
     axes = figure.add_subplot()
-    width = 0.8 / len(groups)
+    thickness = 0.8 / len(groups)
     for k, group in enumerate(groups):
-        heights = []
+        lengths = []
         for shape in shapes:
             ratios = [row.ratio_to_masked_rnn for row in rows if row.shape == shape and row.contender in group]
-            heights.append(min((ratio for ratio in ratios if ratio), default=float("nan")))
-        at = [x + (k - (len(groups) - 1) / 2) * width for x in range(len(shapes))]
-        axes.bar(
+            lengths.append(min((ratio for ratio in ratios if ratio), default=float("nan")))
+        at = [y + (k - (len(groups) - 1) / 2) * thickness for y in range(len(shapes))]
+        axes.barh(
             at,
-            [height - 1 for height in heights],
-            width * 0.92,
-            bottom=1,
+            [length - 1 for length in lengths],
+            thickness * 0.92,
+            left=1,
             color=COLOURS[group[0]],
             label=LABELS[group[0]](cell),
         )
-    axes.axhline(1, color=COLOURS["masked_rnn"], linewidth=1.5, label=f"Masked{cell.upper()}")
-    axes.set_yscale("log")
-    plain_ticks(axes)
-    axes.set_xticks(range(len(shapes)), [shape.replace(" ", "\n", 1) for shape in shapes])
-    axes.set_xlabel("N×T, then input→hidden, layers, directions")
-    axes.set_ylabel(f"time of {'a training step' if work == 'training' else work},\nmasked_rnn = 1")
-    figure.legend(loc="outside upper center", ncols=3)
+    axes.axvline(1, color=COLOURS["masked_rnn"], linewidth=1.5, label=f"Masked{cell.upper()}")
+    axes.set_xscale("log")
+    plain_ticks(axes.xaxis)
+    axes.set_yticks(range(len(shapes)), [shape.replace(" ", "\n") for shape in shapes])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"time of {'a training step' if work == 'training' else work}, masked_rnn = 1")
+    figure.legend(loc="outside upper center", ncols=2)
     return figure
 
 
 def growth(cell: str, work: str, rows: Sequence[Row]) -> Figure:
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     axes = figure.add_subplot()
     for name in ("recipe", "padded", "masked_rnn"):
         points = sorted(
@@ -107,19 +109,20 @@ def growth(cell: str, work: str, rows: Sequence[Row]) -> Figure:
         if points:
             label = f"Masked{cell.upper()}" if name == "masked_rnn" else LABELS[name](cell)
             axes.loglog(*zip(*points, strict=True), marker="o", color=COLOURS[name], label=label)
+    plain_ticks(axes.yaxis)
+    plain_ticks(axes.xaxis)
     axes.set_xticks(sorted({row.T for row in rows if row.T}))
-    plain_ticks(axes)
     axes.set_xlabel(f"time steps T (N={rows[0].N}, H={rows[0].H})")
     axes.set_ylabel("seconds of a training step")
     axes.legend()
     return figure
 
 
-def plain_ticks(axes: Axes) -> None:
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(NullFormatter())
+def plain_ticks(axis: Axis) -> None:
+    """Of a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 if __name__ == "__main__":

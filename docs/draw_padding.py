@@ -32,7 +32,7 @@ def main() -> None:
 
     mpl.rcParams.update({"text.color": GREY, "axes.labelcolor": GREY, "svg.hashsalt": "masked_rnn", "font.size": 11})
     mpl.rcParams["svg.fonttype"] = "none"  # the reader's own fonts
-    figure = Figure(figsize=(6.4, 3.3), layout="constrained")
+    figure = Figure(figsize=(5.2, 3.2), layout="constrained")
     columns = figure.subplots(len(LENGTHS), 2, sharex=True, sharey=True)
     titles = ("nn.GRU(x):\nthe state runs on through padding", "MaskedGRU(x, lengths=[16, 9, 4]):\nit stops")
     for column, (title, output) in enumerate(zip(titles, (without, with_lengths), strict=True)):

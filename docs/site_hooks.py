@@ -13,13 +13,14 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 WHOLE = None
 PAGES: dict[str, list[tuple[str, list[str] | None]]] = {
-    "index.md": [("README.md", ["", "Before and after", "What you searched for", "Options"])],
-    "recipes.md": [("README.md", ["Recipes", "Examples"])],
+    "index.md": [("README.md", ["", "Before and after", "What you searched for", "Options", "Recipes"])],
+    "examples.md": [("README.md", ["Examples"])],
     "benchmarks.md": [("README.md", ["Speed"]), ("benchmarks/README.md", WHOLE)],
     "contributing.md": [("CONTRIBUTING.md", WHOLE)],
     "changelog.md": [("CHANGELOG.md", WHOLE)],
 }
 """From which files each page comes, and which of their sections; "" is what stands before the first."""
+CODE = re.compile(r"(?<=<code>)[^<]*(?=</code>)")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:)([^)#]*)(#[^)]*)?\)")
 
 
@@ -34,6 +35,15 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
     name = page.file.src_uri
     return markdown if name in PAGES else with_links(markdown, f"docs/{name}", config.repo_url)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Long names in tables may be broken at their joints; the browser breaks them nowhere else."""
+    return re.sub(r"<t[dh][ >].*?</t[dh]>", lambda cell: CODE.sub(with_breaks, cell[0]), html, flags=re.DOTALL)
+
+
+def with_breaks(code: re.Match[str]) -> str:
+    return re.sub(r"\S{16,}", lambda name: re.sub(r"(::|[_/.,(=])(?=\w)", r"\1<wbr>", name[0]), code[0])
 
 
 def text_of(page: str, repository: str | None = None) -> str:

@@ -1,36 +1,34 @@
-"""Balance a pole without seeing how fast it moves: a recurrent policy, whose state starts anew with each episode.
+"""Walk a maze and remember what stood at its entrance: a recurrent policy whose state starts anew with each episode.
 
-CartPole-v1 shows the cart's position and the pole's angle, and hides both velocities: the policy has to remember. It is
-a MaskedGRU with two heads, trained by PPO. Sixteen environments run side by side, and their episodes end anywhere in a
-rollout. While acting, the state is handed on step by step. In learning, the whole rollout goes through the layer in one
-call, with `resets` where an episode starts. Each first pass of learning has to give the log-probabilities of acting.
+The maze is a T. At the first step of an episode a light is on or off. A corridor of 4 to 12 steps follows, in which
+nothing is seen. At the junction the policy turns left or right: right is correct if the light was on. Half of the
+episodes are cut off before the junction, as by a time limit, and the next one begins without a sign of it. So a light
+that was on may belong to the last episode, and only `resets` tell the policy which.
 
-Beside it, with the same seed and budget: the same policy without resets, whose state runs on from one episode into the
-next, and one without memory, reset before each step. The last fails. The one without resets does about as well here:
-CartPole forgives a state left over from the last episode. But its episodes are not independent: what it does in one
-depends on the one before.
+The policy is a MaskedGRU and a linear layer, trained by REINFORCE. It acts in 64 mazes, step by step, and hands the
+state on. In learning, a whole rollout goes through the layer in one call, with `resets` where an episode starts: about
+nine episodes in each row. The log-probabilities of learning have to equal those of acting.
+
+Beside it, with the same seeds: the same policy without resets, whose state runs on from one episode into the next, and
+one without memory, reset before each step.
 
     python -m pip install -e ".[examples]"
     python examples/recurrent_policy.py
 
-prints the mean return of each one's last 100 episodes and draws examples/output/recurrent_policy.png, or the file given
-by `--out`. The policy with resets has to reach 400 of 500. `--short` is a quick trial of a few updates.
+prints how often each one turns correctly at the end of training, for five seeds, and draws
+examples/output/recurrent_policy.png, or the file given by `--out`. `--short` is a quick trial of a few updates.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-import gymnasium
-import matplotlib.pyplot as plt
-import numpy as np
+import matplotlib as mpl
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 from torch.distributions import Categorical
@@ -38,192 +36,138 @@ from torch.distributions import Categorical
 from masked_rnn import MaskedGRU
 
 PLOT = Path(__file__).parent / "output" / "recurrent_policy.png"
-VARIANTS = ("with resets", "without resets", "without memory")
-REQUIRED_RETURN = 400
-ENVIRONMENTS, STEPS, EPOCHS = 16, 128, 8
-LEARNING_RATE, DISCOUNT, TRACE, CLIP = 3e-3, 0.99, 0.95, 0.2
-SEEN = [0, 2]
-"""Position and angle, of position, velocity, angle and angular velocity."""
-SCALE = np.array([1.0, 10.0], dtype=np.float32)
-Episodes = list[tuple[int, float]]
-"""After how many environment steps each episode ended, and its return."""
+COLOURS = {"with resets": "#2e7fc2", "without resets": "#c0392b", "without memory": "#7a9a3a"}
+GREY = "#7a7a7a"
+MAZES, STEPS, HIDDEN = 64, 64, 32
+LAST = 20
+"""Updates at the end of training over which correct turns are counted."""
 
 
 class Policy(nn.Module):
-    """Observations (N, T, 2), where episodes start (N, T) -> action logits (N, T, 2), values (N, T), last state."""
+    """Observations (N, T, 2), state (N, H), where episodes start (N, T) -> action logits (N, T, 2), last state."""
 
-    def __init__(self, variant: str, hidden_size: int = 64) -> None:
+    def __init__(self, variant: str) -> None:
         super().__init__()
         self.variant = variant
-        self.gru = MaskedGRU(len(SEEN), hidden_size, batch_first=True)
-        self.actor, self.critic = nn.Linear(hidden_size, 2), nn.Linear(hidden_size, 1)
-        nn.init.orthogonal_(self.actor.weight, 0.01)
+        self.gru = MaskedGRU(2, HIDDEN, batch_first=True)
+        self.head = nn.Linear(HIDDEN, 2)
 
-    def forward(self, obs: Tensor, state: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, obs: Tensor, state: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
         resets = {"with resets": starts, "without resets": None, "without memory": torch.ones_like(starts)}
         output, state = self.gru(obs, state, resets=resets[self.variant])
-        return self.actor(output), self.critic(output).squeeze(-1), state
+        return self.head(output), state
 
 
-class Rollout(NamedTuple):
-    """T steps of N environments, each (N, T) but for obs (N, T, 2) and first_state (N, H)."""
+class Mazes:
+    """Mazes side by side. Where an episode ends, the next one begins."""
 
-    obs: Tensor
-    first_state: Tensor
-    starts: Tensor
-    actions: Tensor
-    log_probs: Tensor
-    advantages: Tensor
-    returns: Tensor
+    def __init__(self) -> None:
+        self.t = torch.zeros(MAZES, dtype=torch.long)
+        self.light, self.junction, self.end = self.draw()
 
+    def draw(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Whether the light is on, the step at the junction, and the last step: half of the episodes are cut off."""
+        junction = torch.randint(5, 14, (MAZES,))
+        cut_at = (torch.rand(MAZES) * junction).long()
+        return torch.rand(MAZES) < 0.5, junction, torch.where(torch.rand(MAZES) < 0.5, cut_at, junction)
 
-class Actor:
-    """Acts in all environments, and keeps what goes on from one rollout to the next."""
-
-    def __init__(self, policy: Policy, seed: int) -> None:
-        self.policy = policy
-        self.environments = [gymnasium.make("CartPole-v1") for _ in range(ENVIRONMENTS)]
-        self.obs = np.stack([e.reset(seed=seed * 1000 + n)[0] for n, e in enumerate(self.environments)])
-        self.starts = torch.ones(ENVIRONMENTS, dtype=torch.bool)
-        self.state = torch.zeros(ENVIRONMENTS, policy.gru.hidden_size)
-        self.total, self.running = 0, np.zeros(ENVIRONMENTS)
-        self.episodes: Episodes = []
-
-    @torch.no_grad()
-    def rollout(self) -> Rollout:
-        first_state = self.state
-        columns: list[tuple[Tensor, ...]] = []
-        for _ in range(STEPS):
-            obs, starts = seen(self.obs), self.starts
-            logits, values, self.state = self.policy(obs[:, None], self.state, starts[:, None])
-            choice = Categorical(logits=logits[:, 0])
-            actions = choice.sample()
-            rewards = self.step(actions)
-            columns.append((obs, starts, actions, choice.log_prob(actions), rewards, values[:, 0]))
-        obs, starts, actions, log_probs, rewards, values = (torch.stack(c, 1) for c in zip(*columns, strict=True))
-        after = self.value(self.obs, self.starts)
-        advantages = advantages_of(rewards, torch.cat([values, after[:, None]], 1), starts, self.starts)
-        return Rollout(obs, first_state, starts, actions, log_probs, advantages, advantages + values)
+    def observe(self) -> tuple[Tensor, Tensor]:
+        """What is seen (N, 2): the light and the junction. And where an episode starts (N,)."""
+        starts = self.t == 0
+        return torch.stack([self.light & starts, self.t == self.junction], 1).float(), starts
 
     def step(self, actions: Tensor) -> Tensor:
-        """One step in each environment; where an episode ended, the next one begins. The rewards, (N,)."""
-        last_obs, cut = np.empty_like(self.obs), np.zeros(ENVIRONMENTS, dtype=bool)
-        self.starts = torch.zeros(ENVIRONMENTS, dtype=torch.bool)
-        self.total += ENVIRONMENTS
-        self.running += 1  # the reward of each step
-        for n, (environment, action) in enumerate(zip(self.environments, actions.tolist(), strict=True)):
-            self.obs[n], _, terminated, truncated, _ = environment.step(action)
-            if terminated or truncated:
-                last_obs[n], cut[n] = self.obs[n], not terminated
-                self.obs[n], _ = environment.reset()
-                self.starts[n] = True
-                self.episodes.append((self.total, self.running[n]))
-                self.running[n] = 0
-        # Rewards so small that values are near 1. The time limit is no failure: what would have followed counts.
-        rewards = torch.full((ENVIRONMENTS,), 1 - DISCOUNT)
-        if cut.any():
-            on = self.value(last_obs, torch.zeros_like(self.starts))
-            rewards += DISCOUNT * torch.where(torch.from_numpy(cut), on, 0)
+        """The rewards (N,): 1 for a correct turn, -1 for a wrong one, 0 away from the junction."""
+        correct = actions.bool() == self.light
+        rewards = torch.where(self.t == self.junction, 2.0 * correct - 1, 0.0)
+        ended = self.t == self.end
+        self.t = torch.where(ended, 0, self.t + 1)
+        new = self.draw()
+        self.light, self.junction, self.end = (
+            torch.where(ended, a, b) for a, b in zip(new, (self.light, self.junction, self.end), strict=True)
+        )
         return rewards
 
-    def value(self, obs: np.ndarray, starts: Tensor) -> Tensor:
-        return self.policy(seen(obs)[:, None], self.state, starts[:, None])[1][:, 0]
 
-
-def seen(obs: np.ndarray) -> Tensor:
-    return torch.from_numpy(obs[:, SEEN] * SCALE)
-
-
-def advantages_of(rewards: Tensor, values: Tensor, starts: Tensor, next_starts: Tensor) -> Tensor:
-    """Generalized advantage estimation: rewards and starts (N, T), values (N, T + 1)."""
-    goes_on = ~torch.cat([starts[:, 1:], next_starts[:, None]], 1)
-    errors = rewards + DISCOUNT * goes_on * values[:, 1:] - values[:, :-1]
-    advantages, following = torch.empty_like(rewards), torch.zeros(len(rewards))
-    for t in reversed(range(rewards.size(1))):
-        following = errors[:, t] + DISCOUNT * TRACE * goes_on[:, t] * following
-        advantages[:, t] = following
-    return advantages
-
-
-def train_updates(policy: Policy, actor: Actor, updates: int) -> Iterator[None]:
-    """Yields after each update."""
-    optimizer = torch.optim.Adam(policy.parameters(), lr=LEARNING_RATE, eps=1e-5)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=updates)
+def train(variant: str, seed: int, updates: int) -> Tensor:
+    """The share of correct turns in each update's rollout, (updates,)."""
+    torch.manual_seed(seed)  # the same initial weights for all variants
+    policy, mazes = Policy(variant), Mazes()
+    optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
+    state, shares = torch.zeros(MAZES, HIDDEN), []
     for _ in range(updates):
-        r = actor.rollout()
-        advantages = (r.advantages - r.advantages.mean()) / (r.advantages.std() + 1e-8)
-        for epoch in range(EPOCHS):
-            logits, values, _ = policy(r.obs, r.first_state, r.starts)
-            choice = Categorical(logits=logits)
-            log_probs = choice.log_prob(r.actions)
-            if epoch == 0:
-                torch.testing.assert_close(log_probs, r.log_probs, atol=1e-4, rtol=1e-4)
-            ratio = (log_probs - r.log_probs).exp()
-            gain = torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages).mean()
-            loss = 0.5 * (values - r.returns).square().mean() - gain - 0.01 * choice.entropy().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(policy.parameters(), 0.5)
-            optimizer.step()
-        schedule.step()
-        yield
+        first, rows = state, []
+        with torch.no_grad():
+            for _ in range(STEPS):
+                obs, starts = mazes.observe()
+                logits, state = policy(obs[:, None], state, starts[:, None])
+                choice = Categorical(logits=logits[:, 0])
+                actions = choice.sample()
+                rows.append((obs, starts, actions, choice.log_prob(actions), mazes.step(actions)))
+        obs, starts, actions, acted, rewards = (torch.stack(column, 1) for column in zip(*rows, strict=True))
+
+        logits, _ = policy(obs, first, starts)  # the whole rollout in one call
+        choice = Categorical(logits=logits)
+        log_probs, turned = choice.log_prob(actions), rewards != 0
+        torch.testing.assert_close(log_probs, acted, atol=1e-4, rtol=1e-4)
+        loss = -(rewards * log_probs + 0.01 * choice.entropy())[turned].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        shares.append((rewards[turned] > 0).float().mean())
+    return torch.stack(shares)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a recurrent policy with resets, without, and without memory.")
-    parser.add_argument("--updates", type=int, default=200)
-    parser.add_argument("--short", action="store_true", help="4 updates, and no return demanded")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--updates", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--short", action="store_true", help="20 updates of one seed, and nothing demanded")
     parser.add_argument("--out", type=Path, default=PLOT, help="where the plot goes")
     args = parser.parse_args()
-    updates = 4 if args.short else args.updates
+    seeds, updates = (1, 20) if args.short else (args.seeds, args.updates)
 
-    # The matrices are so small that a second thread waits more than it works.
-    torch.set_num_threads(1)
-    episodes: dict[str, Episodes] = {}
-    seconds: dict[str, float] = {}
-    columns = (TextColumn("{task.description:<16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("return {task.fields[reached]:.0f}")) as progress:
-        for variant in VARIANTS:
-            task = progress.add_task(variant, total=updates, reached=0.0)
-            torch.manual_seed(args.seed)  # the same initial weights for all
-            policy = Policy(variant)
-            actor = Actor(policy, args.seed)
-            begin = time.perf_counter()
-            for _ in train_updates(policy, actor, updates):
-                progress.update(task, advance=1, reached=reached(actor.episodes))
-            episodes[variant], seconds[variant] = actor.episodes, time.perf_counter() - begin
-
-    report(episodes, seconds)
-    plot(episodes, args.out)
-    if not args.short:
-        final = reached(episodes["with resets"])
-        assert final >= REQUIRED_RETURN, f"return {final:.0f} with resets, expected at least {REQUIRED_RETURN}"
-
-
-def reached(episodes: Episodes) -> float:
-    """The mean return of the last 100 episodes."""
-    return float(np.mean([value for _, value in episodes[-100:]])) if episodes else 0.0
-
-
-def report(episodes: dict[str, Episodes], seconds: dict[str, float]) -> None:
-    table = Table("policy", "mean return of the last 100 episodes", "seconds", title="CartPole-v1 without velocities")
-    for variant, ended in episodes.items():
-        table.add_row(variant, f"{reached(ended):.1f}", f"{seconds[variant]:.0f}")
+    torch.set_num_threads(1)  # the matrices are so small that a second thread waits more than it works
+    table = Table("policy", *(f"seed {seed}" for seed in range(seeds)), "processor time, s", title="Correct turns, %")
+    shares: dict[str, Tensor] = {}
+    for variant in COLOURS:
+        began = time.process_time()
+        shares[variant] = torch.stack([train(variant, seed, updates) for seed in range(seeds)])
+        ends = [f"{100 * share:.1f}" for share in final(shares[variant]).tolist()]
+        table.add_row(variant, *ends, f"{time.process_time() - began:.0f}")
     Console(width=100).print(table)
+    plot(shares, args.out)
+
+    if not args.short:
+        with_resets, without_resets, without_memory = map(final, shares.values())
+        assert with_resets.min() > 0.99, "with resets, nearly every turn has to be correct"
+        assert without_resets.max() < 0.95, "without resets, turns have to be wrong more often"
+        assert (without_memory - 0.5).abs().max() < 0.05, "without memory, turns have to be guessed"
 
 
-def plot(episodes: dict[str, Episodes], out: Path) -> None:
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    for (variant, ended), style in zip(episodes.items(), ("-", "--", ":"), strict=True):
-        steps = [after for after, _ in ended]
-        axes.plot(steps, [reached(ended[: k + 1]) for k in range(len(ended))], style, label=variant)
-    axes.set(xlabel="environment steps", ylabel="mean return of the last 100 episodes", ylim=(0, 510))
-    axes.set_title("CartPole-v1 without velocities")
-    axes.grid(alpha=0.3)
-    axes.legend()
+def final(shares: Tensor) -> Tensor:
+    return shares[:, -LAST:].mean(1)
+
+
+def plot(shares: dict[str, Tensor], out: Path) -> None:
+    """The mean over seeds in a band from the worst to the best, each over ten updates."""
+    mpl.rcParams.update({"text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY, "font.size": 11})
+    mpl.rcParams.update({"xtick.color": GREY, "ytick.color": GREY, "svg.hashsalt": "masked_rnn"})
+    mpl.rcParams["svg.fonttype"] = "none"  # the reader's own fonts
+    figure = Figure(figsize=(5.2, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for (variant, of_seeds), style in zip(shares.items(), ("-", "--", ":"), strict=True):
+        smooth = 100 * of_seeds.unfold(1, 10, 5).mean(2)
+        steps = [(10 + 5 * k) * MAZES * STEPS / 1000 for k in range(smooth.size(1))]
+        axes.fill_between(steps, smooth.amin(0), smooth.amax(0), color=COLOURS[variant], alpha=0.25, linewidth=0)
+        axes.plot(steps, smooth.mean(0), style, color=COLOURS[variant])
+        axes.text(steps[-1], smooth[:, -1].mean(), f" {variant}", color=COLOURS[variant], va="center")
+    axes.set(xlabel="environment steps, thousands", ylabel="correct turns, %", ylim=(40, 102))
+    axes.spines[["top", "right"]].set_visible(False)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)
+    is_svg = out.suffix == ".svg"
+    figure.savefig(out, dpi=150, transparent=is_svg, metadata={"Date": None} if is_svg else None)
     print(f"Plot: {out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out}")
 
 

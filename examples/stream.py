@@ -1,7 +1,8 @@
 """A long signal, a few steps at a time: the state handed on from window to window, as if all had come at once.
 
 Two sensors' signals of different length are fed in windows to a layer that runs forwards. What comes out is compared
-with the whole signal at once, and the time of each window is printed: it does not grow with what came before.
+with the whole signal at once. The processor time of a window is printed: it does not grow with what came before, and
+other work on the machine does not count.
 
     python examples/stream.py
 
@@ -29,6 +30,7 @@ def main() -> None:
     steps = 1_000 if args.short else args.steps
 
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # processor time counts a second thread's waiting, too
     layer = MaskedGRU(8, 64, num_layers=2, batch_first=True).eval()
     signal = torch.randn(2, steps, 8)
     lengths = torch.tensor([steps, steps * 3 // 5])  # the second sensor stops early
@@ -40,7 +42,7 @@ def main() -> None:
     milliseconds = sorted(1e3 * s for s in seconds)
     tenth = len(seconds) // 10
     print(f"{len(seconds)} windows of {args.window} steps, two layers of 64 units, a batch of 2")
-    print(f"latency of a window, ms: median {statistics.median(milliseconds):.2f}, ", end="")
+    print(f"processor time of a window, ms: median {statistics.median(milliseconds):.2f}, ", end="")
     print(f"99 % below {milliseconds[int(0.99 * len(milliseconds))]:.2f}")
     print(f"median of the first tenth {1e3 * statistics.median(seconds[:tenth]):.2f}, ", end="")
     print(f"of the last {1e3 * statistics.median(seconds[-tenth:]):.2f}")
@@ -51,15 +53,15 @@ def main() -> None:
 
 
 def stream(layer: MaskedGRU, signal: Tensor, lengths: Tensor, window: int) -> tuple[Tensor, Tensor, list[float]]:
-    """The outputs of all windows side by side, the last state, and how long each window took."""
+    """The outputs of all windows side by side, the last state, and the processor time of each window."""
     state: Tensor | None = None
     outputs, seconds = [], []
     for start in range(0, signal.size(1), window):
         part = signal[:, start : start + window]
-        began = time.perf_counter()
+        began = time.process_time()
         # How many of the window's steps are real: 0 once a signal has ended, and then its state stands still.
         output, state = layer(part, state, lengths=(lengths - start).clamp(0, part.size(1)))
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.process_time() - began)
         outputs.append(output)
     assert state is not None
     return torch.cat(outputs, 1), state, seconds

@@ -5,13 +5,15 @@ from __future__ import annotations
 import doctest
 import importlib.util
 import os
+import pydoc
 import re
 import sys
 import traceback
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -36,6 +38,11 @@ NEEDS = {
     "allennlp_light": (("allennlp_light",), "'.[migration]'", "MASKED_RNN_REQUIRE_MIGRATION"),
     "pytorch_forecasting": (("pytorch_forecasting",), "'.[migration]'", "MASKED_RNN_REQUIRE_MIGRATION"),
     "speechbrain": (("speechbrain",), "speechbrain", "MASKED_RNN_REQUIRE_SPEECHBRAIN"),
+    "torchrl": (("torchrl",), "'.[recipes]'", "MASKED_RNN_REQUIRE_RECIPES"),
+    "lightning": (("lightning",), "'.[recipes]'", "MASKED_RNN_REQUIRE_RECIPES"),
+    "transformers": (("transformers", "accelerate"), "'.[recipes]'", "MASKED_RNN_REQUIRE_RECIPES"),
+    "captum": (("captum",), "'.[recipes]'", "MASKED_RNN_REQUIRE_RECIPES"),
+    "safetensors": (("safetensors",), "'.[recipes]'", "MASKED_RNN_REQUIRE_RECIPES"),
 }
 """By what a block imports: the packages it needs, what pip installs them by, and the variable that makes their lack a
 failure."""
@@ -45,6 +52,8 @@ failure."""
 def test_code_in_the_docs(code: str, tmp_path: Path) -> None:
     if "dynamo=True" in code and torch_before("2.13"):
         pytest.skip("torch.onnx.export(dynamo=True) of the layer needs torch 2.13; docs/versions.md")
+    if '"cuda"' in code and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
     for name in set(re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE)) & set(NEEDS):
         packages, installed_by, required = NEEDS[name]
         missing = [package for package in packages if importlib.util.find_spec(package) is None]
@@ -62,10 +71,14 @@ def test_code_in_the_docs(code: str, tmp_path: Path) -> None:
 
 
 def run_as_main(code: str, sent: Connection, folder: Path) -> None:
-    """As `python -c` does, in a process that has torch and the package loaded. What it writes goes into `folder`."""
+    """As `python block.py` does, in a process that has torch and the package loaded, and in `folder`."""
     try:
         os.chdir(folder)
-        exec(compile(code, "<block>", "exec"), vars(sys.modules["__main__"]))
+        main, path = ModuleType("__main__"), folder / "block.py"
+        path.write_text(code)
+        main.__file__ = str(path)  # a DataLoader's workers may import it
+        sys.modules["__main__"] = main
+        exec(compile(code, path, "exec"), vars(main))
         sent.send("")
     except BaseException:
         sent.send(traceback.format_exc())
@@ -76,6 +89,18 @@ def test_docstrings(module: Any) -> None:
     failed, attempted = doctest.testmod(module, globs={"torch": torch, **vars(masked_rnn)})
     assert attempted > 3
     assert failed == 0
+
+
+@pytest.mark.parametrize("layer", [masked_rnn.MaskedGRU, masked_rnn.MaskedLSTM, masked_rnn.MaskedRNN])
+def test_help_of_forward_has_types_and_shapes(layer: Any) -> None:
+    types = get_type_hints(layer.forward)
+    assert list(types) == ["input", "hx", "lengths", "mask", "resets", "return"]
+    assert Any not in types.values()
+    shown = pydoc.render_doc(layer.forward, renderer=pydoc.plaintext)
+    for name in types.keys() - {"return"}:
+        assert re.search(rf"^ +{name}: .*?[(].*?T|^ +{name}: .*?[(]N|^ +{name}: .*mask", shown, re.MULTILINE), name
+    assert "output: " in shown
+    assert "(L·D, N, H)" in shown
 
 
 def test_links() -> None:

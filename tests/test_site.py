@@ -55,7 +55,7 @@ def test_links_are_made_to_work_on_the_site() -> None:
 
     assert linked("[how](docs/capture.md#onnx)") == "[how](capture.md#onnx)"
     assert linked("![a](docs/images/padding.svg)") == "![a](images/padding.svg)"
-    assert linked("[a](#classify)") == "[a](recipes.md#classify)"
+    assert linked("[a](#classify)") == "[a](index.md#classify)"
     assert linked("[a](../README.md#speed)", "docs/resets.md") == "[a](benchmarks.md#speed)"
     assert linked("[a](../benchmarks/plot.py)", "docs/bptt.md") == "`benchmarks/plot.py`"
     assert linked("[a](LICENSE)", repository="https://host/a/") == "[a](https://host/a/blob/main/LICENSE)"
@@ -64,6 +64,17 @@ def test_links_are_made_to_work_on_the_site() -> None:
         linked("[a](nothing.py)")
     assert linked("[a](https://b/c.md)") == "[a](https://b/c.md)"
     assert linked("```\n[a](b.md)\n```\n") == "```\n[a](b.md)\n```\n"
+
+
+def test_long_names_in_tables_may_be_broken_at_their_joints() -> None:
+    def cell(code: str) -> str:
+        return str(hooks.on_page_content(f"<table><tr><td><code>{code}</code></td></tr></table>"))
+
+    assert "<wbr>" not in cell("enforce_sorted")
+    assert "<code>tests/<wbr>test_<wbr>compile.<wbr>py::<wbr>test_<wbr>as_<wbr>it</code>" in cell(
+        "tests/test_compile.py::test_as_it"
+    )
+    assert hooks.on_page_content("<p><code>torch._dynamo.config.allow_rnn</code></p>").count("<wbr>") == 0
 
 
 def test_the_pictures_of_semantics_are_what_the_layer_computes() -> None:

@@ -91,6 +91,10 @@ def test_aot_inductor_without_python(tmp_path: Path) -> None:
         "found = torch._inductor.aoti_load_package(sys.argv[1] + '/model.pt2')(x, lengths)\n"
         "for a, b in zip(found, expected, strict=True): torch.testing.assert_close(a, b)\n"
         "assert 'masked_rnn' not in sys.modules\n"
+        "for wrong in (3, -1):\n"
+        "    try: torch._inductor.aoti_load_package(sys.argv[1] + '/model.pt2')(x, lengths.clone().fill_(wrong))\n"
+        "    except RuntimeError: continue\n"
+        "    raise SystemExit(f'a length of {wrong} of 2 steps was accepted')\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", script, str(tmp_path)], check=True, cwd=tmp_path)
 

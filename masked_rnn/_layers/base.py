@@ -211,7 +211,7 @@ def _copy_weights(layer: MaskedRNNBase, weights: dict[str, Tensor]) -> None:
 
 
 def _share_weights(layer: Any, source: Any) -> None:
-    """Put the parameters of `source` in the place of the layer's, or what they are computed from."""
+    """Make the layer use the parameters of `source`, or the tensors from which a hook computes them."""
     computed = False
     for name, _ in list(layer.named_parameters()):
         if parametrize.is_parametrized(source, name):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -175,9 +177,34 @@ class MaskedLSTM(MaskedRNNBase, nn.LSTM):
         mask: None = None,
         resets: None = None,
     ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...
-    def forward(self, input: Any, hx: Any = None, lengths: Any = None, *, mask: Any = None, resets: Any = None) -> Any:
-        """The output, zero at padding, and each sequence's last states (h, c). Without lengths or mask all is real."""
-        return self._forward(input, hx, lengths, mask, resets)
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        lengths: int | Sequence[int] | Tensor | np.ndarray[Any, Any] | None = None,
+        *,
+        mask: Tensor | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+        """Run the layer. Without lengths and mask, every step is real.
+
+        Args:
+            input: ``(N, T, I)`` with ``batch_first``, else ``(T, N, I)``; unbatched ``(T, I)``; packed; or nested
+                ``(N, j, I)``
+            hx: The initial states (h, c), each ``(N, L·D·H)`` or ``(L·D, N, H)``. In h, ``proj_size`` stands for H if
+                it is not 0. Zeros if None
+            lengths: How many steps of each sequence are real, ``(N,)``, each from 0 to T
+            mask: In place of lengths, a bool tensor, ``(N, T)`` or ``(T, N)`` as the input is: True at real steps
+            resets: A bool tensor shaped as a mask: True where the state starts anew before the step
+
+        Returns:
+            output: The top layer's h of each step, zero at padding, laid out as the input, as wide as h: ``D·H`` or
+                ``D·proj_size``
+            last_states: Each sequence's last states (h, c), shaped as ``hx``: ``(N, L·D·H)``; ``(L·D, N, H)`` if
+                ``flatten_hidden=False``
+        """
+        result: tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]] = self._forward(input, hx, lengths, mask, resets)
+        return result
 
     @classmethod
     def from_lstm(cls, lstm: nn.LSTM, **options: Unpack[Options]) -> Self:
