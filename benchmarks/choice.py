@@ -1,7 +1,7 @@
 """What `auto` chooses between on the CPU: `padded` and `bptt`, by how much of a batch is padding.
 
 `python -m benchmarks.choice` prints each shape's times, side by side in one process, what won, and what `auto` took.
-The rule is `suits_kernel` in masked_rnn/_backends/kernels.py; docs/backends.md has it in words.
+The rule is `kernel_is_faster` in masked_rnn/_backends/kernels.py; docs/backends.md has it in words.
 """
 
 from __future__ import annotations

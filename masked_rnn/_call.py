@@ -175,7 +175,7 @@ class Call:
         """The output, as the input lies. It is memory of its own, which its caller may change in place."""
         return output if self.data.dim() == 2 else unsafe_view(output, [*self.data.shape[:2], output.size(-1)])
 
-    def padded(self) -> tuple[Tensor, Tensor | None, Restore]:
+    def padded_last(self) -> tuple[Tensor, Tensor | None, Restore]:
         """The input (T, N, I), padding last; the lengths (N,), None where all are T; how to bring an output back."""
         if self.data.dim() == 2:
             return self._padded_rows()
@@ -185,10 +185,10 @@ class Call:
         x, place = move_to_front(x, self.mask)
         return x, self.mask.sum(0), lambda output: restore(move_back(output, place))
 
-    def masked(self) -> tuple[Tensor, Tensor | None, Restore]:
-        """As `padded`, but with padding where it is, and real steps marked (T, N, 1); None where all are."""
+    def padded_in_place(self) -> tuple[Tensor, Tensor | None, Restore]:
+        """As `padded_last`, but with padding where it is, and real steps marked (T, N, 1); None where all are."""
         if self.mask is None or self.data.dim() == 2:
-            x, lengths, restore = self.padded()
+            x, lengths, restore = self.padded_last()
             return x, None if lengths is None else real_mask(lengths, x.size(0)), restore
         x, restore = self._time_first()
         return x, self.mask.unsqueeze(-1), restore

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ._backends import bptt, packed, padded, scan
 from ._backends.bptt import library
-from ._backends.kernels import runs_all_steps_at_once, runs_cudnn, suits_kernel
+from ._backends.kernels import kernel_is_faster, runs_all_steps_at_once, runs_cudnn
 from ._call import Call
-from ._capture import onnx, operator
+from ._capture import custom_op, onnx
 from ._cells import States
 from ._lengths import is_on_host
 from ._probe import lstm_kernel_runs
@@ -36,7 +36,7 @@ BACKENDS = {
     name: Backend(name, module.run)
     for name, module in (("packed", packed), ("padded", padded), ("bptt", bptt), ("scan", scan))
 }
-OPERATOR = Backend("operator", operator.run)
+OPERATOR = Backend("operator", custom_op.run)
 ONNX = Backend("onnx", onnx.run)
 
 
@@ -168,7 +168,7 @@ def _suits_kernel(call: Call) -> bool:
     layer = call.layer
     learns = bool(call.dropout) or call.wants_gradient()
     fed_back = layer.proj_size or layer.hidden_size
-    return suits_kernel(
+    return kernel_is_faster(
         layer.mode,
         call.data,
         call.batch,

@@ -159,7 +159,7 @@ def test_a_forced_backend_runs(cell: str, backend: str, form: str, ran: list[str
 
 
 @pytest.mark.parametrize("at_once", [False, True])
-def test_elsewhere(at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_on_gpu(at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """On an accelerator: by where the lengths lie, and whether a kernel runs all steps of a padded batch at once."""
     capturing = False
     monkeypatch.setattr(_choice, "runs_all_steps_at_once", lambda *_: at_once)

@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from masked_rnn import MaskedGRU, _torch
 from masked_rnn._backends import kernels, padded
 from masked_rnn._backends.bptt import library
-from masked_rnn._capture import operator
+from masked_rnn._capture import custom_op
 
 SIZES = [(3, 6), (4, 5), (2, 9), (5, 7), (3, 12)]
 
@@ -191,7 +191,7 @@ def test_what_was_saved_is_not_computed_anew(cell: str, monkeypatch: pytest.Monk
     def fail(*_: Any) -> None:
         raise AssertionError("the layer is run once more")
 
-    monkeypatch.setattr(operator, "_recomputed", fail)
+    monkeypatch.setattr(custom_op, "_recomputed", fail)
     layer = masked(cell, batch_first=True).double()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     compiled(torch.randn(3, 9, INPUT, dtype=torch.float64), lengths=[9, 2, 0])[0].sum().backward()
@@ -394,9 +394,9 @@ def test_the_device_forms_gradient_has_every_digit(cell: str, with_resets: bool)
     weights = [p.detach() for p in layer.parameters()]
     grads = [torch.randn(6, 3, layer.proj_size or 3), *(torch.randn_like(h) for h in states)]
     called = (torch.tensor([6, 2, 5]), resets, states, weights, grads, layer.mode, 1, False, True, True)
-    found = operator._recomputed(x, *called)
+    found = custom_op._recomputed(x, *called)
     double = [[t.double() for t in group] for group in (states, weights, grads)]
-    expected = operator._recomputed(x.double(), *called[:2], *double, *called[5:])
+    expected = custom_op._recomputed(x.double(), *called[:2], *double, *called[5:])
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-4)
 

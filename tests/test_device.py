@@ -166,7 +166,7 @@ def layer(cell: str, backend: str) -> Any:
 
 
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
-def test_edges(layer: Any) -> None:
+def test_unbatched_and_empty_input(layer: Any) -> None:
     there = copy.deepcopy(layer).to(DEVICE)
     for name, (shape, given) in EDGES.items():
         x = torch.randn(shape, dtype=torch.float64)

@@ -362,7 +362,7 @@ def test_dropout_has_the_mean_of_none(backend: str) -> None:
     assert values.mean().item() == pytest.approx(1.0, abs=0.02)
 
 
-def test_the_door() -> None:
+def test_public_names() -> None:
     assert sorted(masked_rnn.__all__) == ["MaskedGRU", "MaskedLSTM", "MaskedRNN", "get_env_info"]
 
 

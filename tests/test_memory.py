@@ -188,7 +188,7 @@ def weights_elsewhere(cell: str) -> None:
 
 @point
 def the_operator_is_given_another_shape(cell: str) -> None:
-    import masked_rnn._capture.operator  # noqa: F401
+    import masked_rnn._capture.custom_op  # noqa: F401
 
     layer = make(cell, bidirectional=True)
     weights = [p.detach() for p in layer.parameters()]

@@ -19,7 +19,7 @@ FLOORS = (
     ("_capture",),
     ("_backends/packed", "_backends/padded", "_backends/bptt", "_backends/scan"),
     ("_backends/kernels",),
-    ("_backends/recurrence", "_backends/double_backward", "_backends/rows", "_backends"),
+    ("_backends/recurrence", "_backends/double_backward", "_backends/gather", "_backends"),
     ("_call",),
     ("_forms", "_states"),
     ("_segments", "_refusals"),

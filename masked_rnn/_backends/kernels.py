@@ -38,7 +38,7 @@ def has_lstm_kernel(mode: str, x: Tensor, hidden: int, fed_back: int) -> bool:
     return mode == "LSTM" and hidden == fed_back and x.dtype == torch.float32 and has_onednn()
 
 
-def suits_kernel(
+def kernel_is_faster(
     mode: str,
     x: Tensor,
     batch: int,
@@ -112,7 +112,7 @@ def run_kernel(
     if on_cudnn:
         initial = tuple(h.contiguous() for h in initial)  # cuDNN refuses others, such as a flattened hx
         if not is_fake(x):
-            parameters = in_one_chunk(parameters)
+            parameters = flatten_for_cudnn(parameters)
     if learns and batch_sizes is not None:
         batch_sizes = batch_sizes.clone()  # `recurrence` reads it later; the caller may have changed theirs by then
     # What a module calls training draws dropout, and is when cuDNN saves what its gradient needs.
@@ -142,7 +142,7 @@ def run_kernel(
     return output, tuple(last)
 
 
-def in_one_chunk(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+def flatten_for_cudnn(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
     """A stack's weights as cuDNN has them in memory: one after the other, matrices, then biases, zeros where there are
     none. Where they lie otherwise, PyTorch copies them one by one, and warns of what no user of one layer of several
     can change; where no biases follow, it has cuDNN take what does for them."""

@@ -8,8 +8,8 @@ from torch import Tensor
 from .._call import Call
 from .._cells import States
 from .._plan import restore_states, sort_states
+from .gather import gather_rows, scatter_rows
 from .kernels import run_stack
-from .rows import pick_rows, place_rows
 
 
 def run(call: Call) -> tuple[Tensor, States]:
@@ -24,12 +24,12 @@ def run(call: Call) -> tuple[Tensor, States]:
         return run_stack(call, call.data, call.states)
     plan = call.plan
     batch_sizes = torch.tensor(plan.batch_sizes, dtype=torch.int64, device="cpu")
-    rows = pick_rows(call.rows(), plan.index)
+    rows = gather_rows(call.rows(), plan.index)
     states = tuple(sort_states(h, plan) for h in call.states)
     output, last = run_stack(call, rows, states, batch_sizes)
     initial = (h.to(new.dtype) for h, new in zip(call.states, last, strict=True))  # autocast may have changed it
     last = tuple(restore_states(new, h, plan) for h, new in zip(initial, last, strict=True))
-    return call.from_rows(place_rows(output, plan.index, plan.size)), last
+    return call.from_rows(scatter_rows(output, plan.index, plan.size)), last
 
 
 def takes_input_as_it_is(call: Call) -> bool:

@@ -29,7 +29,7 @@ def run(call: Call) -> tuple[Tensor, States]:
     if call.lengths is not None and call.data.dim() == 3 and not is_traced() and call.steps == 1:
         idle = to_device(call.lengths == 0, call.data.device)
         return run_one_step(partial(run_stack, call), call.data, idle, call.states, call.batch_first)
-    x, lengths, restore = call.padded()
+    x, lengths, restore = call.padded_last()
     output, last = stack_layers(
         x, call.states, call.weights, lambda x, states, w: run_padded(mode, x, lengths, states, w), call.dropout
     )

@@ -11,7 +11,7 @@ from .recurrence import scan
 
 
 def run(call: Call) -> tuple[Tensor, States]:
-    x, real, restore = call.masked()
+    x, real, restore = call.padded_in_place()
     # A copy: what autograd saves must not change with the caller's tensor.
     resets = None if call.resets is None else to_device(call.resets.unsqueeze(-1).clone(), x.device)
     output, last = stack_layers(

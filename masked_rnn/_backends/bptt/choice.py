@@ -10,23 +10,23 @@ from ..._cells import LayerWeights, States
 from ..._memory import NotPlainError, with_memory
 from ..._torch import is_recorded
 from . import library, loops, native
-from .spec import LayerSpec, Saved
+from .layer_run import LayerRun, Saved
 
 
 def forward(
-    spec: LayerSpec, x: Tensor, initial: States, weights: LayerWeights, save: bool, into: Saved | None = None
+    layer_run: LayerRun, x: Tensor, initial: States, weights: LayerWeights, save: bool, into: Saved | None = None
 ) -> tuple[Tensor, States, Saved | None]:
     if library.runs(x.dtype) and not is_recorded():
         try:
-            return native.forward(spec, x, initial, weights, save, into)
+            return native.forward(layer_run, x, initial, weights, save, into)
         except NotPlainError:
             pass  # PyTorch's ops know what else a tensor can be, and refuse what they must
     x, initial, weights = _readable(x, initial, weights)
-    return loops.forward(spec, x, initial, weights, save, into)
+    return loops.forward(layer_run, x, initial, weights, save, into)
 
 
 def backward(
-    spec: LayerSpec,
+    layer_run: LayerRun,
     x: Tensor,
     initial: States,
     weights: LayerWeights,
@@ -38,7 +38,7 @@ def backward(
 ) -> tuple[Tensor | None, States, LayerWeights | None]:
     if library.runs(x.dtype) and not is_recorded():
         try:
-            return native.backward(spec, x, initial, weights, saved, d_output, d_last, want_x, want_weights)
+            return native.backward(layer_run, x, initial, weights, saved, d_output, d_last, want_x, want_weights)
         except NotPlainError:
             pass  # as above
     x, initial, weights = _readable(x, initial, weights)
@@ -46,7 +46,7 @@ def backward(
     saved = Saved(tuple(map(with_memory, history)), None if buffer is None else with_memory(buffer))
     d_output = None if d_output is None else with_memory(d_output)
     d_last = [None if d is None else with_memory(d) for d in d_last]
-    return loops.backward(spec, x, initial, weights, saved, d_output, d_last, want_x, want_weights)
+    return loops.backward(layer_run, x, initial, weights, saved, d_output, d_last, want_x, want_weights)
 
 
 def _readable(x: Tensor, initial: States, weights: LayerWeights) -> tuple[Tensor, States, LayerWeights]:

@@ -13,7 +13,7 @@ from ..._memory import address, contiguous, copied
 from ..._torch import below_autograd
 from . import library, loops, threads
 from .cells import CELLS
-from .spec import LayerSpec, Saved, last_gradient, new_saved
+from .layer_run import LayerRun, Saved, last_gradient, new_saved
 
 NO_MEMORY = (0, 0)
 INT64 = torch.int64
@@ -21,7 +21,7 @@ INT64 = torch.int64
 
 @below_autograd
 def forward(
-    spec: LayerSpec, x: Tensor, initial: States, weights: LayerWeights, save: bool, into: Saved | None = None
+    spec: LayerRun, x: Tensor, initial: States, weights: LayerWeights, save: bool, into: Saved | None = None
 ) -> tuple[Tensor, States, Saved | None]:
     plan = spec.plan
     if not plan.rows:
@@ -49,7 +49,7 @@ def forward(
 
 @below_autograd
 def backward(
-    spec: LayerSpec,
+    spec: LayerRun,
     x: Tensor,
     initial: States,
     weights: LayerWeights,
@@ -89,7 +89,7 @@ def backward(
 
 
 def _layer(
-    spec: LayerSpec, x: Tensor, states: States, weights: LayerWeights, saved: Saved | None
+    spec: LayerRun, x: Tensor, states: States, weights: LayerWeights, saved: Saved | None
 ) -> tuple[list[int], Any]:
     """The record `Layer` of native/interface.h, and what its addresses point to."""
     plan, D, dtype = spec.plan, len(weights), x.dtype

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .._backends.bptt import choice, library
 from .._backends.bptt.cells import CELLS
-from .._backends.bptt.spec import LayerSpec, Saved, buffer_shape, history_shapes
-from .._backends.kernels import suits_kernel
+from .._backends.bptt.layer_run import LayerRun, Saved, buffer_shape, history_shapes
+from .._backends.kernels import kernel_is_faster
 from .._backends.padded import run_padded
 from .._backends.recurrence import scan
 from .._call import Call
@@ -37,7 +37,7 @@ def run(call: Call) -> tuple[Tensor, States]:
     if call.data.dim() == 3 and call.mask is None:
         x, lengths, batch_first, restore = call.data, call.lengths, call.batch_first, None
     else:
-        x, lengths, restore = call.padded()
+        x, lengths, restore = call.padded_last()
         batch_first = False
     mode, D, S = call.layer.mode, call.directions, len(call.states)
     resets = call.resets
@@ -79,11 +79,11 @@ def _forward(
             output, last = _kernel(mode, x, lengths, resets, states, grouped, batch_first)
         return [output.contiguous(), *(h.clone() for h in last), saved_bytes]
     plan, segments = _plan(x, lengths, resets, directions, batch_first)
-    spec = LayerSpec(mode, directions, plan, gather=True, scatter=True)
+    layer_run = LayerRun(mode, directions, plan, gather=True, scatter=True)
     states = states if segments is None else tuple(map(segments.initial, states))
-    saved = _saved(spec, x, states, grouped, saved_bytes) if save else None
+    saved = _saved(layer_run, x, states, grouped, saved_bytes) if save else None
     flat = x.reshape(-1, x.size(-1))
-    output, last, _ = choice.forward(spec, flat, states, grouped, save, saved)
+    output, last, _ = choice.forward(layer_run, flat, states, grouped, save, saved)
     if segments is not None:
         last = tuple(map(segments.last, last, initial))
     # Not a view for autograd: the caller may change it in place.
@@ -114,13 +114,13 @@ def _backward(
             x, lengths, resets, initial, weights, grads, mode, directions, batch_first, want_x, want_weights
         )
     plan, segments = _plan(x, lengths, resets, directions, batch_first)
-    spec = LayerSpec(mode, directions, plan, gather=True, scatter=True)
+    layer_run = LayerRun(mode, directions, plan, gather=True, scatter=True)
     states = states if segments is None else tuple(map(segments.initial, states))
     flat = x.reshape(-1, x.size(-1))
-    saved = _saved(spec, x, states, grouped, saved_bytes)
+    saved = _saved(layer_run, x, states, grouped, saved_bytes)
     d_output, d_last = grads[0].reshape(flat.size(0), -1), list(grads[1:])
     dx, d_initial, d_weights = choice.backward(
-        spec,
+        layer_run,
         flat,
         states,
         grouped,
@@ -155,7 +155,7 @@ def _runs_kernel(
     if batch == 0 or steps == 0 or x.is_complex() or resets is not None:
         return x.is_complex() and batch * steps > 0  # the loops' gradients are those of real numbers
     hidden, fed_back = initial[-1].size(-1), initial[0].size(-1)
-    return suits_kernel(mode, x, batch, steps, hidden, fed_back, lengths, learns, library.runs)
+    return kernel_is_faster(mode, x, batch, steps, hidden, fed_back, lengths, learns, library.runs)
 
 
 def _kernel(
@@ -228,9 +228,9 @@ def _saved_size(
     return (directions * (x.shape[0] * x.shape[1] * (states + blocks) + sequences * states) + 1) * x.element_size()
 
 
-def _saved(spec: LayerSpec, x: Tensor, initial: Sequence[Tensor], weights: LayerWeights, room: Tensor) -> Saved:
+def _saved(layer_run: LayerRun, x: Tensor, initial: Sequence[Tensor], weights: LayerWeights, room: Tensor) -> Saved:
     """What `forward` saves, laid out in the bytes of `room`."""
-    history, buffer = history_shapes(spec, initial), buffer_shape(spec, weights)
+    history, buffer = history_shapes(layer_run, initial), buffer_shape(layer_run, weights)
     shapes = history if buffer is None else [*history, buffer]
     sizes = [math.prod(shape) for shape in shapes]
     parts = room.view(x.dtype).narrow(0, 0, sum(sizes)).split(sizes)
