@@ -15,7 +15,7 @@ from torch import Tensor
 
 import masked_rnn
 from masked_rnn._call import open_call
-from masked_rnn._choice import choose
+from masked_rnn._dispatch import choose
 
 from .__main__ import loops
 from .report import print_table
@@ -47,7 +47,7 @@ def compare(name: str, learns: bool, kind: str, batch: int, steps: int, hidden: 
                 output.sum().backward()
 
     with torch.set_grad_enabled(learns):
-        chosen = choose(open_call(layers["auto"], x, None, lengths, None, None)).name
+        chosen = choose(open_call(layers["auto"], x, None, lengths, None, None))
     contenders = {backend: layers[backend] for backend in ("padded", "bptt")}
     for layer in contenders.values():
         run(layer)

@@ -18,7 +18,7 @@ from torch.nn.utils import prune
 
 import masked_rnn
 from masked_rnn import MaskedGRU, MaskedLSTM, MaskedRNN
-from masked_rnn._choice import BACKENDS
+from masked_rnn._dispatch import BACKENDS
 
 X = torch.randn(3, 6, INPUT, generator=torch.Generator().manual_seed(1))
 LENGTHS = [2, 6, 0]

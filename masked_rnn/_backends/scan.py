@@ -1,4 +1,4 @@
-"""The recurrence in plain ops as a backend: it runs under every transform and on any device."""
+"""The recurrence in plain ops. It runs under every transform and on any device."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from .._call import Call
 from .._cells import States, stack_layers
 from .._torch import to_device
 from .recurrence import scan
+
+
+def why_not(call: Call) -> str | None:
+    """Return the reason why this backend can't run a call. None: it can."""
+    if call.context.traced and call.resets is None:
+        return "torch.jit.trace would keep the number of steps of this call for good"
+    return call.why_unreadable(reads_plan=call.data.dim() == 2, reads_resets=call.context.traced)
 
 
 def run(call: Call) -> tuple[Tensor, States]:

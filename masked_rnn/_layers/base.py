@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypedDict, TypeVar, Unpac
 import torch
 from torch import Tensor, nn
 
-from .._at_once import run_at_once
-from .._call import close_call, open_call
-from .._cells import BackendName, Layer
-from .._choice import check_name, run
+from .._cells import BackendName
+from .._dispatch import call_layer, check_name
 from .._torch import dynamo_refuses, dynamo_watches, left_to_run
 from .convert import copy_keras, share_torch
 
@@ -46,24 +44,15 @@ class Options(TypedDict, total=False):
 DEFAULTS: Options = {"enforce_sorted": False, "flatten_hidden": True, "backend": "auto"}
 
 
-def _run(layer: Layer, input: Any, hx: Any, lengths: Any, mask: Any, resets: Any) -> Any:
-    if not torch.compiler.is_compiling():
-        result = run_at_once(layer, input, hx, lengths, mask, resets)
-        if result is not None:
-            return result
-    call = open_call(layer, input, hx, lengths, mask, resets)
-    return close_call(call, *run(call))
+_call_eagerly: Any = None
 
 
-_run_eagerly: Any = None
-
-
-def _eager_run() -> Any:
-    """`_run`, which Dynamo leaves alone. Made when Dynamo is first there: loading it takes seconds."""
-    global _run_eagerly
-    if _run_eagerly is None:
-        _run_eagerly = left_to_run(_run)
-    return _run_eagerly
+def _eager_call() -> Any:
+    """Return `call_layer` as Dynamo leaves it alone. It is made once Dynamo is there: loading that takes seconds."""
+    global _call_eagerly
+    if _call_eagerly is None:
+        _call_eagerly = left_to_run(call_layer)
+    return _call_eagerly
 
 
 def _as_leaf(layer: Any, input: Any, hx: Any, lengths: Any, mask: Any, resets: Any) -> Any:
@@ -116,12 +105,12 @@ class MaskedRNNBase(nn.RNNBase):
         if not torch.compiler.is_compiling():
             if isinstance(input, torch.fx.Proxy):
                 return _as_leaf(self, input, hx, lengths, mask, resets)
-            # Dynamo leaves every nn.RNNBase to run as it is, but would compile, in pieces, the functions that it calls.
+            # Dynamo skips RNN modules, but would still compile the functions that they call.
             if dynamo_watches():
-                return _eager_run()(self, input, hx, lengths, mask, resets)
+                return _eager_call()(self, input, hx, lengths, mask, resets)
         elif dynamo_refuses():
-            return _eager_run()(self, input, hx, lengths, mask, resets)
-        return _run(self, input, hx, lengths, mask, resets)
+            return _eager_call()(self, input, hx, lengths, mask, resets)
+        return call_layer(self, input, hx, lengths, mask, resets)
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]

@@ -1,5 +1,5 @@
 """The CPU engine: forward and backward through time, with gradients derived by hand (docs/bptt.md)."""
 
-from .autograd import run
+from .autograd import run, why_not
 
-__all__ = ["run"]
+__all__ = ["run", "why_not"]

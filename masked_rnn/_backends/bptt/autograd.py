@@ -5,18 +5,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import count
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..._call import Call
+from ..._call.context import PLAIN
 from ..._cells import LayerWeights, States, flatten_weights, group_weights, stack_layers
 from ..double_backward import gradient_of, needs_another_backward
 from ..gather import gather_rows, scatter_rows
 from ..recurrence import scan_rows
 from . import choice
 from .layer_run import LayerRun, Saved
+
+NEEDS_GRADIENT = attrgetter("requires_grad")
+
+
+def why_not(call: Call) -> str | None:
+    """Return the reason why this backend can't run a call. None: it can."""
+    context = call.context
+    reason = context.only_scan
+    if context is not PLAIN and not reason:
+        reason = call.why_unreadable(reads_plan=context.traced or context.cuda_graph or not call.is_plain)
+    if reason or not call.parameters[0].is_complex():
+        return reason
+    return "its gradients are those of real numbers, and this layer is complex"
 
 
 def run(call: Call) -> tuple[Tensor, States]:
@@ -27,7 +42,7 @@ def run(call: Call) -> tuple[Tensor, States]:
         k = next(number)
         layer_run = LayerRun(call.layer.mode, call.directions, plan, gather=k == 0, scatter=k == L - 1)
         tensors = (*initial, *flatten_weights([weights]))
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors)):
+        if torch.is_grad_enabled() and any(map(NEEDS_GRADIENT, (x, *tensors))):
             output, *last = ThroughTime.apply(layer_run, len(initial), x, *tensors)
             return output, tuple(last)
         output, states, _ = choice.forward(layer_run, x, initial, weights, save=False)
