@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._backends import padded, scan
-from .._backends.bptt import choice, library
+from .._backends.bptt import library, native
 from .._backends.bptt.layer_run import LayerRun, saved_in, saved_numbers
 from .._backends.kernels import kernel_is_faster
 from .._call import Call
@@ -77,7 +77,7 @@ def _forward(
         layer_run, states, segments = _plan_layer(call)
         (own,) = call.weights
         into = saved_in(saved.view(x.dtype), layer_run, states, own) if save else None
-        rows, last, _ = choice.forward(layer_run, call.rows(), states, own, save, into)
+        rows, last, _ = native.forward(layer_run, call.rows(), states, own, save, into)
         output = call.from_rows(rows)
         if segments is not None:
             last = tuple(map(segments.last, last, initial))
@@ -93,14 +93,13 @@ def _backward(*given: Any) -> list[Tensor]:
         return _run_kernel_again(arguments, grads, want_x, want_weights)
     layer_run, states, segments = _plan_layer(call)
     rows, (weights,), d_last = call.rows(), call.weights, list(grads[1:])
-    dx, d_initial, d_weights = choice.backward(
+    dx, d_initial, d_weights = native.backward(
         layer_run,
         rows,
         states,
         weights,
         saved_in(saved.view(rows.dtype), layer_run, states, weights),
-        grads[0].reshape(rows.size(0), -1),
-        d_last if segments is None else list(map(segments.last_gradient, d_last)),
+        [grads[0].reshape(rows.size(0), -1), *(d_last if segments is None else map(segments.last_gradient, d_last))],
         want_x,
         want_weights,
     )

@@ -17,7 +17,7 @@ from ..._cells import LayerWeights, States, flatten_weights, group_weights, stac
 from ..double_backward import gradient_of, needs_another_backward
 from ..gather import gather_rows, scatter_rows
 from ..recurrence import scan_rows
-from . import choice
+from . import native
 from .layer_run import LayerRun, Saved
 
 NEEDS_GRADIENT = attrgetter("requires_grad")
@@ -45,7 +45,7 @@ def run(call: Call) -> tuple[Tensor, States]:
         if torch.is_grad_enabled() and any(map(NEEDS_GRADIENT, (x, *tensors))):
             output, *last = ThroughTime.apply(layer_run, len(initial), x, *tensors)
             return output, tuple(last)
-        output, states, _ = choice.forward(layer_run, x, initial, weights, save=False)
+        output, states, _ = native.forward(layer_run, x, initial, weights, save=False)
         return output, states
 
     output, last = stack_layers(call.rows(), call.states, call.weights, run_one, call.dropout)
@@ -58,7 +58,7 @@ class ThroughTime(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer_run: LayerRun, n_states: int, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         initial, (weights,) = tensors[:n_states], group_weights(tensors[n_states:], 1, layer_run.directions)
-        output, last, saved = choice.forward(layer_run, x, initial, weights, save=True)
+        output, last, saved = native.forward(layer_run, x, initial, weights, save=True)
         ctx.layer_run, ctx.n_states, ctx.n_inputs = layer_run, n_states, len(tensors)
         assert saved is not None
         kept = (x, *tensors, *saved.history, *(() if saved.buffer is None else (saved.buffer,)))
@@ -82,14 +82,13 @@ class ThroughTime(torch.autograd.Function):
             plain = partial(_recurrence, layer_run, n_states)
             return None, None, *gradient_of(plain, (x, *tensors), ctx.needs_input_grad[2:], grads)
         initial, (weights,) = tuple(tensors[:n_states]), group_weights(tensors[n_states:], 1, layer_run.directions)
-        dx, d_initial, d_weights = choice.backward(
+        dx, d_initial, d_weights = native.backward(
             layer_run,
             x,
             initial,
             weights,
             Saved(tuple(saved[:n_states]), saved[n_states] if saved[n_states:] else None),
-            d_output,
-            d_last,
+            grads,
             ctx.needs_input_grad[2],
             any(ctx.needs_input_grad[3 + n_states :]),
         )

@@ -10,6 +10,7 @@ P input rows with padding, R rows that run, B sequences that have one, N all, I 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from ..._cells import LayerWeights, States
 from ..._plan import Chunk, Plan
 from ..._torch import below_autograd
-from .cells import Cell
+from .cells import AddProduct, Cell
 from .layer_run import LayerRun, Saved, final_states, initial_gradient, new_history, new_saved, packed_states
 from .products import InputProduct, WeightGradients, recurrent_product
 
@@ -74,19 +75,23 @@ def backward(
     initial: States,
     weights: LayerWeights,
     saved: Saved,
-    d_output: Tensor | None,
-    d_last: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
     want_x: bool,
     want_weights: bool,
 ) -> tuple[Tensor | None, States, LayerWeights | None]:
-    """The gradients of x, of the initial states and of the weights."""
-    plan, cell, axis, (history, buffer) = layer_run.plan, layer_run.cell(weights), int(layer_run.is_paired), saved
+    """Return the gradients of x, of the initial states and of the weights.
+
+    `grads` are those of the output (P, D·H) or (R, D·H), and of the last states (D, N, H).
+    """
+    d_output, *d_last = grads
+    plan, cell, (history, buffer) = layer_run.plan, layer_run.cell(weights), saved
     chunks = _chunks(layer_run, cell, x.element_size())
     add_ = recurrent_product(cell.join(*(d.w_hh for d in weights)))
-    rows_in, rows_out = layer_run.rows_at(layer_run.gather), layer_run.rows_at(layer_run.scatter)
+    rows_in = layer_run.rows_at(layer_run.gather)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if want_x else None
     dw = WeightGradients(cell, weights) if want_weights else None
     ends = [None if d is None else packed_states(layer_run, d) for d in d_last]
+    incoming = Incoming(d_output, layer_run.rows_at(layer_run.scatter), ends)
     carried: list[Tensor] = []
     most = max((chunk.rows for chunk in chunks), default=0)
     scratch = x.new_empty(layer_run.shape(most, cell.gates * cell.hidden))
@@ -99,26 +104,14 @@ def backward(
         derivatives = cell.local_derivatives(activations, before, after, scratch.narrow(-2, 0, chunk.rows))
 
         # The states' gradients, behind those of the step before the chunk.
-        grads = [states.narrow(-2, 0, chunk.before + chunk.rows) for states in gradients]
-        own = [grad.narrow(-2, chunk.before, chunk.rows) for grad in grads]
-        for states in grads if d_output is None else grads[1:]:
-            states.zero_()
-        if d_output is not None:
-            grads[0].narrow(-2, 0, chunk.before).zero_()
-            _read_output(layer_run, d_output, rows_out, chunk, own[0])
-        for grad, end in zip(own, ends, strict=True):
-            _add_ends(plan, end, chunk, grad)
-        for grad, carry in zip(own, carried, strict=False):
-            grad.narrow(-2, chunk.rows - carry.size(-2), carry.size(-2)).add_(carry)
+        d_states = [states.narrow(-2, 0, chunk.before + chunk.rows) for states in gradients]
+        own = [d.narrow(-2, chunk.before, chunk.rows) for d in d_states]
+        _read_incoming(layer_run, incoming, chunk, d_states, own)
+        for d, carry in zip(own, carried, strict=False):
+            d.narrow(-2, chunk.rows - carry.size(-2), carry.size(-2)).add_(carry)
 
-        parts = [
-            torch.split_with_sizes(part, chunk.sizes, axis)[::-1]
-            for part in cell.back_parts(derivatives, activations, own)
-        ]
-        views = [torch.split_with_sizes(grad, [chunk.before, *chunk.sizes], axis) for grad in grads]
-        earlier = [_first_rows(steps[:-1], chunk)[::-1] for steps in views]
-        cell.run_back_(parts, [steps[:0:-1] for steps in views], earlier, add_)
-        carried = [grad.narrow(-2, 0, chunk.before).clone() for grad in grads]
+        _run_back(layer_run, chunk, cell, cell.back_parts(derivatives, activations, own), d_states, add_)
+        carried = [d.narrow(-2, 0, chunk.before).clone() for d in d_states]
 
         if dw is not None:
             dw.add_recurrent(derivatives, before[0], own[0])
@@ -134,6 +127,47 @@ def backward(
         for s, first in enumerate(initial)
     ]
     return dx, tuple(d_initial), None if dw is None else dw.result()
+
+
+class Incoming(NamedTuple):
+    """The gradients that come into a layer."""
+
+    d_output: Tensor | None
+    """(P, D·H) or (R, D·H)"""
+    rows: list[Tensor | None]
+    """Where each direction's rows lie in it; None: in order"""
+    ends: list[Tensor | None]
+    """Of the last states, as `packed_states` gives them"""
+
+
+def _read_incoming(
+    layer_run: LayerRun, incoming: Incoming, chunk: Chunk, d_states: Sequence[Tensor], own: Sequence[Tensor]
+) -> None:
+    """Fill the states' gradients with what comes in. `own` are their rows in the chunk, after the step before it."""
+    d_output, rows, ends = incoming
+    for d in d_states if d_output is None else d_states[1:]:
+        d.zero_()
+    if d_output is not None:
+        d_states[0].narrow(-2, 0, chunk.before).zero_()
+        _read_output(layer_run, d_output, rows, chunk, own[0])
+    for d, end in zip(own, ends, strict=True):
+        _add_ends(layer_run.plan, end, chunk, d)
+
+
+def _run_back(
+    layer_run: LayerRun,
+    chunk: Chunk,
+    cell: Cell,
+    parts: Sequence[Tensor],
+    d_states: Sequence[Tensor],
+    add_: AddProduct,
+) -> None:
+    """Run the chunk's steps, the last one first."""
+    axis = int(layer_run.is_paired)
+    split_parts = [torch.split_with_sizes(part, chunk.sizes, axis)[::-1] for part in parts]
+    views = [torch.split_with_sizes(d, [chunk.before, *chunk.sizes], axis) for d in d_states]
+    earlier = [_first_rows(steps[:-1], chunk)[::-1] for steps in views]
+    cell.run_back_(split_parts, [steps[:0:-1] for steps in views], earlier, add_)
 
 
 def _first_rows(views: Sequence[Tensor], chunk: Chunk) -> Sequence[Tensor]:
