@@ -1,7 +1,7 @@
 """What `auto` chooses between on the CPU: `padded` and `bptt`, by how much of a batch is padding.
 
 `python -m benchmarks.choice` prints each shape's times, side by side in one process, what won, and what `auto` took.
-The rule is `suits_kernel` in masked_rnn/_backends/kernels.py; docs/backends.md has it in words.
+The rule is `kernel_is_faster` in masked_rnn/_backends/kernels.py; docs/backends.md has it in words.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 import masked_rnn
 from masked_rnn._call import open_call
-from masked_rnn._choice import choose
+from masked_rnn._dispatch import choose
 
 from .__main__ import loops
 from .report import print_table
@@ -47,7 +47,7 @@ def compare(name: str, learns: bool, kind: str, batch: int, steps: int, hidden: 
                 output.sum().backward()
 
     with torch.set_grad_enabled(learns):
-        chosen = choose(open_call(layers["auto"], x, None, lengths, None, None)).name
+        chosen = choose(open_call(layers["auto"], x, None, lengths, None, None))
     contenders = {backend: layers[backend] for backend in ("padded", "bptt")}
     for layer in contenders.values():
         run(layer)

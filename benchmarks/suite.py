@@ -11,9 +11,9 @@ from typing import Any, Self
 from . import sharing
 from .contenders import BACKENDS, CAPTURED, CONTENDERS, OURS, PADDED, PRODUCTS, RECIPE, Contender
 from .measure import Entry, Times, ratio, take_turns
-from .oracle import TOLERANCE, faults, oracle, prove
 from .problem import SHAPES, Problem, Result, Shape
 from .rows import Row
+from .truth import TOLERANCE, faults, oracle, prove
 from .worker import ContenderError, Worker
 
 BY_CELL = ("growth", "memory", "peak", "one_step", "threads", "busy")

@@ -6,14 +6,16 @@ I input, H hidden, P the state that is fed back (H, or proj_size), D directions,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import lru_cache
+from operator import attrgetter
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._torch import is_traced, listed_weights
+from ._torch import listed_weights
 
 BackendName = Literal["auto", "packed", "padded", "bptt", "scan"]
 States = tuple[Tensor, ...]
@@ -63,31 +65,13 @@ GATES = {"GRU": 3, "LSTM": 4, "RNN_TANH": 1, "RNN_RELU": 1}
 """How many blocks of H rows a weight has, by `nn.RNNBase.mode`."""
 
 
-def read_weights(layer: Layer) -> list[Tensor]:
-    """The weights in `torch.nn`'s order, of the shapes that the layer's configuration implies.
+def read_weights(layer: Layer, traced: bool) -> list[Tensor]:
+    """Return the weights in `torch.nn`'s order, of the shapes that the layer's configuration implies.
 
-    They are read as attributes, so that parametrized and functional weights count.
+    `traced` says whether `torch.jit.trace` is recording.
     """
-    traced = is_traced()
-    listed = None if traced else read_listed_weights(layer)
-    if listed is not None:
-        return listed
-    names, shapes = expected_weights(*_configuration(layer))
-    weights = [getattr(layer, name) for name in names]
-    (_check_traced_weights if traced else _check_weights)(layer, weights, names, shapes)
-    return weights
-
-
-def read_listed_weights(layer: Layer) -> list[Tensor] | None:
-    """As `read_weights`, but None where the weights are not the layer's own parameters."""
-    listed = listed_weights(layer)
-    if listed is not None:
-        _check_weights(layer, listed, *_known_weights(*_configuration(layer)))
-    return listed
-
-
-def _configuration(layer: Layer) -> tuple[str, int, int, int, bool, bool, int]:
-    return (
+    listed = None if traced else listed_weights(layer)
+    configuration = (
         layer.mode,
         layer.input_size,
         layer.hidden_size,
@@ -96,6 +80,21 @@ def _configuration(layer: Layer) -> tuple[str, int, int, int, bool, bool, int]:
         layer.bidirectional,
         layer.proj_size,
     )
+    if listed is not None:
+        names, shapes = _known_weights(*configuration)
+        with suppress(AttributeError):  # None, or anything else that was put in a parameter's place
+            if list(map(SHAPE_OF, listed)) == shapes:
+                return listed
+        _refuse_weights(layer, listed, names, shapes)
+        return listed
+    # As attributes, so that parametrized and functional weights count.
+    names, shapes = expected_weights(*configuration)
+    weights = [getattr(layer, name) for name in names]
+    (_check_traced_weights if traced else _refuse_weights)(layer, weights, names, shapes)
+    return weights
+
+
+SHAPE_OF = attrgetter("shape")
 
 
 def expected_weights(
@@ -118,13 +117,11 @@ def expected_weights(
 _known_weights = lru_cache(maxsize=256)(expected_weights)
 
 
-def _check_weights(layer: Layer, weights: Sequence[Tensor], names: list[str], shapes: list[torch.Size]) -> None:
-    """PyTorch's ops broadcast some wrong shapes, and oneDNN's LSTM reads past the end of weights that are too small."""
-    try:
-        if [weight.shape for weight in weights] == shapes:
-            return
-    except AttributeError:  # None, or anything else that was put in a parameter's place
-        pass
+def _refuse_weights(layer: Layer, weights: Sequence[Tensor], names: list[str], shapes: list[torch.Size]) -> None:
+    """Refuse a weight that is no tensor, or of another shape.
+
+    PyTorch's ops broadcast some wrong shapes, and oneDNN's LSTM reads past the end of weights that are too small.
+    """
     kind = type(layer).__name__
     if len(weights) != len(names):
         raise RuntimeError(
@@ -144,18 +141,13 @@ def _check_weights(layer: Layer, weights: Sequence[Tensor], names: list[str], sh
 
 
 def _check_traced_weights(layer: Layer, weights: Sequence[Tensor], names: list[str], shapes: list[torch.Size]) -> None:
-    """As `_check_weights`. torch.jit.trace records a shape that is read, and ends where it can't record the weight."""
+    """As `_refuse_weights`. torch.jit.trace records a shape that is read, and ends where it can't record the weight."""
     for weight, name, shape in zip(weights, names, shapes, strict=True):
         if weight.dim() != len(shape) or weight.nbytes != shape.numel() * weight.element_size():
             raise RuntimeError(
                 f"Expected {name} of size {list(shape)}, got another. Give the {type(layer).__name__} a weight of that "
                 "size, or build a layer of the sizes that the weights have."
             )
-
-
-def drawn_dropout(layer: Layer) -> float:
-    """What is drawn between layers."""
-    return float(layer.dropout) if layer.training and layer.num_layers > 1 else 0.0
 
 
 def flatten_weights(layers: Iterable[LayerWeights]) -> list[Tensor]:

@@ -57,8 +57,10 @@ def with_memory(tensor: Tensor) -> Tensor:
         return tensor
     if is_zero_tensor(tensor):
         return tensor.clone()
-    size, dims = tensor.untyped_storage().nbytes(), zip(tensor.shape, tensor.stride(), strict=True)
-    needed = (tensor.storage_offset() + 1 + sum((n - 1) * step for n, step in dims)) * tensor.element_size()
+    size, numbers = tensor.untyped_storage().nbytes(), tensor.storage_offset() + 1
+    for n, step in zip(tensor.shape, tensor.stride(), strict=True):
+        numbers += (n - 1) * step
+    needed = numbers * tensor.element_size()
     if size < needed and tensor.numel():
         raise RuntimeError(
             f"A tensor of size {list(tensor.shape)} needs a storage of {needed} bytes, but its storage has {size}: it "

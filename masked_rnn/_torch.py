@@ -107,17 +107,8 @@ unsafe_view: Callable[[Tensor, list[int]], Tensor] = _find("ops.aten._unsafe_vie
 
 # Modes in which a tensor stands for values that are not there
 
-_is_tracing: Callable[[], bool] = _find("jit.is_tracing") or (lambda: False)
-
-
-def is_traced() -> bool:
-    """Whether `torch.jit.trace` is recording ops: a value that is read would be the example's, for good."""
-    return _is_tracing()
-
-
-def is_transformed() -> bool:
-    """Whether a torch.func transform (vmap, grad, jvp, ...) is running."""
-    return _transforms_active()
+is_traced: Callable[[], bool] = _find("_C._is_tracing") or _find("jit.is_tracing") or (lambda: False)
+"""Whether `torch.jit.trace` is recording ops: a value that is read would be the example's, for good."""
 
 
 def _peek_interpreters() -> Callable[[], bool]:
@@ -125,7 +116,8 @@ def _peek_interpreters() -> Callable[[], bool]:
     return (lambda: peek() is not None) if peek is not None else (lambda: False)
 
 
-_transforms_active: Callable[[], bool] = _find("_C._are_functorch_transforms_active") or _peek_interpreters()
+is_transformed: Callable[[], bool] = _find("_C._are_functorch_transforms_active") or _peek_interpreters()
+"""Whether a torch.func transform (vmap, grad, jvp, ...) is running."""
 
 
 def is_fake(tensor: Tensor) -> bool:
@@ -152,7 +144,7 @@ is_zero_tensor: Callable[[Tensor], bool] = _find("_is_zerotensor") or (lambda te
 
 def is_recorded() -> bool:
     """Whether `make_fx` records ops: a value that is read would be the example's, for good."""
-    proxy_mode = _loaded("torch.fx.experimental.proxy_tensor", "get_proxy_mode")
+    proxy_mode = getattr(sys.modules.get("torch.fx.experimental.proxy_tensor"), "get_proxy_mode", None)
     if proxy_mode is not None:
         return proxy_mode() is not None
     # Any mode that sees each op may be one that records it.
@@ -168,12 +160,16 @@ def values_can_be_read(tensor: Tensor) -> bool:
 _forward_ad = _find("autograd.forward_ad")
 
 
-def forward_gradients_run(*tensors: Tensor) -> bool:
+def forward_gradients_run() -> bool:
     """Whether forward-mode differentiation is running."""
     level = getattr(_forward_ad, "_current_level", None)
     if level is not None:
         return bool(level >= 0)
-    return any(_forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    try:
+        _forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+    except RuntimeError:  # there is no level to make it at
+        return False
+    return True
 
 
 def is_batched(grad: Tensor) -> bool:

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import masked_rnn
-from masked_rnn import _choice
-from masked_rnn._layers import base
+from masked_rnn import _dispatch
 
 BACKENDS = ("packed", "padded", "bptt", "scan")
 CELLS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -240,20 +239,19 @@ def every(**options: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def which_ran(monkeypatch: Any) -> list[str]:
-    """The names of the backends that run from here on, as they do, and "at once" where none was chosen."""
+    """The names of the backends that run from here on, as they do."""
     names: list[str] = []
-    run, run_at_once = _choice._run, base.run_at_once
+    run, takes_the_short_way = _dispatch._run, _dispatch.takes_the_short_way
 
-    def noting(backend: Any, call: Any) -> Any:
-        names.append(backend.name)
-        return run(backend, call)
+    def noting(name: str, call: Any) -> Any:
+        names.append(name)
+        return run(name, call)
 
-    def noting_at_once(*given: Any) -> Any:
-        result = run_at_once(*given)
-        if result is not None:
-            names.append("at once")
-        return result
+    def noting_short_way(call: Any) -> bool:
+        short = takes_the_short_way(call)
+        names.extend(["padded"] * short)
+        return short
 
-    monkeypatch.setattr(_choice, "_run", noting)
-    monkeypatch.setattr(base, "run_at_once", noting_at_once)
+    monkeypatch.setattr(_dispatch, "_run", noting)
+    monkeypatch.setattr(_dispatch, "takes_the_short_way", noting_short_way)
     return names

@@ -16,10 +16,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
 
-from masked_rnn import _choice, _probe, _torch
+from masked_rnn import _dispatch, _probe, _torch
 from masked_rnn._backends import kernels
 from masked_rnn._backends.bptt import library
-from masked_rnn._call import open_call
+from masked_rnn._call import Call, open_call
+from masked_rnn._call.context import Context
+from masked_rnn._call.inputs import Packed, Padded
 from masked_rnn._plan import Plan
 
 X = torch.randn(3, 6, INPUT)
@@ -90,21 +92,21 @@ def test_where_torchs_kernel_is_faster_than_native_loops(
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="without oneDNN")
 def test_autocast_keeps_the_kernel_of_a_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our own loops have not its precision."""
-    monkeypatch.setattr(_choice, "lstm_kernel_runs", lambda *_: True)
+    monkeypatch.setattr(kernels, "lstm_kernel_runs", lambda *_: True)
     call = open_call(masked("lstm", INPUT, 64), torch.randn(20, 8, INPUT), None, None, None, None)
     native = library.runs(torch.float32)
-    assert _choice.preferred(call, _choice.mode_of(call)) == ("bptt" if native else "padded")
+    assert _dispatch.choose(call) == ("bptt" if native else "padded")
     with torch.autocast("cpu", torch.bfloat16):
-        assert _choice.preferred(call, _choice.mode_of(call)) == "padded"
+        assert _dispatch.choose(call) == "padded"
 
 
 @pytest.mark.parametrize("name", ["gru", "rnn-tanh", "lstm-proj"])
 @pytest.mark.parametrize(
     ("steps", "batch", "hidden", "has_lengths", "learns", "expected"),
     [
-        (1, 64, 32, True, True, "at once"),
+        (1, 64, 32, True, True, "padded"),
         (2, 64, 32, True, True, "bptt"),
-        (4, 64, 32, False, True, "at once"),
+        (4, 64, 32, False, True, "padded"),
         (5, 64, 32, False, True, "bptt"),
         (4, 64, 32, True, True, "bptt"),
         (7, 4, 127, False, False, "padded"),
@@ -159,19 +161,18 @@ def test_a_forced_backend_runs(cell: str, backend: str, form: str, ran: list[str
 
 
 @pytest.mark.parametrize("at_once", [False, True])
-def test_elsewhere(at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_on_gpu(at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """On an accelerator: by where the lengths lie, and whether a kernel runs all steps of a padded batch at once."""
     capturing = False
-    monkeypatch.setattr(_choice, "runs_all_steps_at_once", lambda *_: at_once)
+    monkeypatch.setattr(_dispatch, "runs_all_steps_at_once", lambda *_: at_once)
     there, here = (SimpleNamespace(device=SimpleNamespace(type=name)) for name in ("xpu", "cpu"))
 
     def taken(dims: int, sizes: tuple[int, ...] = (), **given: Any) -> str:
-        data = SimpleNamespace(device=there.device, dim=lambda: dims)
-        nothing = {"lengths": None, "mask": None, "resets": None, "packed": None, "nested": None}
-        nothing |= {"parameters": [X], "dropout": 0.0, "wants_gradient": lambda: False, "is_plain": lambda: False}
-        plan = Plan(list(sizes), 9, sum(sizes), torch.device("cpu"))
-        call: Any = SimpleNamespace(layer=masked("gru"), data=data, plan=plan, **{**nothing, **given})
-        return _choice.preferred(call, _choice.Mode(None, traced=False, readable=True, captured=capturing))
+        given = {"lengths": None, "mask": None, "resets": None, "real": None, "form": Padded(X, 6, 3, False), **given}
+        call: Any = Call(masked("gru"), Context(cuda_graph=capturing), parameters=[X], data=X, states=(), **given)
+        call.data = SimpleNamespace(device=there.device, is_cpu=False, requires_grad=False, dim=lambda: dims)
+        call.plan = Plan(list(sizes), 9, sum(sizes), torch.device("cpu"))
+        return _dispatch.first_that_can(call, _dispatch.order(call))[0]
 
     assert taken(3) == taken(3, lengths=here) == ("padded" if at_once else "packed")
     assert taken(3, lengths=there) == taken(3, mask=there) == taken(3, resets=there) == "padded"
@@ -179,7 +180,7 @@ def test_elsewhere(at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert taken(2, (19, *[1] * 60)) == "packed"
     capturing = True
     assert taken(3, resets=there) == "scan"
-    assert taken(2, (9, 9), packed=True) == "packed"
+    assert taken(2, (9, 9), form=Packed(X, 9, 2, False, pack_sequence(ROWS))) == "packed"
     assert taken(3, lengths=there) == "padded"
 
 
@@ -232,9 +233,9 @@ def test_under_a_transform_scan_runs(cell: str, transform: str, ran: list[str]) 
 
 
 def test_every_backend_answers_for_itself() -> None:
-    assert tuple(_choice.BACKENDS) == BACKENDS
-    for name, backend in _choice.BACKENDS.items():
-        assert backend.name == name
+    assert tuple(_dispatch.BACKENDS) == BACKENDS
+    for name, backend in _dispatch.BACKENDS.items():
+        assert name in str(backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -248,7 +249,7 @@ def test_autocast_where_the_cpu_lacks_the_kernel(
         output, (h, _) = layer(X, **given)
     assert output.dtype == h.dtype == dtype
     output.float().sum().backward()
-    monkeypatch.setattr(_choice, "lstm_kernel_runs", lambda *_: False)
+    monkeypatch.setattr(kernels, "lstm_kernel_runs", lambda *_: False)
     with torch.autocast("cpu", dtype):
         assert layer(X, **given)[0].dtype == dtype
         assert ran[-1] == "bptt"

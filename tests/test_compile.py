@@ -16,9 +16,10 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from masked_rnn import MaskedGRU, _torch
-from masked_rnn._backends import kernels, padded
+from masked_rnn._backends import kernels
 from masked_rnn._backends.bptt import library
-from masked_rnn._capture import operator
+from masked_rnn._capture import custom_op
+from masked_rnn._capture.arguments import Arguments
 
 SIZES = [(3, 6), (4, 5), (2, 9), (5, 7), (3, 12)]
 
@@ -100,7 +101,7 @@ def test_the_report_of_a_break_has_a_reason_and_a_cure() -> None:
     breaks = torch._dynamo.utils.counters["graph_break"]
     breaks.clear()
     torch.compile(Before(masked("gru", batch_first=True)), backend="eager")(torch.randn(3, 6, INPUT), [6, 0, 2])
-    ours = [text for text in breaks if "_run" in text]
+    ours = [text for text in breaks if "call_layer" in text]
     assert ours
     for text in ours:
         assert "reason: Dynamo compiles no torch.nn.RNNBase" in text
@@ -192,7 +193,7 @@ def test_what_was_saved_is_not_computed_anew(cell: str, monkeypatch: pytest.Monk
     def fail(*_: Any) -> None:
         raise AssertionError("the layer is run once more")
 
-    monkeypatch.setattr(operator, "_recomputed", fail)
+    monkeypatch.setattr(custom_op, "_run_kernel_again", fail)
     layer = masked(cell, batch_first=True).double()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     compiled(torch.randn(3, 9, INPUT, dtype=torch.float64), lengths=[9, 2, 0])[0].sum().backward()
@@ -278,7 +279,7 @@ def test_a_gradient_follows_what_its_forward_ran(lengths: list[int] | None, monk
     expected = torch.autograd.grad(layer(x, lengths=lengths)[0].square().sum(), weights)
     for first in (True, False):
         monkeypatch.setattr(kernels, "has_onednn", lambda here=first: here)
-        results = torch.ops.masked_rnn.layer(x, given, None, states, weights, "LSTM", 1, True, True)
+        results = torch.ops.masked_rnn.layer(x, given, None, states, weights, "LSTM", True, True)
         monkeypatch.setattr(kernels, "has_onednn", lambda here=first: not here)
         close(list(torch.autograd.grad(results[0].square().sum(), weights)), list(expected))
 
@@ -289,9 +290,9 @@ def test_the_operator_computes_in_its_tensors_dtype(cell: str) -> None:
     x, states = torch.randn(3, 6, INPUT), random_states(layer, 3, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         results = torch.ops.masked_rnn.layer(
-            x, torch.tensor([6, 2, 5]), None, states, list(layer.parameters()), layer.mode, 1, True, False
+            x, torch.tensor([6, 2, 5]), None, states, list(layer.parameters()), layer.mode, True, False
         )
-    assert all(t.dtype == torch.float32 for t in results[:-1])
+    assert all(t.dtype == torch.float32 for t in results[:-2])
     close([results[0]], [layer(x, states if len(states) > 1 else states[0], [6, 2, 5])[0]])
 
 
@@ -303,12 +304,12 @@ def test_the_operator_runs_the_kernel_that_eager_runs(
     """oneDNN's LSTM, once more for the gradient."""
     layer = masked("lstm", bidirectional=bidirectional, batch_first=True)
     ran: list[str] = []
-    run_layer = padded.run_layer
-    monkeypatch.setattr(padded, "run_layer", lambda *a, **k: ran.append("kernel") or run_layer(*a, **k))
+    run_kernel = kernels.run_kernel
+    monkeypatch.setattr(kernels, "run_kernel", lambda *a, **k: ran.append("kernel") or run_kernel(*a, **k))
     given = None if lengths is None else torch.tensor(lengths)
     x, weights = torch.randn(3, 6, INPUT), list(layer.parameters())
     states = random_states(layer, 3, torch.float32)
-    called = (x, given, None, states, weights, "LSTM", 2 if bidirectional else 1, True, True)
+    called = (x, given, None, states, weights, "LSTM", True, True)
     found = torch.ops.masked_rnn.layer(*called)
     loops_run = lengths is not None and library.runs(torch.float32)
     assert bool(ran) == (torch.backends.mkldnn.is_available() and not loops_run)
@@ -320,6 +321,28 @@ def test_the_operator_runs_the_kernel_that_eager_runs(
     layer.backend, layer.flatten_hidden = "scan", False
     output, last = layer(x, states, lengths=lengths)
     close(list(gradients), list(torch.autograd.grad([output, *last], weights, pulled)))
+
+
+@pytest.mark.parametrize("steps", [1, 3, 9])
+@pytest.mark.parametrize("given", ["neither", "full", "lengths", "resets", "no reset"])
+def test_the_operator_gives_eagers_bits(cell: str, steps: int, given: str) -> None:
+    """The same plan, choice and loops: output, last states and every gradient."""
+    layer = masked(cell, bidirectional=True, batch_first=True, flatten_hidden=False)
+    x, states = torch.randn(3, steps, INPUT, requires_grad=True), random_states(layer, 3, torch.float32)
+    lengths = {"full": torch.full((3,), steps), "lengths": torch.tensor([steps, 0, 1])}.get(given)
+    resets = {"resets": torch.rand(3, steps) < 0.4, "no reset": torch.zeros(3, steps, dtype=torch.bool)}.get(given)
+    if steps == 1:
+        resets = None  # a layer drops them before it calls the operator
+    weights = list(layer.parameters())
+    time_first = None if resets is None else resets.t()
+    results = torch.ops.masked_rnn.layer(x, lengths, time_first, list(states), weights, layer.mode, True, True)
+    output, last = layer(x, states if len(states) > 1 else states[0], lengths, resets=resets)
+    found, expected = list(results[: 1 + len(states)]), [output, *as_tuple(last)]
+    pulled = [torch.randn_like(t) for t in expected]
+    for tensors in (found, expected):
+        tensors += torch.autograd.grad(tensors, [x, *weights], pulled)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.slow_but("gru")
@@ -398,10 +421,16 @@ def test_the_device_forms_gradient_has_every_digit(cell: str, with_resets: bool)
     resets = torch.rand(6, 3) < 0.3 if with_resets else None
     weights = [p.detach() for p in layer.parameters()]
     grads = [torch.randn(6, 3, layer.proj_size or 3), *(torch.randn_like(h) for h in states)]
-    called = (torch.tensor([6, 2, 5]), resets, states, weights, grads, layer.mode, 1, False, True, True)
-    found = operator._recomputed(x, *called)
-    double = [[t.double() for t in group] for group in (states, weights, grads)]
-    expected = operator._recomputed(x.double(), *called[:2], *double, *called[5:])
+    lengths = torch.tensor([6, 2, 5])
+    found, expected = (
+        custom_op._run_kernel_again(
+            Arguments(x.to(dtype), lengths, resets, *([t.to(dtype) for t in g] for g in given), layer.mode, False),
+            [g.to(dtype) for g in grads],
+            True,
+            True,
+        )
+        for dtype, given in ((torch.float32, (states, weights)), (torch.float64, (states, weights)))
+    )
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-4)
 
@@ -412,18 +441,18 @@ def test_the_operator_keeps_torchs_rules(cell: str, monkeypatch: pytest.MonkeyPa
     # Not by oneDNN's LSTM: the checker compares the whole reserve, which that kernel does not write.
     monkeypatch.setattr(kernels, "has_onednn", lambda: False)
     layer = masked(cell, bidirectional=True)
-    x = torch.randn(5, 3, INPUT, requires_grad=True)
+    x = torch.randn(5, 6, INPUT, requires_grad=True)  # few steps would go to a kernel that does not write it either
     weights = list(layer.parameters())
     # Full lengths: else part of the reserve is never written, and the checker compares all of it.
-    cases = [(None, False), (torch.tensor([5, 5, 5]), False), (torch.tensor([3] * 5), True)]
+    cases = [(None, False), (torch.tensor([5] * 6), False), (torch.tensor([6] * 5), True)]
     for (lengths, batch_first), anew in itertools.product(cases, (False, True)):
-        resets = torch.ones(5, 3, dtype=torch.bool) if not batch_first else torch.ones(3, 5, dtype=torch.bool)
-        batch = 5 if batch_first else 3
+        resets = torch.ones(5, 6, dtype=torch.bool) if not batch_first else torch.ones(6, 5, dtype=torch.bool)
+        batch = 5 if batch_first else 6
         shapes = [(2, batch, layer.proj_size or 3), (2, batch, 3)][: 2 if layer.mode == "LSTM" else 1]
         initial = [torch.zeros(shape) for shape in shapes]
         torch.library.opcheck(
             torch.ops.masked_rnn.layer,
-            (x, lengths, resets if anew else None, initial, weights, layer.mode, 2, batch_first, True),
+            (x, lengths, resets if anew else None, initial, weights, layer.mode, batch_first, True),
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"),
         )
 
@@ -449,13 +478,13 @@ def test_results_of_the_operators_share_no_memory(
     cell: str, bidirectional: bool, lengths: list[int] | None, anew: bool
 ) -> None:
     layer = masked(cell, bidirectional=bidirectional)
-    D, x = 2 if bidirectional else 1, torch.randn(4, 3, INPUT)
+    x = torch.randn(4, 3, INPUT)
     states, weights = random_states(layer, 3, torch.float32), [p.detach() for p in layer.parameters()]
     given = None if lengths is None else torch.tensor(lengths)
     called = (x, given, torch.rand(4, 3) < 0.4 if anew else None, states, weights)
-    results = torch.ops.masked_rnn.layer(*called, layer.mode, D, False, True)
-    grads = [torch.randn_like(result) for result in results[:-1]]
-    found = torch.ops.masked_rnn.layer_gradient(*called, results[-1], grads, layer.mode, D, False, True, True)
+    results = torch.ops.masked_rnn.layer(*called, layer.mode, False, True)
+    grads = [torch.randn_like(result) for result in results[:-2]]
+    found = torch.ops.masked_rnn.layer_gradient(*called, layer.mode, False, *results[-2:], grads, True, True)
     assert [g.shape for g in found] == [t.shape for t in (*states, x, *weights)]
     for tensors in ([*states, x, *weights, *results], [*states, x, *weights, *grads, *found]):
         places = [t.untyped_storage().data_ptr() for t in tensors]

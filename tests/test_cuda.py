@@ -197,7 +197,7 @@ def training_step(layer: Any, x: Tensor, **given: Any) -> tuple[Tensor, ...]:
         ("scan", "device-resets"),
     ],
 )
-def test_nothing_waits(cell: str, backend: str, form: str, refusing_to_wait: Any) -> None:
+def test_no_host_sync(cell: str, backend: str, form: str, refusing_to_wait: Any) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=backend).cuda()
     x, given = torch.randn(4, STEPS, INPUT, device="cuda", requires_grad=True), given_as(form)
     training_step(layer, x, **given)  # the first call sets cuDNN up
@@ -325,7 +325,7 @@ def test_dropout_is_drawn_again_by_a_checkpoint(cell: str, backend: str) -> None
 
 
 @pytest.mark.parametrize("form", ["packed", "nested"])
-def test_rows(cell: str, backend: str, form: str) -> None:
+def test_packed_and_nested_input_on_gpu(cell: str, backend: str, form: str) -> None:
     """A PackedSequence, and a nested tensor."""
     layer = masked(cell, num_layers=2, bidirectional=True, backend=backend).double()
     rows = [torch.randn(n, INPUT, dtype=torch.float64) for n in (3, 5, 1)]

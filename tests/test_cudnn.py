@@ -156,7 +156,7 @@ def test_dropout_with_a_flattened_state(cell: str, given: dict[str, Any]) -> Non
 
 def test_the_kernel_is_strict() -> None:
     kernel, layer = kernels.KERNELS["GRU"], plain("gru", num_layers=2).to(DEVICE)
-    chunk = list(kernels.in_one_chunk(list(layer.parameters())))
+    chunk = list(kernels.flatten_for_cudnn(list(layer.parameters())))
     x, h = torch.randn(STEPS, BATCH, INPUT).to(DEVICE).requires_grad_(), torch.zeros(2, BATCH, 3).to(DEVICE)
 
     def call(h: Tensor = h, weights: Any = chunk, train: bool = True) -> Tensor:
@@ -181,4 +181,4 @@ def test_the_kernel_is_strict() -> None:
     bare = list(plain("gru", bias=False).parameters())
     with pytest.raises(RuntimeError, match="single contiguous chunk"):
         check_chunk(bare, has_biases=False)
-    check_chunk(kernels.in_one_chunk(bare), has_biases=False)
+    check_chunk(kernels.flatten_for_cudnn(bare), has_biases=False)

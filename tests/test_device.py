@@ -32,7 +32,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from masked_rnn import _choice, _torch
+from masked_rnn import _dispatch, _torch
+from masked_rnn._call import context
 
 STEPS = 5
 LENGTHS = [3, 4, 0, 1]
@@ -166,7 +167,7 @@ def layer(cell: str, backend: str) -> Any:
 
 
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
-def test_edges(layer: Any) -> None:
+def test_unbatched_and_empty_input(layer: Any) -> None:
     there = copy.deepcopy(layer).to(DEVICE)
     for name, (shape, given) in EDGES.items():
         x = torch.randn(shape, dtype=torch.float64)
@@ -245,7 +246,7 @@ def test_what_waits_with_resets(cell: str, form: str, ran: list[str]) -> None:
 
 def test_rows_may_be_padded(cell: str, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a kernel runs all steps at once; but not those that are nearly all padding."""
-    monkeypatch.setattr(_choice, "runs_all_steps_at_once", lambda *_: True)
+    monkeypatch.setattr(_dispatch, "runs_all_steps_at_once", lambda *_: True)
     layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True).double()
     there, x = copy.deepcopy(layer).to(DEVICE), torch.randn(16, 30, INPUT, dtype=torch.float64)
     resets = torch.zeros(16, 30, dtype=torch.bool)
@@ -303,7 +304,7 @@ def test_a_device_without_an_assertion(backend: str, monkeypatch: pytest.MonkeyP
 @pytest.fixture
 def _captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph is being recorded there: what waits, or is copied from the host, would end the recording."""
-    for module in (_choice, _torch):
+    for module in (context, _torch):
         monkeypatch.setattr(module, "is_capturing", lambda device: device.type == DEVICE.type)
 
 
@@ -360,7 +361,7 @@ def test_recording_is_asked_of_the_tensors_device(monkeypatch: pytest.MonkeyPatc
     assert _torch.is_capturing(torch.device("cuda", 1))
     assert not _torch.is_capturing(torch.device("cuda", 0))
     assert not _torch.is_capturing(HOST)
-    monkeypatch.setattr(_choice, "is_capturing", lambda _device: pytest.fail("there is no device to ask"))
+    monkeypatch.setattr(context, "is_capturing", lambda _device: pytest.fail("there is no device to ask"))
     with FakeTensorMode():
         assert masked("gru")(torch.randn(STEPS, 2, INPUT), lengths=torch.tensor([1, 2]))[0].shape == (STEPS, 2, 3)
 

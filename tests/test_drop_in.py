@@ -18,7 +18,7 @@ from torch.nn.utils import prune
 
 import masked_rnn
 from masked_rnn import MaskedGRU, MaskedLSTM, MaskedRNN
-from masked_rnn._choice import BACKENDS
+from masked_rnn._dispatch import BACKENDS
 
 X = torch.randn(3, 6, INPUT, generator=torch.Generator().manual_seed(1))
 LENGTHS = [2, 6, 0]
@@ -362,7 +362,7 @@ def test_dropout_has_the_mean_of_none(backend: str) -> None:
     assert values.mean().item() == pytest.approx(1.0, abs=0.02)
 
 
-def test_the_door() -> None:
+def test_public_names() -> None:
     assert sorted(masked_rnn.__all__) == ["MaskedGRU", "MaskedLSTM", "MaskedRNN", "get_env_info"]
 
 

@@ -495,10 +495,10 @@ def test_a_forced_backend_that_cannot_run(forced: str) -> None:
 
 
 def test_nothing_is_computed_before_an_error(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
-    from masked_rnn import _choice
+    from masked_rnn import _dispatch
 
     ran: list[Any] = []
-    monkeypatch.setattr(_choice, "choose", ran.append)
+    monkeypatch.setattr(_dispatch, "choose", ran.append)
     with pytest.raises(ValueError, match="lengths"):
         masked("gru", batch_first=True, backend=backend)(X, lengths=[6, 6, 7])
     assert not ran

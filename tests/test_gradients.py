@@ -324,7 +324,7 @@ def test_weights_in_one_chunk(cell: str, bias: bool) -> None:
     """As cuDNN wants those of a layer: matrices, then biases, from the start of their memory on."""
     layer = masked(cell, bidirectional=True, bias=bias)
     own = list(layer.parameters())
-    chunk = kernels.in_one_chunk(own)
+    chunk = kernels.flatten_for_cudnn(own)
     inside = [p for p in chunk if p.dim() == 2] + [p for p in chunk if p.dim() == 1]
     offset = 0
     for p in inside:
@@ -333,10 +333,10 @@ def test_weights_in_one_chunk(cell: str, bias: bool) -> None:
         offset += p.numel()
     assert len({p.untyped_storage().data_ptr() for p in chunk}) == 1
     assert all(torch.equal(a, b) for a, b in zip(chunk, own, strict=True))
-    assert kernels.in_one_chunk(chunk) is chunk
+    assert kernels.flatten_for_cudnn(chunk) is chunk
     half = len(chunk) // 2
     for part in (chunk[:half], chunk[half:]):  # in memory that goes on, or has begun before
-        again = kernels.in_one_chunk(part)
+        again = kernels.flatten_for_cudnn(part)
         assert again[0].storage_offset() == 0
         assert again is not part
         if not bias:
@@ -345,7 +345,7 @@ def test_weights_in_one_chunk(cell: str, bias: bool) -> None:
             assert memory.numel() == sum(p.numel() + p.size(0) for p in part)
     parts = torch.randn(1 + offset).split([1, *(p.numel() for p in inside)])[1:]
     later = [part.view(p.shape) for part, p in zip(parts, inside, strict=True)]  # one after the other, but not first
-    assert [p.storage_offset() for p in kernels.in_one_chunk(later)] == [p.storage_offset() for p in inside]
+    assert [p.storage_offset() for p in kernels.flatten_for_cudnn(later)] == [p.storage_offset() for p in inside]
     for g in torch.autograd.grad(sum(p.sum() for p in chunk), own):
         assert torch.equal(g, torch.ones_like(g))
 
@@ -417,8 +417,8 @@ def test_what_nobody_wants_is_not_computed(cell: str, frozen: str, monkeypatch: 
     x = torch.randn(5, 3, INPUT, dtype=torch.float64, requires_grad=frozen != "input")
     wanted = []
 
-    backward = bptt.choice.backward
-    monkeypatch.setattr(bptt.choice, "backward", lambda *given: wanted.append(given[-2:]) or backward(*given))
+    backward = bptt.autograd.native.backward
+    monkeypatch.setattr(bptt.autograd.native, "backward", lambda *given: wanted.append(given[-2:]) or backward(*given))
     states = [h.requires_grad_() for h in random_states(layer, 3)]
     layer(x, as_hx(states))[0].sum().backward()
     assert wanted == [(frozen != "input", frozen != "weights")]

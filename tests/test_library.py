@@ -149,8 +149,8 @@ def test_the_command_is_that_of_a_checkout_or_of_a_wheel(tmp_path: Path, monkeyp
 def test_without_the_library_the_loops_of_ops_run(cell: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "find", find)
     ran = []
-    for module in (loops, native):
-        for name in ("forward", "backward"):
+    for module, names in ((loops, ("forward", "backward")), (native, ("run_forward", "run_backward"))):
+        for name in names:
             run = getattr(module, name)
             monkeypatch.setattr(
                 module, name, lambda *args, of=module, run=run, name=name: ran.append((of, name)) or run(*args)

@@ -188,7 +188,7 @@ def weights_elsewhere(cell: str) -> None:
 
 @point
 def the_operator_is_given_another_shape(cell: str) -> None:
-    import masked_rnn._capture.operator  # noqa: F401
+    import masked_rnn._capture.custom_op  # noqa: F401
 
     layer = make(cell, bidirectional=True)
     weights = [p.detach() for p in layer.parameters()]
@@ -199,7 +199,7 @@ def the_operator_is_given_another_shape(cell: str) -> None:
     def run(
         x: Tensor = x, lengths: Any = lengths, resets: Any = None, states: Any = states, weights: Any = weights
     ) -> list[Tensor]:
-        found: list[Tensor] = torch.ops.masked_rnn.layer(x, lengths, resets, states, weights, layer.mode, 2, True, True)
+        found: list[Tensor] = torch.ops.masked_rnn.layer(x, lengths, resets, states, weights, layer.mode, True, True)
         return found
 
     assert_near(run()[:1], [layer(x, as_hx(states), lengths=LENGTHS)[0]])
@@ -214,11 +214,11 @@ def the_operator_is_given_another_shape(cell: str) -> None:
     raises(ValueError, "lengths", run, lengths=lengths + STEPS)
     raises(RuntimeError, "resets", run, resets=torch.ones(STEPS, BATCH - 1, dtype=torch.bool))
 
-    output, *last, saved = run()
-    given = [x, lengths, None, states, weights, saved, [output, *last], layer.mode, 2, True, True, True]
+    output, *last, saved, kernel_ran = run()
+    given = [x, lengths, None, states, weights, layer.mode, True, saved, kernel_ran, [output, *last], True, True]
     torch.ops.masked_rnn.layer_gradient(*given)
     shorter = [output[:, :-1], *last]
-    for at, value, words in ((5, saved[:-8], "reserve"), (6, shorter, "gradient"), (1, lengths + STEPS, "lengths")):
+    for at, value, words in ((7, saved[:-8], "saved"), (9, shorter, "gradient"), (1, lengths + STEPS, "lengths")):
         changed = [*given[:at], value, *given[at + 1 :]]
         raises((RuntimeError, ValueError), words, torch.ops.masked_rnn.layer_gradient, *changed)
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_sequence
 
-from masked_rnn import _choice
+from masked_rnn._backends import kernels
 
 STEPS = 6
 REAL: dict[str, Any] = {
@@ -371,7 +371,7 @@ def test_on_the_cpu_auto_cuts_rows_for_bptt(ran: list[str]) -> None:
 
 def test_packed_needs_no_kernel_over_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments come packed, though no lengths are given: oneDNN's LSTM under autocast is not asked for."""
-    monkeypatch.setattr(_choice, "lstm_kernel_runs", lambda *_: False)
+    monkeypatch.setattr(kernels, "lstm_kernel_runs", lambda *_: False)
     layer, x = masked("lstm", backend="packed", batch_first=True), torch.randn(2, 3, INPUT)
     with torch.autocast("cpu", torch.bfloat16):
         output, _ = layer(x, resets=marks([[0, 0, 1], [0, 1, 0]]))

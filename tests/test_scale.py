@@ -135,7 +135,7 @@ def test_a_state_that_decays(cell: str, backend: str, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_in_general(cell: str, backend: str, dtype: torch.dtype) -> None:
+def test_most_digits_at_every_scale(cell: str, backend: str, dtype: torch.dtype) -> None:
     """Where terms cancel an element's error has no bound; most elements' have."""
     for scale in (1.0, 1e-3, 1e-6):
         ours = masked(cell, INPUT, HIDDEN, batch_first=True, bidirectional=True, bias=False, backend=backend).to(dtype)

@@ -1,4 +1,4 @@
-"""The tree is as CONTRIBUTING.md draws it: imports go down, no backend imports another, no file is long."""
+"""The tree is as CONTRIBUTING.md draws it: imports go down, no backend imports another, no file or function is long."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ MODULES = {str(path.relative_to(ROOT).with_suffix("")).removesuffix("/__init__")
 FLOORS = (
     ("__init__", "__main__"),
     ("_environment", "_layers"),
-    ("_at_once", "_choice"),
+    ("_dispatch",),
     ("_capture",),
     ("_backends/packed", "_backends/padded", "_backends/bptt", "_backends/scan"),
     ("_backends/kernels",),
-    ("_backends/recurrence", "_backends/double_backward", "_backends/rows", "_backends"),
+    ("_backends/recurrence", "_backends/double_backward", "_backends/gather", "_backends"),
     ("_call",),
-    ("_forms", "_states"),
-    ("_segments", "_refusals"),
-    ("_lengths", "_plan", "_cells"),
+    ("_segments",),
+    ("_plan", "_cells"),
     ("_probe", "_memory"),
     ("_torch",),
 )
@@ -74,6 +73,32 @@ def test_a_file_can_be_read_at_a_sitting(module: str) -> None:
     assert len(MODULES[module].read_text().splitlines()) <= 350
 
 
+OF_TORCH = {"__init__"}
+"""Whose arguments are those of torch.nn's constructors, and three options."""
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_function_can_be_read_at_a_glance(module: str) -> None:
+    """At most 60 lines, and at most eight arguments: a tuple holds what belongs together."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            given = node.args
+            arguments = [*given.posonlyargs, *given.args, *given.kwonlyargs]
+            assert len(arguments) <= 8 or node.name in OF_TORCH, f"{node.name} takes {len(arguments)} arguments"
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno < 60, node.name
+
+
+def test_a_file_name_stands_once() -> None:
+    """In the repository, but for the names that Python and GitHub give a meaning to."""
+    root = Path(__file__).parent.parent
+    folders = ("masked_rnn", "tests", "benchmarks", "examples", "docs")
+    names = [path.name for folder in folders for path in (root / folder).rglob("*.*") if path.suffix in KINDS]
+    twice = {name for name in names if names.count(name) > 1}
+    assert twice <= {"__init__.py", "__main__.py"}
+
+
+KINDS = (".py", ".h", ".cpp", ".md")
 CLOCKS = {"time", "time_ns", "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "process_time"}
 CLOCKS |= {"process_time_ns", "thread_time", "thread_time_ns", "timeit", "default_timer", "elapsed_time", "Timer"}
 TESTS = [path for path in Path(__file__).parent.rglob("*.py") if path.name != "mutants.py"]

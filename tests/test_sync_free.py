@@ -10,7 +10,7 @@ from oracle import INPUT, masked
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from masked_rnn import _call, _forms, _lengths
+from masked_rnn._call import call, inputs, lengths
 
 WAITS = (
     "aten::item",
@@ -46,7 +46,7 @@ def test_no_op_waits(cell: str, bidirectional: bool, given: str, monkeypatch: py
     layer = masked(cell, num_layers=2, bidirectional=bidirectional, batch_first=True, backend="padded")
     x = torch.randn(3, 6, INPUT, requires_grad=True)
     values = {"lengths": torch.tensor([6, 0, 2]), "mask": torch.rand(3, 6) > 0.5, "neither": None}
-    for module in (_lengths, _forms, _call):
+    for module in (lengths, inputs, call):
         monkeypatch.setattr(module, "is_on_host", lambda _t: False)
     for reading in ("tolist", "numpy"):  # which pass by the dispatcher
         monkeypatch.setattr(Tensor, reading, lambda *_, name=reading: pytest.fail(f"{name} waits for the device"))

@@ -96,7 +96,7 @@ OTHERS = (
     Contender("paddle", "paddle_layers", "Paddle", ("paddle",)),
     Contender("onnxruntime", "onnxruntime_layers", "OnnxRuntime", ("onnxruntime", "onnx"), trains=False),
 )
-PRODUCTS = Contender("products", "products", "Products", ("torch",), is_layer=False)
+PRODUCTS = Contender("products", "bare_products", "Products", ("torch",), is_layer=False)
 CAPTURED = (
     Contender("masked_rnn-compiled", "compiled_layers", "Compiled", OURS.needs),
     Contender(

@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._call import Call
 from .._cells import LayerWeights, States, flatten_weights, group_weights, stack_layers
+from .._probe import lstm_kernel_runs
 from .._torch import KERNELS, has_onednn, is_autocast_on, is_fake, share_storage
 from .double_backward import DoubleBackward
 from .recurrence import scan_layers
 
+# When is PyTorch's kernel over a padded batch faster than a loop of our own, on the CPU? Measured by
+# `python -m benchmarks.choice`; docs/backends.md has the figures, the machine and the rule in words.
 FEW_STEPS = 4
-"""A call of so few, without lengths, is over before a loop of our own has begun."""
+"""Up to this many steps, PyTorch's kernel is faster than starting our loop. With lengths: up to one."""
+SMALL_STEP = 512
+"""N·H below which inference over few steps is still faster in the kernel"""
+SHORT, SHORT_WITHOUT_NATIVE = 8, 16
+"""How many steps are few then, beside the native loops and beside those of PyTorch's ops"""
+VECTOR = 16
+"""oneDNN's vectors: it computes no less for a smaller layer."""
+ONEDNN_WORK = 10_000
+"""T·N·H up to which oneDNN's LSTM is faster than the native loops, if every step is real"""
+ONEDNN_STEP, WORTH_LEARNING, WORTH = 1400, 0.8, 1.6
+"""Beside the loops of PyTorch's ops: N·H up to which the padding costs oneDNN's LSTM less than it saves, and what each
+real row of a step adds, in training and in inference."""
 
 
 def runs_cudnn(x: Tensor) -> bool:
-    """Whether the kernel that will run is cuDNN's (or MIOpen's), whose backward can't be differentiated."""
+    """Return whether the kernel that will run is cuDNN's (or MIOpen's), whose backward can't be differentiated."""
     return x.is_cuda and torch.backends.cudnn.enabled
 
 
 def runs_all_steps_at_once(mode: str, x: Tensor, hidden: int, proj: int, learns: bool) -> bool:
-    """On a GPU: whether the kernel over a padded batch is one of cuDNN's that go through all steps; over packed rows it
-    starts several for each. PyTorch's own rule (`use_rnn_persist_small_h` in aten/src/ATen/native/cudnn/RNN.cpp)."""
+    """Return whether a GPU's kernel over a padded batch is one of cuDNN's that go through all steps.
+
+    Over packed rows cuDNN starts several kernels for each step. The rule is PyTorch's own (`use_rnn_persist_small_h` in
+    aten/src/ATen/native/cudnn/RNN.cpp).
+    """
     if not runs_cudnn(x) or torch.version.hip is not None or proj or x.dtype == torch.float64:
         return False
     if mode in ("GRU", "LSTM"):
@@ -33,89 +50,111 @@ def runs_all_steps_at_once(mode: str, x: Tensor, hidden: int, proj: int, learns:
     return hidden <= (256 if learns else 384)
 
 
-def has_lstm_kernel(mode: str, x: Tensor, hidden: int, fed_back: int) -> bool:
-    """On the CPU: whether the kernel over a padded batch is oneDNN's LSTM."""
-    return mode == "LSTM" and hidden == fed_back and x.dtype == torch.float32 and has_onednn()
+def has_lstm_kernel(call: Call) -> bool:
+    """Return whether the CPU's kernel over a padded batch is oneDNN's LSTM."""
+    layer = call.layer
+    return layer.mode == "LSTM" and not layer.proj_size and call.data.dtype == torch.float32 and has_onednn()
 
 
-def suits_kernel(
-    mode: str,
-    x: Tensor,
-    batch: int,
-    steps: int,
-    hidden: int,
-    fed_back: int,
-    lengths: Tensor | None,
-    learns: bool,
-    loops_are_native: Callable[[torch.dtype], bool],
-) -> bool:
-    """On the CPU: whether the kernel over a padded batch beats a loop of our own over the real steps alone.
+def is_over_soon(call: Call) -> bool:
+    """Return whether a padded batch has so few steps that the CPU's kernel is the fastest way in any case."""
+    if call.data.dim() != 3 or call.mask is not None or call.resets is not None:
+        return False
+    return call.form.steps <= (FEW_STEPS if call.lengths is None else 1)
 
-    By measurement: `python -m benchmarks.choice`; docs/backends.md has the rule in words. Reads the lengths.
+
+def kernel_is_faster(call: Call, learns: bool, loops_are_native: bool) -> bool:
+    """Return whether the CPU's kernel over the padded batch beats our loop over the real steps alone.
+
+    Reads the lengths.
     """
-    if steps == 1:
+    if call.data.dim() != 3 or call.mask is not None or call.resets is not None:
+        return False
+    if is_over_soon(call):
         return True
-    if not has_lstm_kernel(mode, x, hidden, fed_back):
-        if lengths is None and steps <= FEW_STEPS:
-            return True
-        return not learns and batch * hidden < 512 and (steps < 8 or (steps < 16 and not loops_are_native(x.dtype)))
-    # Its vectors are 16 wide: it computes no less for a smaller layer.
-    width = max(hidden, 16)
+    N, T, H, lengths = call.form.batch, call.form.steps, call.layer.hidden_size, call.lengths
+    if not has_lstm_kernel(call):
+        return not learns and N * H < SMALL_STEP and (SHORT if loops_are_native else SHORT_WITHOUT_NATIVE) > T
+    width = max(H, VECTOR)
     if lengths is None:
         # Autocast asks for a precision that only the kernel has.
-        return batch * width * steps < 10_000 or is_autocast_on("cpu") or not loops_are_native(x.dtype)
-    if loops_are_native(x.dtype):
+        return N * width * T < ONEDNN_WORK or is_autocast_on("cpu") or not loops_are_native
+    if loops_are_native:
         return False
-    real = int(lengths.sum()) / max(steps, 1) * width
-    return batch * width < 1400 + (0.8 if learns else 1.6) * real
+    real = int(lengths.sum()) / max(T, 1) * width
+    return N * width < ONEDNN_STEP + (WORTH_LEARNING if learns else WORTH) * real
 
 
-def run_stack(call: Call, x: Tensor, initial: States, batch_sizes: Tensor | None = None) -> tuple[Tensor, States]:
-    """A call's layers over a padded batch in its layout, or over packed rows where `batch_sizes` are given."""
-    layers, dropout, batch_first = call.layer.num_layers, call.dropout, call.batch_first and batch_sizes is None
+def why_no_lstm_kernel(call: Call, learns: bool) -> str | None:
+    """Return why PyTorch's LSTM can't run over a padded batch on this CPU. None: it can."""
+    if call.layer.mode != "LSTM" or call.layer.proj_size or not call.data.is_cpu:
+        return None
+    if not is_autocast_on("cpu") or call.data.dtype == torch.float64:
+        return None
+    dtype, directions = torch.get_autocast_dtype("cpu"), call.directions
+    if lstm_kernel_runs(dtype, learns, directions):
+        return None
+    reason = f"PyTorch has no LSTM kernel for {dtype} under autocast on this CPU"
+    return f"{reason} while gradients are recorded" if learns and lstm_kernel_runs(dtype, False, directions) else reason
+
+
+class Stack(NamedTuple):
+    """A stack of layers, as the kernels take it."""
+
+    mode: str
+    layers: int
+    directions: int
+    dropout: float = 0.0
+    batch_first: bool = False
+
+
+def run_stack(
+    call: Call,
+    x: Tensor,  # (N, T, I) or (T, N, I) as the call's data; packed rows (R, I) with batch_sizes
+    initial: States,  # each (L·D, N, P or H)
+    batch_sizes: Tensor | None = None,  # (T,)
+) -> tuple[Tensor, States]:
+    """Run a call's layers over a padded batch in its layout, or over packed rows if `batch_sizes` are given."""
+    layer, dropout, batch_first = call.layer, call.dropout, call.form.batch_first and batch_sizes is None
     if dropout and runs_cudnn(x):
         # cuDNN's own draw can't be made again for a second pass. Between single layers it can; and it stands there
         # whether gradients are wanted or not, since a checkpoint runs once without and once with.
         def run_one(x: Tensor, states: States, weights: LayerWeights) -> tuple[Tensor, States]:
-            return run_layer(call.layer.mode, x, states, weights, batch_sizes)
+            return run_layer(layer.mode, x, states, weights, batch_sizes)
 
         x = x.transpose(0, 1) if batch_first else x
         x, states = stack_layers(x, initial, call.weights, run_one, dropout)
         return x.transpose(0, 1) if batch_first else x, states
-    return run_kernel(
-        call.layer.mode, x, initial, call.parameters, layers, call.directions, batch_sizes, dropout, batch_first
-    )
+    stack = Stack(layer.mode, layer.num_layers, call.directions, dropout, batch_first)
+    return run_kernel(stack, x, initial, call.parameters, batch_sizes)
 
 
 def run_layer(
-    mode: str, x: Tensor, initial: States, weights: LayerWeights, batch_sizes: Tensor | None = None
+    mode: str,
+    x: Tensor,  # (T, N, I), or packed rows (R, I) with batch_sizes
+    initial: States,  # each (D, N, P or H)
+    weights: LayerWeights,
+    batch_sizes: Tensor | None = None,  # (T,)
 ) -> tuple[Tensor, States]:
-    """One layer over a padded batch, time first, or over packed rows."""
-    return run_kernel(mode, x, initial, flatten_weights([weights]), 1, len(weights), batch_sizes)
+    """Run one layer over a padded batch, time first, or over packed rows."""
+    return run_kernel(Stack(mode, 1, len(weights)), x, initial, flatten_weights([weights]), batch_sizes)
 
 
 def run_kernel(
-    mode: str,
-    x: Tensor,
-    initial: States,
-    parameters: Sequence[Tensor],
-    layers: int,
-    directions: int,
-    batch_sizes: Tensor | None,
-    dropout: float = 0.0,
-    batch_first: bool = False,
+    stack: Stack, x: Tensor, initial: States, parameters: Sequence[Tensor], batch_sizes: Tensor | None
 ) -> tuple[Tensor, States]:
-    """A stack of layers over a padded batch, or over packed rows where `batch_sizes` are given."""
+    """Run a stack of layers over a padded batch, or over packed rows if `batch_sizes` are given."""
+    mode, layers, directions, dropout, batch_first = stack
     has_biases = len(parameters) >= 4 * layers * directions
     on_cudnn = runs_cudnn(x)
     learns = on_cudnn and torch.is_grad_enabled()
     if on_cudnn:
         initial = tuple(h.contiguous() for h in initial)  # cuDNN refuses others, such as a flattened hx
         if not is_fake(x):
-            parameters = in_one_chunk(parameters)
+            parameters = flatten_for_cudnn(parameters)
     if learns and batch_sizes is not None:
         batch_sizes = batch_sizes.clone()  # `recurrence` reads it later; the caller may have changed theirs by then
-    # What a module calls training draws dropout, and is when cuDNN saves what its gradient needs.
+    # The `train` flag turns on dropout. cuDNN also needs it to save data for backward.
     options = (has_biases, layers, dropout, dropout > 0 or learns, directions == 2)
 
     def kernel(x: Tensor, *tensors: Tensor) -> Sequence[Tensor]:
@@ -142,21 +181,23 @@ def run_kernel(
     return output, tuple(last)
 
 
-def in_one_chunk(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-    """A stack's weights as cuDNN has them in memory: one after the other, matrices, then biases, zeros where there are
-    none. Where they lie otherwise, PyTorch copies them one by one, and warns of what no user of one layer of several
-    can change; where no biases follow, it has cuDNN take what does for them."""
+def flatten_for_cudnn(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return a stack's weights as cuDNN has them in memory: matrices, then biases, or zeros if there are none.
+
+    PyTorch would copy other weights one by one, with a warning that users of one layer of several can't follow. And if
+    no biases come after the matrices, cuDNN would take for biases what does.
+    """
     order = sorted(range(len(parameters)), key=lambda k: -parameters[k].dim())
     inside = [parameters[k] for k in order]
     has_biases = inside[-1].dim() == 1
-    room = 0 if has_biases else sum(p.size(0) for p in inside)
+    zeros = 0 if has_biases else sum(p.size(0) for p in inside)
     begins = [p.storage_offset() * p.element_size() for p in inside]
     ends = [begin + p.nbytes for begin, p in zip(begins, inside, strict=True)]
-    has_room = has_biases or ends[-1] + room * inside[0].element_size() >= inside[0].untyped_storage().nbytes()
+    has_zeros = has_biases or ends[-1] + zeros * inside[0].element_size() >= inside[0].untyped_storage().nbytes()
     is_row = begins == [0, *ends[:-1]] and all(p.is_contiguous() and share_storage(p, inside[0]) for p in inside)
-    if has_room and is_row:
+    if has_zeros and is_row:
         return parameters
-    zeros = inside[0].new_zeros(room)
-    parts = torch.cat([*(p.reshape(-1) for p in inside), zeros]).split([*(p.numel() for p in inside), room])
+    flat = torch.cat([*(p.reshape(-1) for p in inside), inside[0].new_zeros(zeros)])
+    parts = flat.split([*(p.numel() for p in inside), zeros])
     placed = {k: part.view(p.shape) for k, part, p in zip(order, parts, inside, strict=False)}
     return [placed[k] for k in range(len(parameters))]

@@ -1,15 +1,12 @@
-"""PyTorch's own kernel over the padded batch, each direction started at its own end: no host sync.
+"""PyTorch's kernel over the padded batch, without a host sync.
 
-The forward direction reads padding only after a row's real steps, the backward direction runs over rows reversed in
-place, so padding comes last there too. Outputs are zeroed at padding, the last state gathered at each row's last step.
+The backward direction runs over rows that are reversed within their own length, so padding comes last in both
+directions. Outputs are zeroed at padding. The last state is gathered at each row's last step.
 
 T time, N batch, I input, P the state that is fed back, D directions.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,18 +15,30 @@ from torch.nn import functional as F
 from .._call import Call
 from .._cells import LayerWeights, States, Weights, stack_layers
 from .._plan import real_mask, reverse_index
-from .._torch import is_traced, to_device
-from .kernels import run_layer, run_stack
+from .._torch import to_device
+from .kernels import run_layer, run_stack, why_no_lstm_kernel
+
+
+def why_not(call: Call) -> str | None:
+    """Return the reason why this backend can't run a call. None: it can."""
+    reason = call.context.only_scan or call.why_unreadable(reads_plan=call.data.dim() == 2)
+    if reason:
+        return reason
+    if not call.parameters[0].is_complex():
+        return why_no_lstm_kernel(call, torch.is_grad_enabled())
+    one_step = call.form.steps == 1 and not call.context.traced
+    if call.layer.mode == "LSTM" and not call.is_plain and not one_step:
+        return "it saturates an LSTM's gates over padding, where PyTorch's complex sigmoid is NaN"
+    return None
 
 
 def run(call: Call) -> tuple[Tensor, States]:
     mode = call.layer.mode
-    if call.is_plain():
+    if call.is_plain:
         return run_stack(call, call.data, call.states)
-    if call.lengths is not None and call.data.dim() == 3 and not is_traced() and call.steps == 1:
-        idle = to_device(call.lengths == 0, call.data.device)
-        return run_one_step(partial(run_stack, call), call.data, idle, call.states, call.batch_first)
-    x, lengths, restore = call.padded()
+    if call.lengths is not None and call.data.dim() == 3 and call.form.steps == 1 and not call.context.traced:
+        return _run_one_step(call, to_device(call.lengths == 0, call.data.device))
+    x, lengths, restore = call.padded_last()
     output, last = stack_layers(
         x, call.states, call.weights, lambda x, states, w: run_padded(mode, x, lengths, states, w), call.dropout
     )
@@ -37,9 +46,13 @@ def run(call: Call) -> tuple[Tensor, States]:
 
 
 def run_padded(
-    mode: str, x: Tensor, lengths: Tensor | None, initial: States, weights: LayerWeights
+    mode: str,
+    x: Tensor,  # (T, N, I)
+    lengths: Tensor | None,  # (N,)
+    initial: States,  # each (D, N, P or H)
+    weights: LayerWeights,
 ) -> tuple[Tensor, States]:
-    """x (T, N, I), lengths (N,), initial states (D, N, P) -> output (T, N, D·P), last states (D, N, P)."""
+    """Run one layer; return its output (T, N, D·P) and last states (D, N, P or H)."""
     if lengths is None:
         return run_layer(mode, x, initial, weights)
     steps = x.size(0)
@@ -66,19 +79,14 @@ def run_padded(
     return output, tuple(torch.cat(states) for states in zip(*lasts, strict=True))
 
 
-def run_one_step(
-    run: Callable[[Tensor, States], tuple[Tensor, States]],
-    x: Tensor,
-    idle: Tensor,
-    initial: States,
-    batch_first: bool,
-) -> tuple[Tensor, States]:
-    """A batch of one step, which rows marked in `idle` (N,) do not have: they run over zeros, and keep their state."""
-    idle = idle.unsqueeze(1)
-    at = idle.unsqueeze(1) if batch_first else idle
+def _run_one_step(call: Call, idle: Tensor) -> tuple[Tensor, States]:
+    """Run a batch of one step. Rows without a step, marked in `idle` (N,), run over zeros, and keep their state."""
+    x, initial, idle = call.data, call.states, idle.unsqueeze(1)
+    at = idle.unsqueeze(1) if call.form.batch_first else idle
     zero = x.new_zeros(())
-    output, last = run(torch.where(at, zero, x), tuple(torch.where(idle, zero, h) for h in initial))
-    last = tuple(torch.where(idle, h.to(new.dtype), new) for h, new in zip(initial, last, strict=True))
+    states = [torch.where(idle, zero, h) for h in initial]
+    output, last = run_stack(call, torch.where(at, zero, x), tuple(states))
+    last = tuple([torch.where(idle, h.to(new.dtype), new) for h, new in zip(initial, last, strict=True)])
     return torch.where(at, zero.to(output.dtype), output), last
 
 

@@ -1,8 +1,7 @@
-"""The recurrence in plain ops as a backend: it runs under every transform and on any device."""
+"""The recurrence in plain ops. It runs under every transform and on any device."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .._call import Call
@@ -11,14 +10,20 @@ from .._torch import assert_async, is_transformed, to_device
 from .recurrence import scan
 
 
+def why_not(call: Call) -> str | None:
+    """Return the reason why this backend can't run a call. None: it can."""
+    if call.context.traced and call.resets is None:
+        return "torch.jit.trace would keep the number of steps of this call for good"
+    return call.why_unreadable(reads_plan=call.data.dim() == 2, reads_resets=call.context.traced)
+
+
 def run(call: Call) -> tuple[Tensor, States]:
-    if call.lengths is not None and torch.compiler.is_compiling() and not is_transformed():
+    if call.context.compiling and call.lengths is not None and not is_transformed():
         # Nothing else of ours is in the graph: the values are checked where it runs.
-        in_range = ((call.lengths >= 0) & (call.lengths <= call.steps)).all()
-        assert_async(
-            in_range, f"a length is out of range: expected 0 <= length <= {call.steps}, the input's time steps"
-        )
-    x, real, restore = call.masked()
+        steps = call.form.steps
+        in_range = ((call.lengths >= 0) & (call.lengths <= steps)).all()
+        assert_async(in_range, f"a length is out of range: expected 0 <= length <= {steps}, the input's time steps")
+    x, real, restore = call.padded_in_place()
     # A copy: what autograd saves must not change with the caller's tensor.
     resets = None if call.resets is None else to_device(call.resets.unsqueeze(-1).clone(), x.device)
     output, last = stack_layers(

@@ -1,56 +1,129 @@
-"""What the operators are given, checked: a layer has done so before, but they can be called without one.
+"""The operators' arguments: checked, and made into a call. A layer has checked them, but others can call an operator.
 
-N batch, H hidden, P the state that is fed back, D directions.
+T time, N batch, I input, H hidden, P the state that is fed back, D directions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
-from .._cells import expected_weights
-from .._lengths import check_range
+from .._call import Call
+from .._call.context import PLAIN
+from .._call.inputs import Padded
+from .._call.lengths import check_range
+from .._cells import BackendName, expected_weights
 
 
-def check_arguments(
-    x: Tensor,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    initial: Sequence[Tensor],  # each (D, N, P or H)
-    weights: Sequence[Tensor],
-    mode: str,
-    directions: int,
-    batch_first: bool,
-) -> None:
-    """Refuse shapes that don't fit each other: the loops would read memory that is not theirs."""
-    batch, steps = x.shape[:2] if batch_first else (x.shape[1], x.shape[0])
-    _check_count("initial states", initial, 2 if mode == "LSTM" else 1)
-    each, hidden = len(weights) // directions, initial[-1].size(-1)
-    proj = initial[0].size(-1) if mode == "LSTM" and each % 2 else 0
-    for h, width in zip(initial, (proj or hidden, hidden), strict=False):
-        _check_shape("an initial state", h, (directions, batch, width))
-    names, shapes = expected_weights(mode, x.size(-1), hidden, 1, each > 3, directions == 2, proj)
-    _check_count("weights", weights, len(names))
-    for weight, name, shape in zip(weights, names, shapes, strict=True):
-        _check_shape(name, weight, shape)
-    if lengths is not None:
-        _check_shape("lengths", lengths, (batch,))
-        if lengths.is_cpu:
-            check_range(lengths, steps, f"batch_first={batch_first}")
-    if resets is not None:
-        _check_shape("resets", resets, (steps, batch))
+@dataclass
+class OneLayer:
+    """The configuration of one layer of a stack."""
+
+    mode: str
+    input_size: int
+    hidden_size: int
+    bias: bool
+    batch_first: bool
+    bidirectional: bool
+    proj_size: int
+    num_layers: int = 1
+    dropout: float = 0.0
+    training: bool = False
+    enforce_sorted: bool = False
+    flatten_hidden: bool = False
+    backend: BackendName = "auto"
 
 
-def check_saved(
-    x: Tensor, initial: Sequence[Tensor], saved: Tensor, size: int, grads: Sequence[Tensor], directions: int
-) -> None:
-    """The same of what the gradient is given more."""
-    _check_shape("reserve", saved, (size,))
-    _check_count("gradients", grads, 1 + len(initial))
-    _check_shape("the output's gradient", grads[0], (*x.shape[:2], directions * initial[0].size(-1)))
-    for h, grad in zip(initial, grads[1:], strict=True):
-        _check_shape("a last state's gradient", grad, h.shape)
+class Arguments(NamedTuple):
+    """What the two operators are both given."""
+
+    x: Tensor
+    """(N, T, I) or (T, N, I)"""
+    lengths: Tensor | None
+    """(N,)"""
+    resets: Tensor | None
+    """(T, N)"""
+    initial: Sequence[Tensor]
+    """Each (D, N, P or H)"""
+    weights: Sequence[Tensor]
+    """In `torch.nn`'s order"""
+    mode: str
+    batch_first: bool
+
+    @property
+    def directions(self) -> int:
+        return self.initial[0].size(0)
+
+    def layer(self) -> OneLayer:
+        each = len(self.weights) // max(self.directions, 1)
+        projects = self.mode == "LSTM" and each % 2 == 1
+        return OneLayer(
+            mode=self.mode,
+            input_size=self.x.size(-1),
+            hidden_size=self.initial[-1].size(-1),
+            bias=each > 3,
+            batch_first=self.batch_first,
+            bidirectional=self.directions == 2,
+            proj_size=self.initial[0].size(-1) if projects else 0,
+        )
+
+    def open(self) -> Call:
+        """Check the arguments, and return the call of this one layer.
+
+        As in an eager call, lengths that are all T are None, and so are resets without a reset, if they lie on the CPU.
+        """
+        _check_count("initial states", self.initial, 2 if self.mode == "LSTM" else 1)
+        layer, (batch, steps) = self.layer(), self.x.shape[:2]
+        if not self.batch_first:
+            batch, steps = steps, batch
+        self._check_shapes(layer, batch, steps)
+        lengths, resets = self.lengths, self.resets
+        if lengths is not None and lengths.is_cpu and check_range(lengths, steps, f"batch_first={self.batch_first}"):
+            lengths = None
+        if resets is not None and resets.is_cpu and not bool(resets.any()):
+            resets = None
+        return Call(
+            layer=layer,
+            context=PLAIN,
+            form=Padded(self.x, batch, steps, self.batch_first),
+            parameters=list(self.weights),
+            data=self.x,
+            lengths=lengths,
+            mask=None,
+            resets=resets,
+            real=lengths,
+            states=tuple(self.initial),
+        )
+
+    def _check_shapes(self, layer: OneLayer, batch: int, steps: int) -> None:
+        """Refuse shapes that don't fit each other: the loops would read memory that is not theirs."""
+        D, proj = self.directions, layer.proj_size
+        if D not in (1, 2):
+            raise RuntimeError(f"Expected initial states of 1 or 2 directions, got {D}.")
+        for h, width in zip(self.initial, (proj or layer.hidden_size, layer.hidden_size), strict=False):
+            _check_shape("an initial state", h, (D, batch, width))
+        names, shapes = expected_weights(
+            self.mode, layer.input_size, layer.hidden_size, 1, layer.bias, layer.bidirectional, proj
+        )
+        _check_count("weights", self.weights, len(names))
+        for weight, name, shape in zip(self.weights, names, shapes, strict=True):
+            _check_shape(name, weight, shape)
+        if self.lengths is not None:
+            _check_shape("lengths", self.lengths, (batch,))
+        if self.resets is not None:
+            _check_shape("resets", self.resets, (steps, batch))
+
+    def check_saved(self, saved: Tensor, size: int, grads: Sequence[Tensor]) -> None:
+        """Refuse other sizes of what the gradient is given besides: `saved` (size,) and the results' gradients."""
+        _check_shape("saved", saved, (size,))
+        _check_count("gradients", grads, 1 + len(self.initial))
+        width = self.directions * self.initial[0].size(-1)
+        _check_shape("the output's gradient", grads[0], (*self.x.shape[:2], width))
+        for h, grad in zip(self.initial, grads[1:], strict=True):
+            _check_shape("a last state's gradient", grad, h.shape)
 
 
 def _check_count(name: str, tensors: Sequence[Tensor], expected: int) -> None:

@@ -26,7 +26,7 @@ def why_not(call: Call) -> str | None:
 
 
 def run(call: Call) -> tuple[Tensor, States]:
-    x, lengths, restore = call.padded()
+    x, lengths, restore = call.padded_last()
     output, last = stack_layers(
         x, call.states, call.weights, lambda x, states, w: _node(call.layer.mode, x, lengths, states, w), call.dropout
     )

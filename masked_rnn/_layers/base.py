@@ -1,4 +1,4 @@
-"""What the layers share: their options, the forward, and making one over an existing layer's parameters."""
+"""The base of the masked layers: their options and their forward."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypedDict, TypeVar, Unpac
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from .._at_once import run_at_once
-from .._call import close_call, open_call
-from .._cells import BackendName, Layer
-from .._choice import check_name, run
-from .._torch import dynamo_refuses, dynamo_watches, forward_pre_hooks, left_to_run
-from .keras import read_keras
+from .._cells import BackendName
+from .._dispatch import call_layer, check_name
+from .._torch import dynamo_refuses, dynamo_watches, left_to_run
+from .convert import copy_keras, share_torch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,24 +44,15 @@ class Options(TypedDict, total=False):
 DEFAULTS: Options = {"enforce_sorted": False, "flatten_hidden": True, "backend": "auto"}
 
 
-def _run(layer: Layer, input: Any, hx: Any, lengths: Any, mask: Any, resets: Any) -> Any:
-    if not torch.compiler.is_compiling():
-        result = run_at_once(layer, input, hx, lengths, mask, resets)
-        if result is not None:
-            return result
-    call = open_call(layer, input, hx, lengths, mask, resets)
-    return close_call(call, *run(call))
+_call_eagerly: Any = None
 
 
-_run_eagerly: Any = None
-
-
-def _eager_run() -> Any:
-    """`_run`, which Dynamo leaves alone. Made when Dynamo is first there: loading it takes seconds."""
-    global _run_eagerly
-    if _run_eagerly is None:
-        _run_eagerly = left_to_run(_run)
-    return _run_eagerly
+def _eager_call() -> Any:
+    """Return `call_layer` as Dynamo leaves it alone. It is made once Dynamo is there: loading that takes seconds."""
+    global _call_eagerly
+    if _call_eagerly is None:
+        _call_eagerly = left_to_run(call_layer)
+    return _call_eagerly
 
 
 def _as_leaf(layer: Any, input: Any, hx: Any, lengths: Any, mask: Any, resets: Any) -> Any:
@@ -80,7 +68,7 @@ def _as_leaf(layer: Any, input: Any, hx: Any, lengths: Any, mask: Any, resets: A
     return input.tracer.create_proxy("call_module", path, (input, hx, lengths), more)
 
 
-def refusing_as_torch_does(init: Init) -> Init:
+def unknown_arguments_to_torch(init: Init) -> Init:
     """An argument that `init` does not have goes to torch.nn's constructor, which refuses it in its own words."""
     known = inspect.signature(init).parameters
 
@@ -117,12 +105,12 @@ class MaskedRNNBase(nn.RNNBase):
         if not torch.compiler.is_compiling():
             if isinstance(input, torch.fx.Proxy):
                 return _as_leaf(self, input, hx, lengths, mask, resets)
-            # Dynamo leaves every nn.RNNBase to run as it is, but would compile, in pieces, the functions that it calls.
+            # Dynamo skips RNN modules, but would still compile the functions that they call.
             if dynamo_watches():
-                return _eager_run()(self, input, hx, lengths, mask, resets)
+                return _eager_call()(self, input, hx, lengths, mask, resets)
         elif dynamo_refuses():
-            return _eager_run()(self, input, hx, lengths, mask, resets)
-        return _run(self, input, hx, lengths, mask, resets)
+            return _eager_call()(self, input, hx, lengths, mask, resets)
+        return call_layer(self, input, hx, lengths, mask, resets)
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]
@@ -132,28 +120,11 @@ class MaskedRNNBase(nn.RNNBase):
         return ", ".join(parts)
 
     @classmethod
-    def _sharing(cls, source: Any, options: Any, *extra: str) -> Self:
-        """A layer over the parameters of `source`, with its configuration and the `extra` arguments of its kind."""
-        if not isinstance(source, cls._torch_layer):
-            raise TypeError(f"expected an nn.{cls._torch_layer.__name__}, got {type(source).__name__}")
+    def _from_torch(cls, source: Any, options: Any, *extra: str) -> Self:
+        """Make a layer that shares the parameters of `source`. `extra` names the arguments that only its kind has."""
         kept = {name: getattr(source, name) for name in DEFAULTS if isinstance(source, MaskedRNNBase)}
-        weight: Any = source.weight_ih_l0
-        make: Any = cls
-        layer: Self = make(
-            source.input_size,
-            source.hidden_size,
-            source.num_layers,
-            bias=source.bias,
-            batch_first=source.batch_first,
-            dropout=source.dropout,
-            bidirectional=source.bidirectional,
-            device="meta",
-            dtype=weight.dtype,
-            **{name: getattr(source, name) for name in extra},
-            **{"flatten_hidden": False, **kept, **options},
-        )
-        _share_weights(layer, source)
-        return layer.train(source.training)
+        made: Self = share_torch(cls, source, {"flatten_hidden": False, **kept, **options}, extra)
+        return made
 
     @classmethod
     def from_keras(cls, layer: Any, *, device: Device = None, **options: Unpack[Options]) -> Self:
@@ -186,47 +157,5 @@ class MaskedRNNBase(nn.RNNBase):
             >>> keras_layer.build((None, None, 4))  # doctest: +SKIP
             >>> gru = MaskedGRU.from_keras(keras_layer)  # doctest: +SKIP
         """
-        kind = "SimpleRNN" if cls._torch_layer is nn.RNN else cls._torch_layer.__name__
-        found = read_keras(layer, kind)
-        make: Any = cls
-        made: Self = make(
-            found.input_size,
-            found.hidden_size,
-            bias=found.bias,
-            batch_first=found.batch_first,
-            bidirectional=found.bidirectional,
-            device=device,
-            dtype=found.dtype,
-            **({"nonlinearity": found.nonlinearity} if kind == "SimpleRNN" else {}),
-            **options,
-        )
-        _copy_weights(made, found.weights)
+        made: Self = copy_keras(cls, layer, device, options)
         return made
-
-
-@torch.no_grad()
-def _copy_weights(layer: MaskedRNNBase, weights: dict[str, Tensor]) -> None:
-    for name, weight in weights.items():
-        getattr(layer, name).copy_(weight)
-
-
-def _share_weights(layer: Any, source: Any) -> None:
-    """Make the layer use the parameters of `source`, or the tensors from which a hook computes them."""
-    computed = False
-    for name, _ in list(layer.named_parameters()):
-        if parametrize.is_parametrized(source, name):
-            parametrize.register_parametrization(layer, name, nn.Identity(), unsafe=True)
-            layer.parametrizations[name] = source.parametrizations[name]
-        elif isinstance(getattr(source, name), nn.Parameter):
-            setattr(layer, name, getattr(source, name))
-        else:  # a plain tensor that a hook computes before each call, as pruning does
-            computed = True
-            delattr(layer, name)
-            setattr(layer, name, getattr(source, name))
-    if computed:
-        for name, parameter in source.named_parameters(recurse=False):
-            layer.register_parameter(name, parameter)
-        for name, buffer in source.named_buffers(recurse=False):
-            layer.register_buffer(name, buffer)
-        for hook, with_kwargs in forward_pre_hooks(source):
-            layer.register_forward_pre_hook(hook, with_kwargs=with_kwargs)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .._cells import BackendName
-from .base import Device, MaskedRNNBase, Options, refusing_as_torch_does
+from .base import Device, MaskedRNNBase, Options, unknown_arguments_to_torch
 
 if TYPE_CHECKING:
     from .base import Lengths
@@ -135,7 +135,7 @@ class MaskedGRU(MaskedRNNBase, nn.GRU):
 
     _torch_layer = nn.GRU
 
-    @refusing_as_torch_does
+    @unknown_arguments_to_torch
     def __init__(
         self,
         input_size: int,
@@ -217,4 +217,4 @@ class MaskedGRU(MaskedRNNBase, nn.GRU):
             >>> MaskedGRU.from_gru(gru).weight_hh_l0 is gru.weight_hh_l0
             True
         """
-        return cls._sharing(gru, options)
+        return cls._from_torch(gru, options)

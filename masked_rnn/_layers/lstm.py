@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .._cells import BackendName
-from .base import Device, MaskedRNNBase, Options, refusing_as_torch_does
+from .base import Device, MaskedRNNBase, Options, unknown_arguments_to_torch
 
 if TYPE_CHECKING:
     from .base import Lengths
@@ -134,7 +134,7 @@ class MaskedLSTM(MaskedRNNBase, nn.LSTM):
 
     _torch_layer = nn.LSTM
 
-    @refusing_as_torch_does
+    @unknown_arguments_to_torch
     def __init__(
         self,
         input_size: int,
@@ -220,4 +220,4 @@ class MaskedLSTM(MaskedRNNBase, nn.LSTM):
             >>> MaskedLSTM.from_lstm(lstm).weight_hh_l0 is lstm.weight_hh_l0
             True
         """
-        return cls._sharing(lstm, options, "proj_size")
+        return cls._from_torch(lstm, options, "proj_size")

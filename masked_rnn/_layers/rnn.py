@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .._cells import BackendName
-from .base import Device, MaskedRNNBase, Options, refusing_as_torch_does
+from .base import Device, MaskedRNNBase, Options, unknown_arguments_to_torch
 
 if TYPE_CHECKING:
     from .base import Lengths
@@ -120,7 +120,7 @@ class MaskedRNN(MaskedRNNBase, nn.RNN):
 
     _torch_layer = nn.RNN
 
-    @refusing_as_torch_does
+    @unknown_arguments_to_torch
     def __init__(
         self,
         input_size: int,
@@ -212,4 +212,4 @@ class MaskedRNN(MaskedRNNBase, nn.RNN):
             >>> MaskedRNN.from_rnn(rnn).weight_hh_l0 is rnn.weight_hh_l0
             True
         """
-        return cls._sharing(rnn, options, "nonlinearity")
+        return cls._from_torch(rnn, options, "nonlinearity")

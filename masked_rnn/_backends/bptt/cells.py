@@ -39,8 +39,8 @@ class Cell:
         w_hh = weights[0].w_hh
         self.weights = weights
         self.hidden = w_hh.size(0) // self.gates
-        self.paired = len(weights) == 2
-        self.mm: Callable[..., Any] = torch.bmm if self.paired else torch.mm
+        self.is_paired = len(weights) == 2
+        self.mm: Callable[..., Any] = torch.bmm if self.is_paired else torch.mm
         self.w_hr = None if weights[0].w_hr is None else self.join(*(w.w_hr for w in weights if w.w_hr is not None))
 
     @cached_property
@@ -48,7 +48,7 @@ class Cell:
         return self.weights[0].w_hh.new_ones(())
 
     def join(self, *tensors: Tensor) -> Tensor:
-        return torch.stack(tensors) if self.paired else tensors[0]
+        return torch.stack(tensors) if self.is_paired else tensors[0]
 
     def order_gates(self, weight: Tensor) -> Tensor:
         """A recurrent weight or bias with its gates in the buffer's order."""

@@ -10,6 +10,7 @@ P input rows with padding, R rows that run, B sequences that have one, N all, I 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,80 +18,84 @@ from torch import Tensor
 from ..._cells import LayerWeights, States
 from ..._plan import Chunk, Plan
 from ..._torch import below_autograd
-from .cells import Cell
+from .cells import AddProduct, Cell
+from .layer_run import LayerRun, Saved, final_states, initial_gradient, new_history, new_saved, packed_states
 from .products import InputProduct, WeightGradients, recurrent_product
-from .spec import LayerSpec, Saved, new_history, new_saved, pick_states, place_initial, place_last
 
 CHUNK_BYTES = 2 << 20
 """Of a chunk's activations, for each direction: about what stays in a core's caches."""
 
 
-def _chunks(spec: LayerSpec, cell: Cell, itemsize: int) -> list[Chunk]:
-    return spec.plan.chunks(max(1, CHUNK_BYTES // (cell.width * cell.hidden * itemsize)))
+def _chunks(layer_run: LayerRun, cell: Cell, itemsize: int) -> list[Chunk]:
+    return layer_run.plan.chunks(max(1, CHUNK_BYTES // (cell.width * cell.hidden * itemsize)))
 
 
 @below_autograd
 def forward(
-    spec: LayerSpec, x: Tensor, initial: States, weights: LayerWeights, save: bool, into: Saved | None = None
+    layer_run: LayerRun, x: Tensor, initial: States, weights: LayerWeights, save: bool, into: Saved | None = None
 ) -> tuple[Tensor, States, Saved | None]:
     """x (P, I) or (R, I), initial states (D, N, H) -> output (P, D·H) or (R, D·H), last states (D, N, H).
 
     What is saved for backward goes into `into`, or into new memory.
     """
-    plan, cell, axis = spec.plan, spec.cell(weights), len(spec.pair)
-    chunks = _chunks(spec, cell, x.element_size())
+    plan, cell, axis = layer_run.plan, layer_run.cell(weights), int(layer_run.is_paired)
+    chunks = _chunks(layer_run, cell, x.element_size())
     if save and into is None:
-        into = new_saved(spec, x, initial, weights)
-    history, buffer = (new_history(spec, x, initial), None) if into is None else into
+        into = new_saved(layer_run, x, initial, weights)
+    history, buffer = (new_history(layer_run, x, initial), None) if into is None else into
     if buffer is None:
         most = max((chunk.rows for chunk in chunks), default=0)
-        shared = x.new_empty(*spec.pair, most, cell.width * cell.hidden)
+        shared = x.new_empty(layer_run.shape(most, cell.width * cell.hidden))
     for states, first in zip(history, initial, strict=True):
-        states.narrow(-2, 0, plan.sequences).copy_(pick_states(spec, first))
+        states.narrow(-2, 0, plan.sequences).copy_(packed_states(layer_run, first))
 
     add_ = recurrent_product(cell.join(*(cell.order_gates(d.w_hh) for d in weights)).mT)
     products = [InputProduct(cell, d) for d in weights]
-    rows_in = spec.rows_at(spec.gather)
+    rows_in = layer_run.rows_at(layer_run.gather)
     states_at = [torch.split_with_sizes(h, [plan.sequences, *plan.batch_sizes], axis) for h in history]
     for chunk in chunks:
         own = shared.narrow(-2, 0, chunk.rows) if buffer is None else buffer.narrow(-2, chunk.start, chunk.rows)
         for d, product in enumerate(products):
-            product(_rows(x, rows_in[d], chunk), own[d] if spec.pair else own)
+            product(_rows(x, rows_in[d], chunk), own[d] if layer_run.is_paired else own)
         parts = [torch.split_with_sizes(part, chunk.sizes, axis) for part in cell.parts(own)]
         stop = chunk.first + len(chunk.sizes)
         before = [_first_rows(views[chunk.first : stop], chunk) for views in states_at]
         cell.run_(parts, before, [views[chunk.first + 1 : stop + 1] for views in states_at], add_)
 
-    output = _place_output(spec, history[0].narrow(-2, plan.sequences, plan.rows))
-    if save and spec.output_is_history:
+    output = _place_output(layer_run, history[0].narrow(-2, plan.sequences, plan.rows))
+    if save and layer_run.output_is_history:
         output = output.clone()  # what the caller does to it in place must not reach what is saved
-    return output, tuple(place_last(spec, h, first) for h, first in zip(history, initial, strict=True)), into
+    return output, tuple(final_states(layer_run, h, first) for h, first in zip(history, initial, strict=True)), into
 
 
 @below_autograd
 def backward(
-    spec: LayerSpec,
+    layer_run: LayerRun,
     x: Tensor,
     initial: States,
     weights: LayerWeights,
     saved: Saved,
-    d_output: Tensor | None,
-    d_last: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
     want_x: bool,
     want_weights: bool,
 ) -> tuple[Tensor | None, States, LayerWeights | None]:
-    """The gradients of x, of the initial states and of the weights."""
-    plan, cell, axis, (history, buffer) = spec.plan, spec.cell(weights), len(spec.pair), saved
-    chunks = _chunks(spec, cell, x.element_size())
+    """Return the gradients of x, of the initial states and of the weights.
+
+    `grads` are those of the output (P, D·H) or (R, D·H), and of the last states (D, N, H).
+    """
+    d_output, *d_last = grads
+    plan, cell, (history, buffer) = layer_run.plan, layer_run.cell(weights), saved
+    chunks = _chunks(layer_run, cell, x.element_size())
     add_ = recurrent_product(cell.join(*(d.w_hh for d in weights)))
-    rows_in, rows_out = spec.rows_at(spec.gather), spec.rows_at(spec.scatter)
+    rows_in = layer_run.rows_at(layer_run.gather)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if want_x else None
     dw = WeightGradients(cell, weights) if want_weights else None
-    ends = [None if d is None else pick_states(spec, d) for d in d_last]
+    ends = [None if d is None else packed_states(layer_run, d) for d in d_last]
+    incoming = Incoming(d_output, layer_run.rows_at(layer_run.scatter), ends)
     carried: list[Tensor] = []
     most = max((chunk.rows for chunk in chunks), default=0)
-    scratch = x.new_empty(*spec.pair, most, cell.gates * cell.hidden)
-    gradients = [x.new_empty(*spec.pair, plan.sequences + most, h.size(-1)) for h in history]
+    scratch = x.new_empty(layer_run.shape(most, cell.gates * cell.hidden))
+    gradients = [x.new_empty(layer_run.shape(plan.sequences + most, h.size(-1))) for h in history]
 
     for chunk in reversed(chunks):
         before = tuple(_before(plan, h, chunk) for h in history)
@@ -99,40 +104,70 @@ def backward(
         derivatives = cell.local_derivatives(activations, before, after, scratch.narrow(-2, 0, chunk.rows))
 
         # The states' gradients, behind those of the step before the chunk.
-        grads = [states.narrow(-2, 0, chunk.before + chunk.rows) for states in gradients]
-        own = [grad.narrow(-2, chunk.before, chunk.rows) for grad in grads]
-        for states in grads if d_output is None else grads[1:]:
-            states.zero_()
-        if d_output is not None:
-            grads[0].narrow(-2, 0, chunk.before).zero_()
-            _read_output(spec, d_output, rows_out, chunk, own[0])
-        for grad, end in zip(own, ends, strict=True):
-            _add_ends(plan, end, chunk, grad)
-        for grad, carry in zip(own, carried, strict=False):
-            grad.narrow(-2, chunk.rows - carry.size(-2), carry.size(-2)).add_(carry)
+        d_states = [states.narrow(-2, 0, chunk.before + chunk.rows) for states in gradients]
+        own = [d.narrow(-2, chunk.before, chunk.rows) for d in d_states]
+        _read_incoming(layer_run, incoming, chunk, d_states, own)
+        for d, carry in zip(own, carried, strict=False):
+            d.narrow(-2, chunk.rows - carry.size(-2), carry.size(-2)).add_(carry)
 
-        parts = [
-            torch.split_with_sizes(part, chunk.sizes, axis)[::-1]
-            for part in cell.back_parts(derivatives, activations, own)
-        ]
-        views = [torch.split_with_sizes(grad, [chunk.before, *chunk.sizes], axis) for grad in grads]
-        earlier = [_first_rows(steps[:-1], chunk)[::-1] for steps in views]
-        cell.run_back_(parts, [steps[:0:-1] for steps in views], earlier, add_)
-        carried = [grad.narrow(-2, 0, chunk.before).clone() for grad in grads]
+        _run_back(layer_run, chunk, cell, cell.back_parts(derivatives, activations, own), d_states, add_)
+        carried = [d.narrow(-2, 0, chunk.before).clone() for d in d_states]
 
         if dw is not None:
             dw.add_recurrent(derivatives, before[0], own[0])
         cell.input_gradient_(derivatives, own)
-        for direction, d in enumerate(derivatives[0] if spec.pair else derivatives[:1]):
+        for direction, d in enumerate(derivatives[0] if layer_run.is_paired else derivatives[:1]):
             if dx is not None:
                 _add_input_gradient(dx, rows_in[direction], chunk, d, weights[direction].w_ih)
             if dw is not None:
                 dw.add_input(direction, d, _rows(x, rows_in[direction], chunk))
 
     d_initial = [
-        place_initial(spec, carried[s] if carried else None, d_last[s], first) for s, first in enumerate(initial)
+        initial_gradient(layer_run, carried[s] if carried else None, d_last[s], first)
+        for s, first in enumerate(initial)
     ]
     return dx, tuple(d_initial), None if dw is None else dw.result()
+
+
+class Incoming(NamedTuple):
+    """The gradients that come into a layer."""
+
+    d_output: Tensor | None
+    """(P, D·H) or (R, D·H)"""
+    rows: list[Tensor | None]
+    """Where each direction's rows lie in it; None: in order"""
+    ends: list[Tensor | None]
+    """Of the last states, as `packed_states` gives them"""
+
+
+def _read_incoming(
+    layer_run: LayerRun, incoming: Incoming, chunk: Chunk, d_states: Sequence[Tensor], own: Sequence[Tensor]
+) -> None:
+    """Fill the states' gradients with what comes in. `own` are their rows in the chunk, after the step before it."""
+    d_output, rows, ends = incoming
+    for d in d_states if d_output is None else d_states[1:]:
+        d.zero_()
+    if d_output is not None:
+        d_states[0].narrow(-2, 0, chunk.before).zero_()
+        _read_output(layer_run, d_output, rows, chunk, own[0])
+    for d, end in zip(own, ends, strict=True):
+        _add_ends(layer_run.plan, end, chunk, d)
+
+
+def _run_back(
+    layer_run: LayerRun,
+    chunk: Chunk,
+    cell: Cell,
+    parts: Sequence[Tensor],
+    d_states: Sequence[Tensor],
+    add_: AddProduct,
+) -> None:
+    """Run the chunk's steps, the last one first."""
+    axis = int(layer_run.is_paired)
+    split_parts = [torch.split_with_sizes(part, chunk.sizes, axis)[::-1] for part in parts]
+    views = [torch.split_with_sizes(d, [chunk.before, *chunk.sizes], axis) for d in d_states]
+    earlier = [_first_rows(steps[:-1], chunk)[::-1] for steps in views]
+    cell.run_back_(split_parts, [steps[:0:-1] for steps in views], earlier, add_)
 
 
 def _first_rows(views: Sequence[Tensor], chunk: Chunk) -> Sequence[Tensor]:
@@ -156,11 +191,11 @@ def _before(plan: Plan, history: Tensor, chunk: Chunk) -> Tensor:
     return history.index_select(-2, plan.previous.narrow(0, chunk.start, chunk.rows))
 
 
-def _place_output(spec: LayerSpec, rows: Tensor) -> Tensor:
-    plan, index = spec.plan, spec.rows_at(spec.scatter)
-    size = plan.size if spec.scatter else plan.rows
+def _place_output(layer_run: LayerRun, rows: Tensor) -> Tensor:
+    plan, index = layer_run.plan, layer_run.rows_at(layer_run.scatter)
+    size = plan.size if layer_run.scatter else plan.rows
     new = rows.new_zeros if size > plan.rows else rows.new_empty
-    if not spec.pair:
+    if not layer_run.is_paired:
         return rows if index[0] is None else new(size, rows.size(-1)).index_copy_(0, index[0], rows)
     output = new(size, 2, rows.size(-1))
     for own, at, part in zip(output.unbind(1), index, rows, strict=True):
@@ -171,10 +206,10 @@ def _place_output(spec: LayerSpec, rows: Tensor) -> Tensor:
     return output.flatten(1)
 
 
-def _read_output(spec: LayerSpec, d_output: Tensor, index: list[Tensor | None], chunk: Chunk, into: Tensor) -> None:
+def _read_output(layer_run: LayerRun, d_output: Tensor, index: list[Tensor | None], chunk: Chunk, into: Tensor) -> None:
     """The output's gradient at the chunk's rows."""
-    halves = d_output.unflatten(1, (2, -1)).unbind(1) if spec.pair else (d_output,)
-    for own, at, half in zip(into if spec.pair else (into,), index, halves, strict=True):
+    halves = d_output.unflatten(1, (2, -1)).unbind(1) if layer_run.is_paired else (d_output,)
+    for own, at, half in zip(into if layer_run.is_paired else (into,), index, halves, strict=True):
         own.copy_(_rows(half, at, chunk))
 
 

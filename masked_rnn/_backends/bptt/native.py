@@ -1,4 +1,8 @@
-"""The loops of `.loops`, compiled from C++ when the package is installed: same arguments, results and `Saved`."""
+"""Runs a layer in the native loops where they can run it, and in those of PyTorch's ops (`.loops`) elsewhere.
+
+The native loops are compiled from C++ when the package is installed. Both kinds have the same arguments, results and
+`Saved`.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +13,62 @@ import torch
 from torch import Tensor
 
 from ..._cells import LayerWeights, States
-from ..._memory import address, contiguous, copied
-from ..._torch import below_autograd
+from ..._memory import NotPlainError, address, contiguous, copied, with_memory
+from ..._torch import below_autograd, is_recorded
 from . import library, loops, threads
 from .cells import CELLS
-from .spec import LayerSpec, Saved, last_gradient, new_saved
+from .layer_run import LayerRun, Saved, last_gradient, new_saved
 
 NO_MEMORY = (0, 0)
 INT64 = torch.int64
 
 
-@below_autograd
 def forward(
-    spec: LayerSpec, x: Tensor, initial: States, weights: LayerWeights, save: bool, into: Saved | None = None
+    layer_run: LayerRun,
+    x: Tensor,  # (P, I) or (R, I)
+    initial: States,  # each (D, N, P or H)
+    weights: LayerWeights,
+    save: bool,
+    into: Saved | None = None,
+) -> tuple[Tensor, States, Saved | None]:
+    """Return the output (P, D·H) or (R, D·H), the last states (D, N, P or H), and what is saved."""
+    if library.runs(x.dtype) and not is_recorded():
+        try:
+            return run_forward(layer_run, x, initial, weights, save, into)
+        except NotPlainError:
+            pass  # PyTorch's ops know what else a tensor can be, and refuse what they must
+    return loops.forward(layer_run, *_with_memory(x, initial, weights), save, into)
+
+
+def backward(
+    layer_run: LayerRun,
+    x: Tensor,  # (P, I) or (R, I)
+    initial: States,  # each (D, N, P or H)
+    weights: LayerWeights,
+    saved: Saved,
+    grads: Sequence[Tensor | None],  # of the output, then of each last state
+    want_x: bool,
+    want_weights: bool,
+) -> tuple[Tensor | None, States, LayerWeights | None]:
+    """Return the gradients of x, of the initial states and of the weights."""
+    if library.runs(x.dtype) and not is_recorded():
+        try:
+            return run_backward(layer_run, x, initial, weights, saved, grads, want_x, want_weights)
+        except NotPlainError:
+            pass  # as above
+    history, buffer = saved
+    saved = Saved(tuple(map(with_memory, history)), None if buffer is None else with_memory(buffer))
+    grads = [None if d is None else with_memory(d) for d in grads]
+    return loops.backward(layer_run, *_with_memory(x, initial, weights), saved, grads, want_x, want_weights)
+
+
+def _with_memory(x: Tensor, initial: States, weights: LayerWeights) -> tuple[Tensor, States, LayerWeights]:
+    return with_memory(x), tuple(map(with_memory, initial)), tuple(each.map(with_memory) for each in weights)
+
+
+@below_autograd
+def run_forward(
+    spec: LayerRun, x: Tensor, initial: States, weights: LayerWeights, save: bool, into: Saved | None = None
 ) -> tuple[Tensor, States, Saved | None]:
     plan = spec.plan
     if not plan.rows:
@@ -48,34 +95,34 @@ def forward(
 
 
 @below_autograd
-def backward(
-    spec: LayerSpec,
+def run_backward(
+    spec: LayerRun,
     x: Tensor,
     initial: States,
     weights: LayerWeights,
     saved: Saved,
-    d_output: Tensor | None,
-    d_last: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
     want_x: bool,
     want_weights: bool,
 ) -> tuple[Tensor | None, States, LayerWeights | None]:
+    d_output, *d_last = grads
     plan, D, dtype = spec.plan, len(weights), x.dtype
     if not plan.rows:
-        return loops.backward(spec, x, initial, weights, saved, d_output, d_last, want_x, want_weights)
+        return loops.backward(spec, x, initial, weights, saved, grads, want_x, want_weights)
     x, d_output = contiguous(x), None if d_output is None else contiguous(d_output)
     # What hooks on saved tensors gave back may lie in any way.
     history, buffer = saved
     saved = Saved(tuple(map(contiguous, history)), None if buffer is None else contiguous(buffer))
-    grads = tuple(last_gradient(h, d) for h, d in zip(initial, d_last, strict=True))
-    layer, _alive = _layer(spec, x, grads, weights, saved)
+    d_states = tuple(last_gradient(h, d) for h, d in zip(initial, d_last, strict=True))
+    layer, _alive = _layer(spec, x, d_states, weights, saved)
     dx = x.new_empty(D, *x.shape) if want_x else None
     d_weights = tuple(each.map(lambda w: w.new_empty(w.shape)) for each in weights) if want_weights else None
     numbers = [
         *layer,
         *(NO_MEMORY if d_output is None else address(d_output, dtype, *d_output.shape)),
         0 if d_output is None else d_output.size(1),
-        *address(grads[0], dtype, grads[0].numel()),
-        *(address(grads[1], dtype, grads[1].numel()) if len(grads) == 2 else NO_MEMORY),
+        *address(d_states[0], dtype, d_states[0].numel()),
+        *(address(d_states[1], dtype, d_states[1].numel()) if len(d_states) == 2 else NO_MEMORY),
         *(NO_MEMORY if dx is None else address(dx, dtype, dx.numel())),
     ]
     for each in d_weights or ():
@@ -84,12 +131,12 @@ def backward(
     numbers += NO_MEMORY * (5 * (2 - D * want_weights))
     library.call("backward", numbers)
     if dx is None:
-        return None, grads, d_weights
-    return dx[0] if D == 1 else dx[0].add_(dx[1]), grads, d_weights
+        return None, d_states, d_weights
+    return dx[0] if D == 1 else dx[0].add_(dx[1]), d_states, d_weights
 
 
 def _layer(
-    spec: LayerSpec, x: Tensor, states: States, weights: LayerWeights, saved: Saved | None
+    spec: LayerRun, x: Tensor, states: States, weights: LayerWeights, saved: Saved | None
 ) -> tuple[list[int], Any]:
     """The record `Layer` of native/interface.h, and what its addresses point to."""
     plan, D, dtype = spec.plan, len(weights), x.dtype

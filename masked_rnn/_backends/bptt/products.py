@@ -86,7 +86,7 @@ class WeightGradients:
         grads = []
         for direction, weights in enumerate(self.weights):
             sums = self.input[direction] | {
-                name: total[direction] if self.cell.paired else total for name, total in self.recurrent.items()
+                name: total[direction] if self.cell.is_paired else total for name, total in self.recurrent.items()
             }
             if not sums:  # no row ran
                 sums = {name: torch.zeros_like(w) for name, w in weights._asdict().items() if w is not None}

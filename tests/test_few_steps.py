@@ -1,4 +1,4 @@
-"""Calls of few steps that go to PyTorch's kernel at once, and those that must be opened first."""
+"""Calls of few steps: PyTorch's kernel over the padded batch runs them, without a choice."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ import torch
 from oracle import INPUT, as_hx, as_tuple, masked, plain, random_states
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
+
+from masked_rnn._call import open_call
+from masked_rnn._dispatch import takes_the_short_way
+from masked_rnn._probe import lstm_kernel_runs
 
 N = 4
 SOME = torch.tensor([1, 0, 1, 1])
@@ -68,7 +72,7 @@ def test_it_is_what_plain_ops_give(
         for h in states or ():
             h[:, idle] = torch.nan
     found = results_and_gradients(layer, x, states, more)
-    assert ran == ["at once"]
+    assert ran == ["padded"]
     layer.backend = "scan"
     expected = results_and_gradients(layer, x, states, more)
     for a, b in zip(found, expected, strict=True):
@@ -84,7 +88,7 @@ def test_without_lengths_it_is_torchs_bit_for_bit(cell: str, options: dict[str, 
     x, states = torch.randn(N, 3, INPUT), random_states(ours, N, torch.float32)
     for a, b in zip(*(results_and_gradients(layer, x, states, {}) for layer in (ours, theirs)), strict=True):
         assert torch.equal(a, b)
-    assert ran == ["at once"]
+    assert ran == ["padded"]
 
 
 def test_a_flat_state_goes_in(cell: str, ran: list[str]) -> None:
@@ -97,7 +101,7 @@ def test_a_flat_state_goes_in(cell: str, ran: list[str]) -> None:
         torch.testing.assert_close(output, expected)
     for a, b in zip(as_tuple(state), as_tuple(last), strict=True):
         torch.testing.assert_close(a, b)
-    assert ran == ["at once"] * 4
+    assert ran == ["padded"] * 4
 
 
 def test_dropout_is_drawn_as_torch_draws_it(cell: str, ran: list[str]) -> None:
@@ -113,7 +117,7 @@ def test_dropout_is_drawn_as_torch_draws_it(cell: str, ran: list[str]) -> None:
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[2], outputs[3])
     assert not torch.equal(outputs[0], outputs[2])
-    assert ran == ["at once"] * 2
+    assert ran == ["padded"] * 2
 
 
 class Subclass(Tensor):
@@ -121,30 +125,34 @@ class Subclass(Tensor):
 
 
 X = torch.randn(2, N, INPUT)
-OPENED: dict[str, tuple[Any, dict[str, Any]]] = {
-    "five steps": (torch.randn(5, N, INPUT), {}),
-    "two steps with lengths": (X, {"lengths": [2, 1, 0, 2]}),
-    "two steps with a mask": (X, {"mask": torch.rand(2, N) < 0.5}),
-    "two steps with resets": (X, {"resets": torch.rand(2, N) < 2}),
-    "unbatched": (X[:, 0], {}),
-    "no sequence": (X[:, :0], {}),
-    "no step": (X[:0], {"lengths": [0] * N}),
-    "packed": (nn.utils.rnn.pack_sequence([X[:, 0], X[:1, 1]]), {}),
-    "nested": (torch.nested.nested_tensor([X[:, 0], X[:1, 1]], layout=torch.jagged), {}),
-    "another type": (X.as_subclass(Subclass), {}),
-    "another device": (X.to("meta"), {}),
+WAYS: dict[str, tuple[Any, dict[str, Any], bool]] = {
+    "four steps": (torch.randn(4, N, INPUT), {}, True),
+    "one step with a mask": (X[:1], {"mask": SOME.bool().view(1, N)}, True),
+    "another type": (X.as_subclass(Subclass), {}, True),
+    "unbatched": (X[:, 0], {}, False),
+    "five steps": (torch.randn(5, N, INPUT), {}, False),
+    "two steps with lengths": (X, {"lengths": [2, 1, 0, 2]}, False),
+    "two steps with a mask": (X, {"mask": torch.rand(2, N) < 0.5}, False),
+    "two steps with resets": (X, {"resets": torch.rand(2, N) < 2}, False),
+    "no sequence": (X[:, :0], {}, False),
+    "no step": (X[:0], {"lengths": [0] * N}, False),
+    "packed": (nn.utils.rnn.pack_sequence([X[:, 0], X[:1, 1]]), {}, False),
+    "nested": (torch.nested.nested_tensor([X[:, 0], X[:1, 1]], layout=torch.jagged), {}, False),
+    "another device": (X.to("meta"), {}, False),
 }
 
 
-@pytest.mark.parametrize("call", OPENED)
-def test_what_has_more_to_decide_is_opened(cell: str, call: str, ran: list[str]) -> None:
-    x, given = OPENED[call]
-    layer = masked(cell, batch_first=call == "nested")
-    if call == "another device":
+@pytest.mark.parametrize("form", WAYS)
+def test_which_calls_take_the_short_way(cell: str, form: str) -> None:
+    x, given, short = WAYS[form]
+    layer = masked(cell, batch_first=form == "nested")
+    if form == "another device":
         layer = layer.to("meta")
-    layer(x, **given)
-    assert len(ran) == 1
-    assert ran != ["at once"]
+    given = {"lengths": None, "mask": None, "resets": None, **given}
+    call = open_call(layer, x, None, **given)
+    assert takes_the_short_way(call) == short
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not takes_the_short_way(open_call(layer, x, None, **given))
 
 
 @pytest.mark.parametrize("name", ["packed", "padded", "bptt", "scan"])
@@ -177,8 +185,7 @@ def changed(cell: str, how: str) -> tuple[Any, Any]:
 def test_weights_that_are_computed(cell: str, how: str, ran: list[str]) -> None:
     layer, expected = changed(cell, how)
     torch.testing.assert_close(layer(X)[0], expected(X)[0])
-    assert ran[-1] == "at once"
-    assert ran[0] != "at once"
+    assert ran == ["padded"] * 2
 
 
 def test_a_subclass_may_have_more_parameters(cell: str, ran: list[str]) -> None:
@@ -188,7 +195,7 @@ def test_a_subclass_may_have_more_parameters(cell: str, ran: list[str]) -> None:
     assert torch.equal(layer(X)[0], expected)
     moved = copy.deepcopy(layer).double()
     torch.testing.assert_close(moved(X.double())[0].float(), expected)
-    assert ran == ["at once"] * 3
+    assert ran == ["padded"] * 3
 
 
 def test_transforms(cell: str, ran: list[str]) -> None:
@@ -213,7 +220,7 @@ def test_autocast(cell: str, ran: list[str]) -> None:
     """Whose kernels this CPU may lack."""
     with torch.autocast("cpu", torch.bfloat16):
         output, _ = masked(cell)(X)
-    assert ran != ["at once"]
+    assert ran == ["bptt" if cell == "lstm" and not lstm_kernel_runs(torch.bfloat16, True, 1) else "padded"]
     assert output.dtype == torch.bfloat16 or cell == "gru"
 
 

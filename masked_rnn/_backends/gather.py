@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 
-def pick_rows(x: Tensor, index: Tensor | None) -> Tensor:
+def gather_rows(x: Tensor, index: Tensor | None) -> Tensor:
     """The rows of x (P, I) at `index`, all of them where it is None."""
-    return x if index is None else _Pick.apply(x, index)
+    return x if index is None else _Gather.apply(x, index)
 
 
-def place_rows(x: Tensor, index: Tensor | None, size: int) -> Tensor:
+def scatter_rows(x: Tensor, index: Tensor | None, size: int) -> Tensor:
     """A tensor of `size` rows, zero but for those of x at `index`."""
-    return x if index is None else _Place.apply(x, index, size)
+    return x if index is None else _Scatter.apply(x, index, size)
 
 
-class _Pick(torch.autograd.Function):
+class _Gather(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -37,10 +37,10 @@ class _Pick(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
-        return place_rows(grad, index, ctx.size), None
+        return scatter_rows(grad, index, ctx.size), None
 
 
-class _Place(torch.autograd.Function):
+class _Scatter(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
@@ -54,4 +54,4 @@ class _Place(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (index,) = ctx.saved_tensors
-        return pick_rows(grad, index), None, None
+        return gather_rows(grad, index), None, None

@@ -1,4 +1,4 @@
-"""What a length, a mask or a reset is: checked here, before anything is computed.
+"""Checks lengths, masks and resets, before anything is computed.
 
 T time, N batch.
 """
@@ -14,22 +14,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._memory import with_memory
-from ._torch import assert_async, values_can_be_read
+from .._memory import with_memory
+from .._torch import assert_async
+from .context import Context, find_context
 
 EXPECTED = "Expected whole numbers: a list, a tuple, an array or a tensor of any integer dtype."
 
 
 def is_on_host(tensor: Tensor) -> bool:
-    """Whether its values can be read without waiting for a device."""
+    """Return whether a tensor's values can be read without waiting for a device."""
     return tensor.device.type == "cpu"
 
 
-def check_lengths(given: Any, batch: int, steps: int, device: torch.device, batch_first: bool) -> Tensor | None:
-    """Lengths as int64 `(N,)`, checked against the batch; None where all are T, as far as can be seen. Kept on the CPU,
-    unless both they and the input are on another device."""
-    layout = f"batch_first={batch_first}"
-    if isinstance(given, Tensor) and values_can_be_read(given):
+def check_lengths(
+    context: Context, given: Any, batch: int, steps: int, device: torch.device, batch_first: bool
+) -> Tensor | None:
+    """Return lengths as int64 `(N,)`, checked against the batch; None if all are T and that can be seen.
+
+    They stay on the CPU, unless both they and the input, on `device`, are on another device.
+    """
+    if isinstance(given, Tensor) and context.can_read(given):
         given = with_memory(given)
     lengths = _int64(given, steps)
     if lengths.dim() == 0 and batch == 1:
@@ -39,6 +43,7 @@ def check_lengths(given: Any, batch: int, steps: int, device: torch.device, batc
             f"lengths must have one dimension, one length per sequence, but its shape is {tuple(lengths.shape)}. "
             f"Expected shape ({batch},)."
         )
+    layout = f"batch_first={batch_first}"
     if lengths.size(0) != batch:
         raise ValueError(
             f"lengths has {lengths.size(0)} elements, but the input holds {batch} sequences ({layout}). "
@@ -46,7 +51,7 @@ def check_lengths(given: Any, batch: int, steps: int, device: torch.device, batc
         )
     if device.type == "cpu":
         lengths = lengths.cpu()
-    if not values_can_be_read(lengths):
+    if not context.can_read(lengths):
         return lengths.to(device)
     if is_on_host(lengths):
         return None if check_range(lengths, steps, layout) else lengths
@@ -60,7 +65,7 @@ def check_lengths(given: Any, batch: int, steps: int, device: torch.device, batc
 
 
 def check_range(lengths: Tensor, steps: int, layout: str) -> bool:
-    """Returns whether every length is T."""
+    """Refuse a length that is not from 0 to T. Return whether every length is T."""
     values = lengths.tolist()
     if not values or (min(values) >= 0 and max(values) <= steps):
         return not values or min(values) == steps
@@ -76,7 +81,7 @@ def check_range(lengths: Tensor, steps: int, layout: str) -> bool:
 
 
 def check_packed(batch_sizes: Tensor, order: Tensor | None, rows: int) -> None:
-    """What `pack_padded_sequence` makes sure of, and the constructor of a PackedSequence does not."""
+    """Refuse a PackedSequence that `pack_padded_sequence` would not make. Its constructor checks nothing."""
     sizes, fault = batch_sizes.tolist(), None
     for t, (size, after) in enumerate(pairwise(sizes)):
         if after > size:
@@ -98,7 +103,7 @@ def check_packed(batch_sizes: Tensor, order: Tensor | None, rows: int) -> None:
 
 
 def check_nested(offsets: Tensor, lengths: Tensor, rows: int) -> None:
-    """What `torch.nested.nested_tensor_from_jagged` takes as it is given."""
+    """Refuse offsets and lengths that do not fit. `torch.nested.nested_tensor_from_jagged` takes any."""
     if not is_on_host(offsets):
         return
     bounds = offsets.tolist()
@@ -113,8 +118,8 @@ def check_nested(offsets: Tensor, lengths: Tensor, rows: int) -> None:
 MARKS = {"mask": "True at real steps", "resets": "True where the state starts anew before the step"}
 
 
-def check_marks(name: str, marks: Any, shape: tuple[int, ...], layout: str) -> Tensor:
-    """A mask, or resets: a bool for each step."""
+def check_marks(context: Context, name: str, marks: Any, shape: tuple[int, ...], layout: str) -> Tensor:
+    """Return a mask, or resets, of the given shape: a bool for each step."""
     if not isinstance(marks, Tensor):
         raise TypeError(f"{name} must be a bool tensor, got {type(marks).__name__}. Use torch.as_tensor({name}).")
     if marks.dtype != torch.bool:
@@ -127,11 +132,11 @@ def check_marks(name: str, marks: Any, shape: tuple[int, ...], layout: str) -> T
             f"{name} has shape {tuple(marks.shape)}, but the input's first dimensions are {shape} ({layout}). "
             f"Expected one bool per time step of each sequence.{cure}"
         )
-    return with_memory(marks) if values_can_be_read(marks) else marks
+    return with_memory(marks) if context.can_read(marks) else marks
 
 
 def _marks_cure(name: str, marks: Tensor) -> str:
-    if not values_can_be_read(marks):
+    if not find_context().can_read(marks):
         return ""
     if name == "mask" and marks.is_floating_point() and not bool(marks.any()):
         return ""  # all 0: nothing is real, or, in one that is added to scores, everything
@@ -142,8 +147,9 @@ def _marks_cure(name: str, marks: Tensor) -> str:
     return ""
 
 
-def check_sorted(lengths: Tensor) -> None:
-    if not values_can_be_read(lengths):
+def check_sorted(context: Context, lengths: Tensor) -> None:
+    """Refuse lengths (N,) that grow: `enforce_sorted=True` promised that they do not."""
+    if not context.can_read(lengths):
         return
     if not is_on_host(lengths) and assert_async(
         (lengths.diff() <= 0).all(), "lengths must decrease under enforce_sorted=True"
@@ -210,10 +216,10 @@ def _whole(lengths: Tensor, steps: int) -> Tensor:
 
 
 def _cure(lengths: Tensor, steps: int) -> str:
-    """What to write instead, where that is sure to be right."""
+    """Return what to write instead, if that is sure to be right."""
     if lengths.dtype == torch.bool:
         return " If it marks real steps, give it as mask; if it marks where the state starts anew, as resets."
-    if lengths.is_complex() or not values_can_be_read(lengths) or not lengths.numel():
+    if lengths.is_complex() or not find_context().can_read(lengths) or not lengths.numel():
         return ""
     are_whole = bool((lengths == lengths.round()).all())
     if bool(((lengths >= 0) & (lengths <= 1)).all()):
@@ -232,7 +238,7 @@ def _refuse_element(given: Sequence[Any], n: int, steps: int) -> NoReturn:
 
 
 def look_like_lengths(given: Any) -> bool:
-    """Whether what stands where the initial state should is whole numbers."""
+    """Return whether the argument for the initial state is whole numbers."""
     if isinstance(given, (Tensor, np.ndarray)):
         return _is_integral(given.dtype) if isinstance(given, Tensor) else given.dtype.kind in "iu"
     if isinstance(given, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Refusals in torch.nn's own words, and ours after them."""
+"""Errors in torch.nn's own words, with ours after them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from ._cells import Layer
+from .._cells import Layer
 
 
 def refusal(
     layer: Layer, kind: type[Exception], ask: Callable[[Any], Any], instead: str = "", more: str = "", **made: Any
 ) -> Exception:
-    """The error to raise for a fault that was found: torch's words for it, then `more`.
+    """Return the error to raise for a fault that was found: torch's words for it, then `more`.
 
-    `ask` gives the fault to a layer of torch.nn like ours, `made` with these options more. It has no values, and only
-    checks its arguments. `instead` is said where this release of torch says nothing, and while a call is compiled.
+    `ask` gives the fault to a torch.nn layer of the same configuration and the options `made`. That layer is on the
+    meta device: it only checks its arguments. `instead` is used if torch says nothing, and while a call is compiled.
     """
     their = None
     if not torch.compiler.is_compiling():

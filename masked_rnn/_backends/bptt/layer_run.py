@@ -1,0 +1,164 @@
+"""How one layer runs, what it saves for backward, and how states come in and go out. All loops share it.
+
+B sequences that have a step, N all, R rows that run, P state that is fed back, H hidden, D directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._cells import LayerWeights, States
+from ..._memory import copied
+from ..._plan import Plan, restore_states, sort_states
+from .cells import CELLS, Cell
+
+Shape = tuple[int, ...]
+
+
+class LayerRun(NamedTuple):
+    """How one layer runs: everything but its tensors."""
+
+    mode: str
+    directions: int
+    plan: Plan
+    gather: bool
+    """True: the input lies as the caller's does, with padding. False: it is the rows that run."""
+    scatter: bool
+    """True: the output must lie as the caller's input does. False: as the rows that run."""
+
+    def cell(self, weights: LayerWeights) -> Cell:
+        return CELLS[self.mode](weights)
+
+    def rows_at(self, there: bool) -> list[Tensor | None]:
+        """Return where each direction's rows lie, in the caller's input or among the rows that run. None: in order."""
+        index = self.plan.index if there else None
+        if self.directions == 1:
+            return [index]
+        return [index, self.plan.reversed_rows if index is None else index[self.plan.reversed_rows]]
+
+    @property
+    def output_is_history(self) -> bool:
+        """Whether the caller's output has the same rows as the saved states."""
+        return self.scatter and self.directions == 1 and self.plan.index is None
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether two directions run as a batch of two."""
+        return self.directions == 2
+
+    def shape(self, *sizes: int) -> Shape:
+        """Return the shape of a tensor that all directions share: (2, *sizes) for two."""
+        return (2, *sizes) if self.directions == 2 else sizes
+
+
+class Saved(NamedTuple):
+    """What backward needs: each state at every row, behind its initial value, and each row's activations."""
+
+    history: States
+    """Each (D, B + R, P), the LSTM's c (D, B + R, H). One direction has no D."""
+    buffer: Tensor | None
+    """(D, R, width · H)"""
+
+
+def saved_shapes(
+    mode: str,
+    sequences_and_rows: tuple[int, int],  # B, R
+    initial: Sequence[Tensor],  # each (D, N, P or H)
+    weights: LayerWeights,
+) -> tuple[list[Shape], Shape | None]:
+    """Return the shapes of `Saved`: those of the history, and the buffer's, None if the cell saves no buffer."""
+    cell, lead, (sequences, rows) = CELLS[mode], (2,) if len(weights) == 2 else (), sequences_and_rows
+    history: list[Shape] = [(*lead, sequences + rows, h.size(-1)) for h in initial]
+    hidden = weights[0].w_hh.size(0) // cell.gates
+    return history, (*lead, rows, cell.width * hidden) if cell.saves_buffer else None
+
+
+def saved_numbers(
+    mode: str, sequences_and_rows: tuple[int, int], initial: Sequence[Tensor], weights: LayerWeights
+) -> int:
+    """Return how many numbers `Saved` holds. The arguments are those of `saved_shapes`."""
+    history, buffer = saved_shapes(mode, sequences_and_rows, initial, weights)
+    return sum(map(prod, history)) + (0 if buffer is None else prod(buffer))
+
+
+def new_history(
+    layer_run: LayerRun,
+    x: Tensor,  # (P, I) or (R, I), for its dtype and device
+    initial: Sequence[Tensor],  # each (D, N, P or H)
+) -> States:
+    plan = layer_run.plan
+    return tuple([x.new_empty(layer_run.shape(plan.sequences + plan.rows, h.size(-1))) for h in initial])
+
+
+def new_saved(
+    layer_run: LayerRun,
+    x: Tensor,  # (P, I) or (R, I), for its dtype and device
+    initial: Sequence[Tensor],  # each (D, N, P or H)
+    weights: LayerWeights,
+) -> Saved:
+    plan = layer_run.plan
+    history, buffer = saved_shapes(layer_run.mode, (plan.sequences, plan.rows), initial, weights)
+    return Saved(tuple([x.new_empty(shape) for shape in history]), None if buffer is None else x.new_empty(buffer))
+
+
+def saved_in(
+    memory: Tensor,  # one dimension, large enough, of the layer's dtype
+    layer_run: LayerRun,
+    initial: Sequence[Tensor],  # each (D, N, P or H)
+    weights: LayerWeights,
+) -> Saved:
+    """As `new_saved`, but in the given memory: each tensor behind the one before."""
+    plan = layer_run.plan
+    history, buffer = saved_shapes(layer_run.mode, (plan.sequences, plan.rows), initial, weights)
+    shapes = history if buffer is None else [*history, buffer]
+    sizes = [prod(shape) for shape in shapes]
+    parts = memory.narrow(0, 0, sum(sizes)).split(sizes)
+    placed = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    return Saved(tuple(placed), None) if buffer is None else Saved(tuple(placed[:-1]), placed[-1])
+
+
+def packed_states(
+    layer_run: LayerRun,
+    states: Tensor,  # (D, N, H)
+) -> Tensor:
+    """Return the states of the sequences that run, in the plan's order: (D, B, H); (B, H) for one direction."""
+    states = sort_states(states, layer_run.plan)
+    return states if layer_run.is_paired else states[0]
+
+
+def final_states(
+    layer_run: LayerRun,
+    history: Tensor,  # (D, B + R, H)
+    initial: Tensor,  # (D, N, H)
+) -> Tensor:
+    """Return each sequence's last state, (D, N, H). A sequence without steps keeps its initial one."""
+    last = history.index_select(-2, layer_run.plan.sequences + layer_run.plan.last)
+    return restore_states(last if layer_run.is_paired else last.unsqueeze(0), initial, layer_run.plan)
+
+
+def last_gradient(
+    initial: Tensor,  # (D, N, H)
+    d_last: Tensor | None,  # (D, N, H)
+) -> Tensor:
+    """Return a copy of the last state's gradient. For a sequence without steps it is the initial state's gradient."""
+    if d_last is None:
+        return torch.zeros_like(initial, memory_format=torch.contiguous_format)
+    return copied(d_last)
+
+
+def initial_gradient(
+    layer_run: LayerRun,
+    carried: Tensor | None,  # (D, B, H), None if no step ran
+    d_last: Tensor | None,  # (D, N, H)
+    initial: Tensor,  # (D, N, H)
+) -> Tensor:
+    """Return the initial state's gradient: `carried` back through the steps; without steps, the last state's."""
+    grad = last_gradient(initial, d_last)
+    if carried is None:
+        return grad
+    return restore_states(carried if layer_run.is_paired else carried.unsqueeze(0), grad, layer_run.plan)

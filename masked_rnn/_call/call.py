@@ -1,0 +1,229 @@
+"""One call in canonical form: opened from a layer's arguments, read by the backends, closed into the caller's form.
+
+T time, N batch, I input, H hidden, P the state that is fed back (H, or proj_size), D directions, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._cells import Layer, LayerWeights, States, group_weights, read_weights
+from .._plan import Plan, move_back, move_to_front, real_mask
+from .._segments import Segments
+from .._torch import to_device, unsafe_view
+from .context import Context, find_context
+from .inputs import Cut, Form, check_input, open_input, open_lengths, open_resets, refuse_twice
+from .lengths import check_sorted, is_on_host
+from .states import close_states, forget, open_states
+
+Restore = Callable[[Tensor], Tensor]
+"""Brings an output into the layout that its input had."""
+
+
+@dataclass
+class Call:
+    """One call in canonical form.
+
+    Backends take the input as `rows()` with a `plan`, as `padded_last()` or as `padded_in_place()`.
+    """
+
+    layer: Layer
+    context: Context
+    form: Form
+    parameters: list[Tensor]
+    """The weights, in `torch.nn`'s order"""
+    data: Tensor
+    """That of `form`, in the precision that runs"""
+    lengths: Tensor | None
+    """(N,)"""
+    mask: Tensor | None
+    """(T, N)"""
+    resets: Tensor | None
+    """(T, N), True where a sequence's state starts anew"""
+    real: Tensor | None
+    """What says which steps are real: lengths, mask, or the batch sizes of a PackedSequence. None: all are."""
+    states: States
+    """Each (L·D, N, P or H), in the batch's order"""
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.layer.bidirectional else 1
+
+    @property
+    def weights(self) -> list[LayerWeights]:
+        return group_weights(self.parameters, self.layer.num_layers, self.directions)
+
+    @property
+    def dropout(self) -> float:
+        """The probability of dropout between layers. 0 if none is drawn."""
+        layer = self.layer
+        return float(layer.dropout) if layer.training and layer.num_layers > 1 else 0.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is a padded batch that runs whole: no row is moved, and no value read."""
+        return self.lengths is None and self.mask is None and self.resets is None and self.data.dim() == 3
+
+    def is_empty(self) -> bool:
+        """Return whether no sequence has a step, as far as that can be seen without waiting for a device."""
+        if self.form.batch == 0 or self.data.numel() == 0:
+            return True
+        real = self.real
+        return real is not None and is_on_host(real) and self.context.readable and not bool(real.any())
+
+    def wants_gradient(self) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        for tensors in (self.parameters, (self.data,), self.states):  # most often it is a parameter
+            for tensor in tensors:
+                if tensor.requires_grad:
+                    return True
+        return False
+
+    def why_unreadable(self, reads_plan: bool, reads_resets: bool = True) -> str | None:
+        """Return why a backend can't read the values that it needs. None: it can, or needs none.
+
+        `reads_plan` says whether it reads which steps are real, `reads_resets` whether it reads resets.
+        """
+        context = self.context
+        if context.readable and not context.cuda_graph:
+            return None
+        has_resets = reads_resets and self.resets is not None
+        if context.traced:
+            what = "the resets of this call, or its number of steps," if has_resets else "the lengths of this call"
+            return f"torch.jit.trace would keep {what} for good" if has_resets or reads_plan else None
+        if not context.readable:
+            what = "resets" if has_resets else "lengths"
+            why = f"it reads {what}, which have no values here (FakeTensorMode, make_fx or the meta device)"
+            return why if has_resets or reads_plan or self.data.dim() == 2 else None
+        if has_resets:
+            return "it reads resets, and a CUDA graph is being recorded, which can't wait for them"
+        if reads_plan:
+            return "it plans its steps on the CPU, and a CUDA graph is being recorded, which can't wait for it"
+        return None
+
+    def _with(self, **changes: Any) -> Call:
+        # Not dataclasses.replace, which Dynamo can't follow in torch 2.6.
+        values = {name: getattr(self, name) for name in FIELDS}
+        return Call(**{**values, **changes})
+
+    def in_weights_dtype(self) -> Call:
+        dtype = self.parameters[0].dtype
+        return self._with(data=self.data.to(dtype), states=tuple(h.to(dtype) for h in self.states))
+
+    def cut(self, resets: Tensor) -> tuple[Call, Segments]:
+        """Return the call whose sequences are the segments between `resets` (T, N). Reads them on the host."""
+        form = self.form
+        lengths, mask = (None if t is None else t.cpu() for t in (self.lengths, self.mask))
+        segments = Segments(resets.cpu(), lengths, mask, self.directions, form.batch_first, self.data.device)
+        rows = self.rows()
+        call = self._with(
+            context=self.context.seen_with(rows, rows, None),
+            form=Cut(rows, len(segments.lengths), form.steps, form.batch_first, segments),
+            data=rows,
+            lengths=None,
+            mask=None,
+            resets=None,
+            real=None,
+            states=tuple(segments.initial(h) for h in self.states),
+        )
+        return call, segments
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Which rows run when. Reads the lengths on the host."""
+        return self.form.plan(self.lengths, self.mask, self.layer.enforce_sorted)
+
+    def rows(self) -> Tensor:
+        """Return the input as rows, in the order in which the plan's index counts them."""
+        return self.data if self.data.dim() == 2 else self.data.flatten(0, 1)
+
+    def from_rows(
+        self,
+        output: Tensor,  # one row for each of `rows()`
+    ) -> Tensor:
+        """Return the output as `data` lies, in memory of its own: its caller may change it in place."""
+        return output if self.data.dim() == 2 else unsafe_view(output, [*self.data.shape[:2], output.size(-1)])
+
+    def padded_last(self) -> tuple[Tensor, Tensor | None, Restore]:
+        """Return the input (T, N, I), padding last; the lengths (N,), None if all are T; how to restore an output."""
+        if self.data.dim() == 2:
+            return self._padded_rows()
+        x, restore = self._time_first()
+        if self.mask is None:
+            return x, None if self.lengths is None else to_device(self.lengths, x.device), restore
+        x, place = move_to_front(x, self.mask)
+        return x, self.mask.sum(0), lambda output: restore(move_back(output, place))
+
+    def padded_in_place(self) -> tuple[Tensor, Tensor | None, Restore]:
+        """As `padded_last`, but padding stays where it is; real steps are marked (T, N, 1), None if all are real."""
+        if self.mask is None or self.data.dim() == 2:
+            x, lengths, restore = self.padded_last()
+            return x, None if lengths is None else real_mask(lengths, x.size(0)), restore
+        x, restore = self._time_first()
+        return x, self.mask.unsqueeze(-1), restore
+
+    def _time_first(self) -> tuple[Tensor, Restore]:
+        if not self.form.batch_first:
+            return self.data, lambda output: output
+        return self.data.transpose(0, 1), lambda output: output.transpose(0, 1)
+
+    def _padded_rows(self) -> tuple[Tensor, Tensor, Restore]:
+        plan = self.plan
+        steps = len(plan.batch_sizes)
+        order = torch.arange(plan.sequences, device=plan.device) if plan.order is None else plan.order
+        at, index = plan.padded_index(order), plan.index
+        rows = self.data if index is None else self.data.index_select(0, index)
+        x = rows.new_zeros(steps * plan.batch, rows.size(-1)).index_copy(0, at, rows)
+
+        def restore(output: Tensor) -> Tensor:
+            rows = output.flatten(0, 1).index_select(0, at)
+            return rows if index is None else rows.new_zeros(plan.size, rows.size(-1)).index_copy(0, index, rows)
+
+        lengths = torch.zeros(plan.batch, dtype=torch.int64, device=plan.device)
+        return x.view(steps, plan.batch, x.size(-1)), lengths.index_copy(0, order, plan.sorted_lengths), restore
+
+
+FIELDS = tuple(field.name for field in fields(Call))
+
+
+def open_call(layer: Layer, input: Any, hx: Any, lengths: Any, mask: Any, resets: Any) -> Call:
+    """Check a layer's arguments and bring them into one form."""
+    context = find_context()
+    form = open_input(context, layer, input)
+    parameters = read_weights(layer, context.traced)
+    check_input(context, layer, form.data, parameters)
+    if form.takes_lengths:
+        lengths, mask = open_lengths(context, form, lengths, mask)
+        resets = None if resets is None else open_resets(context, form, resets)
+    else:
+        refuse_twice(form, lengths, mask, resets)
+        lengths = form.own_lengths
+    if layer.enforce_sorted and form.name != "packed":
+        counts = lengths if mask is None else mask.sum(0)
+        if counts is not None:
+            check_sorted(context, counts)
+    states = open_states(context, layer, form, hx)
+    if resets is not None and form.steps == 1 and not context.traced:
+        # Nothing to cut: at most the initial state is dropped, and that every backend can follow.
+        if hx is not None:
+            states = forget(states, resets, lengths, layer.bidirectional)
+        resets = None
+    real = form.batch_sizes if mask is None and lengths is None else lengths if mask is None else mask
+    context = context.seen_with(form.data, form.data if real is None else real, resets)
+    return Call(layer, context, form, parameters, form.data, lengths, mask, resets, real, states)
+
+
+def close_call(
+    call: Call,
+    output: Tensor,  # as the call's data lies
+    states: States,  # each (L·D, N, P or H)
+) -> tuple[Any, Any]:
+    """Return the output in the form of the input, and the last states as the layer returns them."""
+    return call.form.restore(output), close_states(call.layer, states, call.form.name == "unbatched")

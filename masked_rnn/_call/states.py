@@ -1,0 +1,147 @@
+"""The initial state: checked, and brought to (L·D, N, P) from either form. The last state: brought to the caller's.
+
+N batch, H hidden, P the state that is fed back (H, or proj_size), D directions, L layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._cells import Layer, States
+from .._torch import is_autocast_on, is_zero_tensor, to_device
+from .context import Context
+from .inputs import Form
+from .lengths import look_like_lengths
+from .refusals import refusal
+
+
+def open_states(context: Context, layer: Layer, form: Form, hx: Any) -> States:
+    """Return the initial states, each (L·D, N, P or H): zeros if `hx` is None."""
+    data, widths = form.data, _state_widths(layer)
+    stacked = layer.num_layers * (2 if layer.bidirectional else 1)
+    if hx is None:
+        zeros = []
+        for width in widths:
+            zeros.append(torch.zeros(stacked, form.batch, width, dtype=data.dtype, device=data.device))
+        return tuple(zeros)
+    _refuse_lengths_as_hx(form, hx)
+    given = (hx,) if len(widths) == 1 else hx
+    if not isinstance(given, (tuple, list)) or len(given) != len(widths):
+        more = f"{type(layer).__name__}: hx must be the pair (h_0, c_0), got {type(hx).__name__}"
+        raise _refusal(layer, form, hx, more)
+    states = []
+    for k, (h, width) in enumerate(zip(given, widths, strict=True)):
+        name = "hx" if len(widths) == 1 else f"hx[{k}]"
+        _check_state(form, h, name)
+        if not context.compiling and is_zero_tensor(h):
+            h = h.clone()  # PyTorch's LSTM kernel would read memory that is not there
+        state = _whole_state(form, h, stacked, width)
+        if state is None:
+            raise _refused_shape(layer, form, given, k, name)
+        states.append(state)
+    return tuple(states)
+
+
+def close_states(
+    layer: Layer,
+    states: States,  # each (L·D, N, P or H)
+    unbatched: bool,
+) -> Tensor | States:
+    """Return the last states as the layer returns them."""
+    if layer.flatten_hidden:
+        states = tuple([torch.cat(h.unbind(0), -1) if h.size(0) > 1 else h[0] for h in states])
+    if unbatched:
+        states = tuple([h.squeeze(-2) for h in states])
+    return states[0] if len(states) == 1 else states
+
+
+def forget(
+    states: States,  # each (L·D, N, P or H)
+    resets: Tensor,  # (1, N)
+    lengths: Tensor | None,  # (N,)
+    bidirectional: bool,
+) -> States:
+    """Zero the state of each row that starts anew, in the forward direction. For a batch of one step."""
+    device = states[0].device
+    anew = to_device(resets[0].clone(), device)  # what autograd saves must not change with the caller's tensor
+    if lengths is not None:
+        anew = anew & to_device(lengths > 0, device)
+    if bidirectional:
+        backward = torch.zeros_like(anew)
+        anew = torch.stack([anew, backward]).repeat(states[0].size(0) // 2, 1)  # (L·D, N)
+    return tuple(torch.where(anew.unsqueeze(-1), torch.zeros_like(h), h) for h in states)
+
+
+def _refuse_lengths_as_hx(form: Form, hx: Any) -> None:
+    if isinstance(hx, Tensor) and hx.is_floating_point():
+        return
+    given = hx[0] if isinstance(hx, (tuple, list)) and hx else hx
+    if isinstance(given, Tensor) and given.dtype == torch.bool:
+        marks = "mask=... if it marks real steps, resets=... if it marks where the state starts anew"
+        cure = "Pass" if form.takes_lengths else "Padded input takes marks of its steps"
+        raise TypeError(f"the second argument, hx, is the initial state, but got a bool tensor. {cure}: {marks}.")
+    if look_like_lengths(hx):
+        cure = "pass lengths=..." if form.takes_lengths else f"{form.name} input carries its lengths: leave them out"
+        raise TypeError(
+            f"the second argument, hx, is the initial state, but got whole numbers. If they are lengths, {cure}."
+        )
+
+
+def _state_widths(layer: Layer) -> tuple[int, ...]:
+    fed_back = layer.proj_size or layer.hidden_size
+    return (fed_back, layer.hidden_size) if layer.mode == "LSTM" else (fed_back,)
+
+
+def _check_state(form: Form, h: Any, name: str) -> None:
+    if not isinstance(h, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(h).__name__}")
+    data = form.data
+    if h.dtype != data.dtype and not is_autocast_on(data.device.type):
+        raise RuntimeError(
+            f"{name} has dtype {h.dtype}, but the input has {data.dtype}. Convert it: {name}.to({data.dtype})"
+        )
+
+
+def _state_shapes(form: Form, stacked: int, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of a state as `nn.GRU` takes it, and flattened as the layer returns it."""
+    if form.name == "unbatched":
+        return (stacked, width), (stacked * width,)
+    return (stacked, form.batch, width), (form.batch, stacked * width)
+
+
+def _whole_state(form: Form, h: Tensor, stacked: int, width: int) -> Tensor | None:
+    """Return a state as (L·D, N, P). None if it has neither shape."""
+    whole, flat = _state_shapes(form, stacked, width)
+    # Dimensions first: a compiler would note each size that is compared.
+    if h.dim() == len(whole) and tuple(h.shape) == whole:
+        return h.unsqueeze(1) if form.name == "unbatched" else h
+    if h.dim() == len(flat) and tuple(h.shape) == flat:
+        batch = form.batch
+        return h.reshape(1, batch, width) if stacked == 1 else h.reshape(batch, stacked, width).transpose(0, 1)
+    return None
+
+
+def _refused_shape(layer: Layer, form: Form, given: Any, k: int, name: str) -> Exception:
+    stacked = layer.num_layers * (2 if layer.bidirectional else 1)
+    sizes = [_state_shapes(form, stacked, width) for width in _state_widths(layer)]
+    # A flattened state that is right is no fault: torch sees a whole one in its place.
+    seen = tuple(
+        h.new_empty(whole) if isinstance(h, Tensor) and tuple(h.shape) == flat else h
+        for h, (whole, flat) in zip(given, sizes, strict=True)
+    )
+    whole, flat = sizes[k]
+    more = f"Expected {name} of size {whole}, or flattened {flat}, got {list(given[k].shape)}"
+    return _refusal(layer, form, seen if len(seen) > 1 else seen[0], more)
+
+
+def _refusal(layer: Layer, form: Form, hx: Any, more: str) -> Exception:
+    def ask(their: Any) -> None:
+        if form.takes_lengths:
+            their.forward(form.restore(form.data), hx)
+        else:
+            their.check_forward_args(form.data, hx, [form.batch])
+
+    return refusal(layer, RuntimeError, ask, more=more, dtype=form.data.dtype)

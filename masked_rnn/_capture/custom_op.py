@@ -1,0 +1,255 @@
+"""A layer as one operator, opaque to torch.compile and torch.export: the loop over time stays out of their graphs.
+
+Input and output are padded, in the layer's own layout. The operator has a fake kernel and a registered gradient. When
+it runs, the lengths can be read: it makes the plan, the choice and the saved tensors that an eager call would.
+
+T time, N batch, I input, P the state that is fed back, D directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._backends import padded, scan
+from .._backends.bptt import library, native
+from .._backends.bptt.layer_run import LayerRun, saved_in, saved_numbers
+from .._backends.kernels import kernel_is_faster
+from .._call import Call
+from .._cells import LayerWeights, States, flatten_weights, group_weights, stack_layers
+from .._plan import Plan, move_to_front
+from .._probe import check_dtype
+from .._segments import Segments, resets_at_real_steps
+from .._torch import with_autograd
+from .arguments import Arguments
+
+
+def why_not(call: Call) -> str | None:
+    """Return the reason why the operator can't run a call. None: it can."""
+    return None
+
+
+def run(call: Call) -> tuple[Tensor, States]:
+    if call.data.dim() == 3 and call.mask is None:
+        x, lengths, batch_first, restore = call.data, call.lengths, call.form.batch_first, None
+    else:
+        x, lengths, restore = call.padded_last()
+        batch_first = False
+    mode, S, resets = call.layer.mode, len(call.states), call.resets
+    if resets is not None and call.mask is not None:
+        resets, _ = move_to_front(resets_at_real_steps(resets, call.mask).unsqueeze(-1), call.mask)
+        resets = resets.squeeze(-1)
+
+    def run_one(x: Tensor, initial: States, weights: LayerWeights) -> tuple[Tensor, States]:
+        tensors, save = flatten_weights([weights]), torch.is_grad_enabled()
+        results = torch.ops.masked_rnn.layer(x, lengths, resets, list(initial), tensors, mode, batch_first, save)
+        return results[0], tuple(results[1 : 1 + S])
+
+    output, last = stack_layers(x, call.states, call.weights, run_one, call.dropout)
+    return output if restore is None else restore(output), last
+
+
+def _forward(
+    x: Tensor,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    initial: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    mode: str,
+    batch_first: bool,
+    save: bool,
+) -> list[Tensor]:
+    """Return the output, the last states, what the gradient needs as bytes, and whether PyTorch's kernel ran."""
+    arguments = Arguments(x, lengths, resets, initial, weights, mode, batch_first)
+    call = arguments.open()
+    check_dtype(mode, x.dtype, x.device, call.layer.bias, call.layer.proj_size > 0)
+    saved = x.new_empty(_saved_bytes(arguments, save), dtype=torch.uint8)
+    kernel_ran = _runs_kernel(call, save)
+    if kernel_ran:
+        with torch.no_grad():
+            output, last = _run_kernel(call)
+        output = output.contiguous()
+        last = tuple(h.clone(memory_format=torch.contiguous_format) for h in last)
+    else:
+        layer_run, states, segments = _plan_layer(call)
+        (own,) = call.weights
+        into = saved_in(saved.view(x.dtype), layer_run, states, own) if save else None
+        rows, last, _ = native.forward(layer_run, call.rows(), states, own, save, into)
+        output = call.from_rows(rows)
+        if segments is not None:
+            last = tuple(map(segments.last, last, initial))
+    return [output, *last, saved, x.new_full((), kernel_ran, dtype=torch.bool)]
+
+
+def _backward(*given: Any) -> list[Tensor]:
+    """Return the gradients of the initial states, then of x and of the weights if they are wanted."""
+    arguments, (saved, kernel_ran, grads, want_x, want_weights) = Arguments(*given[:7]), given[7:]
+    call = arguments.open()
+    arguments.check_saved(saved, _saved_bytes(arguments, True), grads)
+    if not call.data.is_cpu or bool(kernel_ran):
+        return _run_kernel_again(arguments, grads, want_x, want_weights)
+    layer_run, states, segments = _plan_layer(call)
+    rows, (weights,), d_last = call.rows(), call.weights, list(grads[1:])
+    dx, d_initial, d_weights = native.backward(
+        layer_run,
+        rows,
+        states,
+        weights,
+        saved_in(saved.view(rows.dtype), layer_run, states, weights),
+        [grads[0].reshape(rows.size(0), -1), *(d_last if segments is None else map(segments.last_gradient, d_last))],
+        want_x,
+        want_weights,
+    )
+    result = list(d_initial if segments is None else map(segments.initial_gradient, d_initial, d_last))
+    if dx is not None:
+        result.append(dx.view(arguments.x.shape))
+    if d_weights is not None:
+        # Copies: the operator's results must not share memory.
+        result += [g.clone() for g in flatten_weights([d_weights])]
+    return result
+
+
+def _runs_kernel(call: Call, learns: bool) -> bool:
+    """Return whether PyTorch's kernel runs, as `auto` would choose. For the gradient it then runs once more."""
+    if not call.data.is_cpu:
+        return True
+    if call.is_empty():
+        return False
+    return call.data.is_complex() or kernel_is_faster(call, learns, library.runs(call.data.dtype))
+
+
+def _run_kernel(call: Call) -> tuple[Tensor, States]:
+    # On another device, the segments between resets can't be found without waiting; `padded` has no complex LSTM.
+    run_backend = padded.run if call.resets is None and not call.data.is_complex() else scan.run
+    with torch.autocast(call.data.device.type, enabled=False):
+        return run_backend(call)
+
+
+def _run_kernel_again(arguments: Arguments, grads: Sequence[Tensor], want_x: bool, want_weights: bool) -> list[Tensor]:
+    S = len(arguments.initial)
+
+    def run() -> list[Tensor]:
+        inputs = [t.detach().requires_grad_() for t in (*arguments.initial, arguments.x, *arguments.weights)]
+        with torch.enable_grad():
+            own = arguments._replace(initial=inputs[:S], x=inputs[S], weights=inputs[S + 1 :])
+            output, last = _run_kernel(own.open())
+        wanted = inputs[:S] + (inputs[S : S + 1] if want_x else []) + (inputs[S + 1 :] if want_weights else [])
+        found = torch.autograd.grad((output, *last), wanted, list(grads), allow_unused=True, materialize_grads=True)
+        return [g.clone(memory_format=torch.contiguous_format) for g in found]
+
+    return with_autograd(run)
+
+
+class Planned(NamedTuple):
+    """A call's lengths and resets, and the plan that they gave."""
+
+    layout: tuple[int, int, int, bool]
+    """Batch, steps, directions, batch_first"""
+    lengths: Tensor | None
+    resets: Tensor | None
+    plan: Plan
+    segments: Segments | None
+
+
+_latest: Planned | None = None
+"""A layer's gradient, and the layers above and below, ask for the plan of the latest call again."""
+
+
+def _plan_layer(call: Call) -> tuple[LayerRun, States, Segments | None]:
+    """Return how the loops run a call, from which states, and the segments between its resets, None without resets."""
+    global _latest
+    form, planned = call.form, _latest
+    layout = (form.batch, form.steps, call.directions, form.batch_first)
+    if (
+        planned is None
+        or planned.layout != layout
+        or not _equal(planned.lengths, call.lengths)
+        or not _equal(planned.resets, call.resets)
+    ):
+        cut, segments = (call, None) if call.resets is None else call.cut(call.resets)
+        # Copies: the caller may change theirs in place.
+        lengths, resets = (None if t is None else t.clone() for t in (call.lengths, call.resets))
+        planned = _latest = Planned(layout, lengths, resets, cut.plan, segments)
+    _, _, _, plan, segments = planned
+    states = call.states if segments is None else tuple(map(segments.initial, call.states))
+    return LayerRun(call.layer.mode, call.directions, plan, gather=True, scatter=True), states, segments
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
+
+
+def _saved_bytes(arguments: Arguments, save: bool) -> Any:
+    """Return a size of `saved` that is enough for a batch without padding: untouched memory costs nothing.
+
+    It may depend on shapes and dtypes alone, because the fake kernel has no others.
+    """
+    x, _, resets, initial, weights, mode, _ = arguments
+    if not save or x.device.type != "cpu":
+        return 0
+    rows = x.shape[0] * x.shape[1]
+    sequences = initial[0].shape[1] if resets is None else rows  # at most
+    (grouped,) = group_weights(weights, 1, arguments.directions)
+    return saved_numbers(mode, (sequences, rows), initial, grouped) * x.element_size()
+
+
+def _fake_forward(
+    x: Tensor,
+    lengths: Tensor | None,
+    resets: Tensor | None,
+    initial: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    mode: str,
+    batch_first: bool,
+    save: bool,
+) -> list[Tensor]:
+    arguments = Arguments(x, lengths, resets, initial, weights, mode, batch_first)
+    output = x.new_empty(x.shape[0], x.shape[1], arguments.directions * initial[0].shape[-1])
+    saved = x.new_empty(_saved_bytes(arguments, save), dtype=torch.uint8)
+    last = [torch.empty_like(h, memory_format=torch.contiguous_format) for h in initial]
+    return [output, *last, saved, x.new_empty((), dtype=torch.bool)]
+
+
+def _fake_backward(*given: Any) -> list[Tensor]:
+    arguments, (*_, want_x, want_weights) = Arguments(*given[:7]), given[7:]
+    like = [*arguments.initial, *([arguments.x] if want_x else []), *(arguments.weights if want_weights else [])]
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in like]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, lengths, resets, initial, weights, ctx.mode, ctx.batch_first, _ = inputs
+    ctx.n_states, ctx.n_weights = len(initial), len(weights)
+    *_, saved, kernel_ran = output
+    ctx.save_for_backward(x, lengths, resets, saved, kernel_ran, *initial, *weights)
+
+
+def _gradient(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    x, lengths, resets, saved, kernel_ran, *rest = ctx.saved_tensors
+    S = ctx.n_states
+    arguments = Arguments(x, lengths, resets, rest[:S], rest[S:], ctx.mode, ctx.batch_first)
+    want_x, want_weights = ctx.needs_input_grad[0], any(t.requires_grad for t in rest[S:])
+    results = list(
+        torch.ops.masked_rnn.layer_gradient(*arguments, saved, kernel_ran, grads[: 1 + S], want_x, want_weights)
+    )
+    d_initial, results = results[:S], results[S:]
+    dx = results.pop(0) if want_x else None
+    return dx, None, None, d_initial, results if want_weights else [None] * ctx.n_weights, *[None] * 3
+
+
+ARGUMENTS = "Tensor x, Tensor? lengths, Tensor? resets, Tensor[] initial, Tensor[] weights, str mode, bool batch_first"
+forward_operator = torch.library.custom_op(
+    "masked_rnn::layer", _forward, mutates_args=(), schema=f"({ARGUMENTS}, bool save) -> Tensor[]"
+)
+forward_operator.register_fake(_fake_forward)
+forward_operator.register_autograd(_gradient, setup_context=_setup_context)
+backward_operator = torch.library.custom_op(
+    "masked_rnn::layer_gradient",
+    _backward,
+    mutates_args=(),
+    schema=f"({ARGUMENTS}, Tensor saved, Tensor kernel_ran, Tensor[] grads, bool want_x, bool want_weights)"
+    " -> Tensor[]",
+)
+backward_operator.register_fake(_fake_backward)

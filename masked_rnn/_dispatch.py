@@ -1,0 +1,201 @@
+"""Chooses the backend that runs a call, and runs it. It is the only module that knows all backends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ._backends import bptt, packed, padded, scan
+from ._backends.bptt import library
+from ._backends.kernels import (
+    is_over_soon,
+    kernel_is_faster,
+    runs_all_steps_at_once,
+    runs_cudnn,
+    why_no_lstm_kernel,
+)
+from ._call import Call, close_call, open_call
+from ._call.context import PLAIN
+from ._call.lengths import is_on_host
+from ._capture import custom_op, onnx
+from ._cells import Layer, States
+from ._torch import is_autocast_on
+
+
+class Backend(Protocol):
+    """A way of running a call: a module with two functions."""
+
+    def run(self, call: Call) -> tuple[Tensor, States]:
+        """Return the output, as the call's data lies, and the last states, each (L·D, N, P or H)."""
+
+    def why_not(self, call: Call) -> str | None:
+        """Return the reason why this backend can't run the call, in words. None: it can."""
+
+
+BACKENDS: dict[str, Backend] = {"packed": packed, "padded": padded, "bptt": bptt, "scan": scan}
+CAPTURED: dict[str, Backend] = {"operator": custom_op, "onnx": onnx}
+"""What a compiler or an exporter sees of a layer"""
+TAKES_RESETS = ("scan", "operator")
+MOST_PADDING = 0.9
+"""A GPU pads rows for a kernel that runs all steps at once up to this share of padding, which takes memory."""
+
+
+def call_layer(layer: Layer, input: Any, hx: Any, lengths: Any, mask: Any, resets: Any) -> tuple[Any, Any]:
+    """Call a layer: open the call, choose a backend, run it, close the call."""
+    call = open_call(layer, input, hx, lengths, mask, resets)
+    if takes_the_short_way(call):
+        return close_call(call, *padded.run(call))
+    return close_call(call, *run(call))
+
+
+def takes_the_short_way(call: Call) -> bool:
+    """Fast path for one to four steps on a CPU: to choose a backend would cost as much as the kernel."""
+    form = call.form
+    return (
+        call.context is PLAIN
+        and call.layer.backend == "auto"
+        and form.name == "padded"
+        and is_over_soon(call)
+        and form.batch > 0
+        and form.steps > 0
+        and call.data.is_cpu
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def run(call: Call) -> tuple[Tensor, States]:
+    name = choose(call)
+    if call.resets is None or name in TAKES_RESETS:
+        return _run(name, call)
+    # Each segment is a sequence of its own: no backend but those above knows of resets.
+    cut, segments = call.cut(call.resets)
+    output, states = _run(choose(cut), cut)
+    last = (segments.last(new, h.to(new.dtype)) for new, h in zip(states, call.states, strict=True))
+    return call.from_rows(output), tuple(last)
+
+
+def _run(name: str, call: Call) -> tuple[Tensor, States]:
+    if name in ("packed", "padded"):
+        return BACKENDS[name].run(call)
+    backend, device = BACKENDS.get(name) or CAPTURED[name], call.data.device.type
+    if not is_autocast_on(device):
+        return backend.run(call)
+    # The rest is our own arithmetic: it runs in the weights' precision, and only its results have autocast's.
+    dtype, *dtypes = _dtypes_under_autocast(call)
+    with torch.autocast(device, enabled=False):
+        output, states = backend.run(call.in_weights_dtype())
+    return output.to(dtype), tuple(h.to(d) for h, d in zip(states, dtypes, strict=True))
+
+
+def _dtypes_under_autocast(call: Call) -> list[torch.dtype]:
+    """Return the dtypes of the output and the last states that `torch.nn` returns.
+
+    cuDNN's are float16 whatever autocast asks for. On a CPU a GRU's h and a projected LSTM's c keep the precision they
+    came in.
+    """
+    weights, device = call.parameters[0].dtype, call.data.device.type
+    autocast = torch.float16 if runs_cudnn(call.data) else torch.get_autocast_dtype(device)
+    low = weights if weights == torch.float64 or weights.is_complex else autocast
+    if device == "cuda":
+        return [low] * (1 + len(call.states))
+    wide = [torch.promote_types(low, h.dtype) for h in call.states]
+    if call.layer.mode == "GRU":
+        return [wide[0], wide[0]]
+    if call.layer.proj_size:
+        return [low, low, wide[1]]
+    return [low] * (1 + len(wide))
+
+
+def check_name(backend: str) -> None:
+    if backend not in ("auto", *BACKENDS):
+        names = ", ".join(map(repr, BACKENDS))
+        raise ValueError(f"backend={backend!r} does not exist. Expected 'auto' or one of {names}.")
+
+
+def choose(call: Call) -> str:
+    """Return the name of the backend that runs a call: the one that was asked for, or the fastest that can."""
+    wanted = call.layer.backend
+    if wanted != "auto":
+        check_name(wanted)  # it may have been set after the layer was made
+    if call.context.captured_as:
+        return _choose_captured(call, wanted, call.context.captured_as)
+    name, reason = first_that_can(call, order(call) if wanted == "auto" else (wanted,))
+    if reason:
+        raise _refusal(call, wanted, reason)
+    return _without_steps(call, name) or name
+
+
+def order(call: Call) -> Sequence[str]:
+    """Return the backends that `auto` tries, the fastest first, by measurement. docs/backends.md says it in words."""
+    context, data = call.context, call.data
+    if context.only_scan:
+        return ("scan",)
+    if not context.readable or context.cuda_graph:
+        return ("padded", "packed", "scan") if call.resets is None else ("scan",)
+    if call.parameters[0].is_complex():
+        return ("packed",)
+    # A checkpoint runs once without gradients and once with them. If dropout is drawn, both must choose alike.
+    draws = bool(call.dropout)
+    learns = draws or call.wants_gradient()
+    if data.is_cpu:
+        faster = kernel_is_faster(call, learns, library.runs(data.dtype))
+        faster = faster and not why_no_lstm_kernel(call, draws or torch.is_grad_enabled())
+        return ("padded", "bptt") if faster else ("bptt",)
+    if call.resets is not None:
+        return ("padded",)  # or what suits the batch once it is cut
+    at_once = runs_all_steps_at_once(call.layer.mode, data, call.layer.hidden_size, call.layer.proj_size, learns)
+    if data.dim() == 2:
+        pads = at_once and call.plan.share_of_padding() <= MOST_PADDING
+    else:
+        pads = at_once or not all(t is None or is_on_host(t) for t in (call.lengths, call.mask))
+    return ("padded",) if pads else ("packed",)
+
+
+def first_that_can(call: Call, names: Sequence[str]) -> tuple[str, str | None]:
+    """Return the first backend that can run a call; or, if none can, the first, and why it can't."""
+    reason = None
+    for name in names:
+        why_not = BACKENDS[name].why_not(call)
+        if why_not is None:
+            return name, None
+        reason = reason or why_not
+    return names[0], reason
+
+
+def _refusal(call: Call, wanted: str, reason: str) -> ValueError:
+    if wanted == "auto":
+        return ValueError(f"no backend can run this call: {reason}.")
+    name, nothing_can = first_that_can(call, order(call))
+    cure = "" if nothing_can or name == wanted else " Use backend='auto', which takes one that can."
+    return ValueError(f"backend={wanted!r} can't run this call: {reason}.{cure}")
+
+
+def _without_steps(call: Call, name: str) -> str | None:
+    """Return what runs a call in which no sequence has a step: no kernel takes it. None: a sequence has one."""
+    context = call.context
+    if context.traced or context.only_scan or (name == "bptt" and context.readable):
+        return None
+    if call.is_empty() or (_reads_plan(call, name) and not call.plan.rows):
+        return "bptt" if context.readable else "scan"  # the first returns at once, the other reads nothing
+    return None
+
+
+def _reads_plan(call: Call, name: str) -> bool:
+    return call.form.name == "nested" or (name == "packed" and not packed.takes_input_as_it_is(call))
+
+
+def _choose_captured(call: Call, wanted: str, captured_as: str) -> str:
+    if wanted == "scan":
+        return "scan"
+    if wanted in ("packed", "padded"):
+        raise ValueError(
+            f"backend={wanted!r} can't run this call: it is being compiled or exported, which goes through an operator "
+            "of its own. Use backend='auto'."
+        )
+    reason = CAPTURED[captured_as].why_not(call)
+    if reason:
+        raise ValueError(f"this layer can't be captured: {reason}.")
+    return captured_as

@@ -1,0 +1,88 @@
+"""Makes a masked layer from a layer of torch.nn, whose parameters it shares, or from a Keras layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .._torch import forward_pre_hooks
+from .keras import read_keras
+
+
+def share_torch(kind: Any, source: Any, options: Mapping[str, Any], extra: Sequence[str]) -> Any:
+    """Make a `kind` with the configuration of `source`, `options` and the attributes named in `extra`.
+
+    It shares the parameters of `source`, and is in training if `source` is.
+
+    Raises:
+        TypeError: `source` is not a layer of torch.nn of the same kind.
+    """
+    if not isinstance(source, kind._torch_layer):
+        raise TypeError(f"expected an nn.{kind._torch_layer.__name__}, got {type(source).__name__}")
+    weight: Any = source.weight_ih_l0
+    layer = kind(
+        source.input_size,
+        source.hidden_size,
+        source.num_layers,
+        bias=source.bias,
+        batch_first=source.batch_first,
+        dropout=source.dropout,
+        bidirectional=source.bidirectional,
+        device="meta",
+        dtype=weight.dtype,
+        **{name: getattr(source, name) for name in extra},
+        **options,
+    )
+    _share_weights(layer, source)
+    return layer.train(source.training)
+
+
+def copy_keras(kind: Any, keras_layer: Any, device: Any, options: Mapping[str, Any]) -> Any:
+    """Make a `kind` with the configuration and the weights of a Keras layer. `read_keras` says what it refuses."""
+    keras_kind = "SimpleRNN" if kind._torch_layer is nn.RNN else kind._torch_layer.__name__
+    found = read_keras(keras_layer, keras_kind)
+    layer = kind(
+        found.input_size,
+        found.hidden_size,
+        bias=found.bias,
+        batch_first=found.batch_first,
+        bidirectional=found.bidirectional,
+        device=device,
+        dtype=found.dtype,
+        **({"nonlinearity": found.nonlinearity} if keras_kind == "SimpleRNN" else {}),
+        **options,
+    )
+    _copy_weights(layer, found.weights)
+    return layer
+
+
+@torch.no_grad()
+def _copy_weights(layer: Any, weights: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        getattr(layer, name).copy_(weight)
+
+
+def _share_weights(layer: Any, source: Any) -> None:
+    """Replace the layer's parameters with those of `source`, or with the tensors that they are computed from."""
+    computed = False
+    for name, _ in list(layer.named_parameters()):
+        if parametrize.is_parametrized(source, name):
+            parametrize.register_parametrization(layer, name, nn.Identity(), unsafe=True)
+            layer.parametrizations[name] = source.parametrizations[name]
+        elif isinstance(getattr(source, name), nn.Parameter):
+            setattr(layer, name, getattr(source, name))
+        else:  # a plain tensor that a hook computes before each call, as pruning does
+            computed = True
+            delattr(layer, name)
+            setattr(layer, name, getattr(source, name))
+    if computed:
+        for name, parameter in source.named_parameters(recurse=False):
+            layer.register_parameter(name, parameter)
+        for name, buffer in source.named_buffers(recurse=False):
+            layer.register_buffer(name, buffer)
+        for hook, with_kwargs in forward_pre_hooks(source):
+            layer.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
