@@ -13,9 +13,9 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 WHOLE = None
 PAGES: dict[str, list[tuple[str, list[str] | None]]] = {
-    "index.md": [("README.md", ["", "Before and after", "What you searched for", "Options", "Recipes"])],
-    "examples.md": [("README.md", ["Examples"])],
-    "benchmarks.md": [("README.md", ["Speed"]), ("benchmarks/README.md", WHOLE)],
+    "index.md": [("README.md", ["", "Before and after", "Options", "Recipes"])],
+    "examples.md": [("examples/README.md", WHOLE)],
+    "speed.md": [("README.md", ["Speed"]), ("benchmarks/README.md", WHOLE)],
     "contributing.md": [("CONTRIBUTING.md", WHOLE)],
     "changelog.md": [("CHANGELOG.md", WHOLE)],
 }

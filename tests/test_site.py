@@ -56,7 +56,7 @@ def test_links_are_made_to_work_on_the_site() -> None:
     assert linked("[how](docs/capture.md#onnx)") == "[how](capture.md#onnx)"
     assert linked("![a](docs/images/padding.svg)") == "![a](images/padding.svg)"
     assert linked("[a](#classify)") == "[a](index.md#classify)"
-    assert linked("[a](../README.md#speed)", "docs/resets.md") == "[a](benchmarks.md#speed)"
+    assert linked("[a](../README.md#speed)", "docs/resets.md") == "[a](speed.md#speed)"
     assert linked("[a](../benchmarks/plot.py)", "docs/bptt.md") == "`benchmarks/plot.py`"
     assert linked("[a](LICENSE)", repository="https://host/a/") == "[a](https://host/a/blob/main/LICENSE)"
     assert linked("[a](#nowhere)") == "[a](index.md#nowhere)"  # for mkdocs to refuse
