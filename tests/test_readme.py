@@ -127,14 +127,14 @@ def test_anchors() -> None:
 
 
 def test_the_messages_that_are_searched_for() -> None:
-    readme, x = (ROOT / "README.md").read_text(), torch.zeros(2, 6, 1)
+    faq, x = (ROOT / "docs" / "faq.md").read_text(), torch.zeros(2, 6, 1)
     for lengths in (torch.tensor([6, 0]), torch.tensor([2, 6]), torch.tensor([6, 2], device="meta")):
         with pytest.raises(RuntimeError) as error:
             pack_padded_sequence(x, lengths, batch_first=True)
-        assert re.split("[.,]", str(error.value))[0] in readme
+        assert re.split("[.,]", str(error.value))[0] in faq
     with pytest.raises(ValueError, match="time steps") as ours:
         masked_rnn.MaskedGRU(1, 1, batch_first=True)(x, lengths=[6, 7])
-    assert str(ours.value) in readme
+    assert str(ours.value) in faq
 
 
 def test_the_first_forty_lines_serve_a_newcomer() -> None:

@@ -117,7 +117,7 @@ def _check(config: dict[str, Any], kind: str) -> None:
             warnings.warn(
                 f"{name}={config[name]} is left out: in training, Keras drops elements of the layer's {where}.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
 
