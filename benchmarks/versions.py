@@ -61,7 +61,7 @@ def serve(threads: int) -> None:
     """The far end: answers a cell, a shape, whether to train, whether lengths are given, and for how long to run."""
     import torch
 
-    from .contenders.products import Sgemm
+    from .contenders.bare_products import Sgemm
     from .contenders.torch_layers import Masked
 
     torch.set_num_threads(threads)
