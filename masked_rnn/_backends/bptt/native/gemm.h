@@ -85,17 +85,32 @@ ALWAYS_INLINE void multiply_tile(const A& a, const T* panel, ptrdiff_t depth, St
                                  ptrdiff_t column, ptrdiff_t count) {
     Vec<T> sums[M][2] = {};
     const bool whole = count >= TILE_WIDTH<T>;
-    if (start != AT_ZERO) {
+    if (start == AT_C) {  // C may be far away: it is fetched while the product is made, and added last
+#pragma GCC unroll 16
+        for (int r = 0; r < M; ++r)
+            __builtin_prefetch(c[r] + column, 1), __builtin_prefetch(c[r] + column + LANES<T>, 1);
+    }
+    if (start == AT_ROW) {
 #pragma GCC unroll 16
         for (int r = 0; r < M; ++r) {
-            const T* from = (start == AT_C ? c[r] : row) + column;
             if (whole)
-                sums[r][0] = load(from), sums[r][1] = load(from + LANES<T>);
+                sums[r][0] = load(row + column), sums[r][1] = load(row + column + LANES<T>);
             else
-                load_part(from, count, sums[r]);
+                load_part(row + column, count, sums[r]);
         }
     }
     add_product<T, M>(a, panel, depth, sums);
+    if (start == AT_C) {
+#pragma GCC unroll 16
+        for (int r = 0; r < M; ++r) {
+            Vec<T> more[2];
+            if (whole)
+                more[0] = load(c[r] + column), more[1] = load(c[r] + column + LANES<T>);
+            else
+                load_part(c[r] + column, count, more);
+            sums[r][0] += more[0], sums[r][1] += more[1];
+        }
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < M; ++r) {
         T* to = c[r] + column;
