@@ -6,7 +6,6 @@ I input, H hidden, P the state that is fed back (H, or proj_size), D directions,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from functools import lru_cache
 from operator import attrgetter
 from typing import Literal, NamedTuple, Protocol
@@ -82,9 +81,12 @@ def read_weights(layer: Layer, traced: bool) -> list[Tensor]:
     )
     if listed is not None:
         names, shapes = _known_weights(*configuration)
-        with suppress(AttributeError):  # None, or anything else that was put in a parameter's place
-            if list(map(SHAPE_OF, listed)) == shapes:
-                return listed
+        try:
+            fit = list(map(SHAPE_OF, listed)) == shapes
+        except AttributeError:  # None, or anything else that was put in a parameter's place
+            fit = False
+        if fit:
+            return listed
         _refuse_weights(layer, listed, names, shapes)
         return listed
     # As attributes, so that parametrized and functional weights count.
