@@ -1,4 +1,4 @@
-"""Runs the suite, prints the figures and writes the CSV."""
+"""Runs the suite, prints what it found and writes the CSV."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from pathlib import Path
 
 from .contenders import BACKENDS, CAPTURED, CONTENDERS
 from .problem import CELLS, SHAPES
-from .report import print_figures, print_speedups, print_summary, progress
+from .report import print_peaks, print_speedups, print_summary, progress
 from .rows import write
 from .suite import ON_CUDA, QUICK, WORKS, Plan, Suite
+from .works import run
 
 PUBLISHED = Path(__file__).resolve().parent / "results"
 BUSY = 0.5
@@ -36,11 +37,10 @@ def main() -> int:
         print(f"other work is running here (load {busy:.1f}): the times will be worth little{lost}", file=sys.stderr)
     with progress() as (told, started, advance), Suite(plan, told, advance) as suite:
         started(suite.steps())
-        suite.run()
+        run(suite)
     print_speedups(suite.rows)
     print_summary(suite.rows)
-    if plan.device == "cpu":
-        print_figures(suite.rows)
+    print_peaks(suite.rows)
     for name, why in suite.left_out.items():
         print(f"left out: {name} ({why})")
     if not is_publishable:

@@ -1,7 +1,7 @@
-"""What a run prints: progress, speed-ups by shape, and the figures to reach.
+"""What a run prints: progress, speed-ups by shape, memory, and the share of the peak.
 
-`python -m benchmarks.report FILE.csv … [--of masked_rnn-ops]` prints the tables of earlier runs, as docs/backends.md
-has them.
+`python -m benchmarks.report FILE.csv … [--of masked_rnn-ops]` prints the tables of earlier runs, as
+docs/benchmarks.md has them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from pathlib import Path
 from statistics import geometric_mean
 
 from .contenders import CONTENDERS
-from .goals import figures, speedups
-from .rows import Row, read
+from .rows import Row, read, speedups
 
 Progress = tuple[Callable[[str], None], Callable[[int], None], Callable[[], None]]
 
@@ -92,15 +91,14 @@ def print_summary(rows: Sequence[Row], of: str = OURS) -> None:
             print_table(table)
 
 
-def print_figures(rows: Sequence[Row]) -> None:
-    found = figures(rows)
-    if found:
-        print()
-        marks = [("reached" if f.reached else "not reached") if f.goal else "" for f in found]
-        print_table(
-            [["cell", "figure", "goal", "value", ""]]
-            + [[f.cell, f.what, f.goal, f.value, mark] for f, mark in zip(found, marks, strict=True)]
-        )
+def print_peaks(rows: Sequence[Row]) -> None:
+    """Memory that a training step adds, and products a second beside those of large `torch.mm`."""
+    memory = [[r.cell, r.shape, r.contender, f"{r.peak_mib:.0f}"] for r in rows if r.peak_mib]
+    speed = [[r.cell, r.shape, r.contender, f"{r.gflops:.0f}"] for r in rows if r.gflops]
+    for unit, table in (("MiB", memory), ("GFLOP/s", speed)):
+        if table:
+            print()
+            print_table([["cell", "shape", "contender", unit], *table])
 
 
 def print_table(table: Sequence[Sequence[str]]) -> None:
@@ -122,4 +120,4 @@ if __name__ == "__main__":
     print_speedups(held, arguments.of)
     print_summary(held, arguments.of)
     if arguments.of == OURS:
-        print_figures(everything)
+        print_peaks(everything)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -55,3 +55,12 @@ def read(path: Path) -> list[Row]:
     with path.open(newline="", encoding="utf-8") as file:
         lines = (line for line in file if not line.startswith("#"))
         return [Row(**{k: value(k, v) for k, v in raw.items()}) for raw in csv.DictReader(lines)]  # type: ignore[arg-type]
+
+
+def speedups(rows: Iterable[Row], work: str, against: Sequence[str]) -> dict[str, float]:
+    """By shape: how many times as fast as the fastest of those it is held against."""
+    found: dict[str, float] = {}
+    for row in rows:
+        if row.work == work and row.contender in against and row.ratio_to_masked_rnn:
+            found[row.shape] = min(found.get(row.shape, float("inf")), row.ratio_to_masked_rnn)
+    return found

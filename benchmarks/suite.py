@@ -1,4 +1,4 @@
-"""The works: training, inference, growth, memory and peak, each of which adds its rows; the others are in `sharing`."""
+"""What every work needs: who takes part, who was found right, the turns, and the rows that come of them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from statistics import median, quantiles
 from types import TracebackType
 from typing import Any, Self
 
-from . import sharing
-from .contenders import BACKENDS, CAPTURED, CONTENDERS, OURS, PADDED, PRODUCTS, RECIPE, Contender
+from .contenders import BACKENDS, CAPTURED, CONTENDERS, OURS, Contender
 from .measure import Entry, Times, ratio, take_turns
 from .problem import SHAPES, Problem, Result, Shape
 from .rows import Row
-from .truth import TOLERANCE, faults, oracle, prove
+from .truth import TOLERANCE, faults, oracle
 from .worker import ContenderError, Worker
 
 BY_CELL = ("growth", "memory", "peak", "one_step", "threads", "busy")
@@ -22,12 +21,6 @@ ON_CUDA = ("training", "inference", "growth", "one_step")
 TF32 = 5e-3
 """What an output may be off by where products are made in TensorFloat-32, as cuDNN's are."""
 STEPS = {"training": "train", "inference": "infer"}
-PEAK_SHAPES = (SHAPES[5], SHAPES[0])
-SGEMM_SIZES = (1024, 2048, 3072)
-
-
-def long(T: int) -> Shape:
-    return Shape(32, T, 128, 128)
 
 
 @dataclass(frozen=True)
@@ -87,24 +80,6 @@ class Suite:
         works = self.plan.works
         each = len(self.plan.shapes) * (("training" in works or "inference" in works) + ("training" in works))
         return len(self.plan.cells) * (each + sum(work in works for work in BY_CELL))
-
-    def run(self) -> None:
-        prove()
-        works = [work for work in STEPS if work in self.plan.works]
-        for cell in self.plan.cells:
-            for shape in self.plan.shapes:
-                if works:
-                    self.race("", self.contenders(cell), Problem(cell, shape), works)
-                    self.advance()
-                if "training" in works:
-                    others = [c for c in self.contenders(cell) if c in (OURS, PADDED, PRODUCTS, *BACKENDS)]
-                    self.race(" without lengths", others, Problem(cell, shape, full=True), ["training"])
-                    self.advance()
-            for work in BY_CELL:
-                if work in self.plan.works:
-                    run = getattr(sharing, work, None)
-                    run(self, cell) if run else getattr(self, work)(cell)
-                    self.advance()
 
     def contenders(self, cell: str) -> list[Contender]:
         """Those that can run here; the others are left out by name."""
@@ -183,66 +158,6 @@ class Suite:
         if entry.contender == OURS:
             raise SystemExit(f"masked_rnn failed at {entry.problem.cell} {entry.problem.shape}: {why}")
         self.left_out[f"{entry.contender.name}, {entry.problem.cell} {entry.problem.shape}, {entry.step}"] = why
-
-    def growth(self, cell: str) -> None:
-        """Training over T, every T in one interleaving: the slow ones twice, the others as long as there is time."""
-        entries = []
-        for T in self.plan.growth:
-            problem = Problem(cell, long(T))
-            those = (OURS, PADDED, RECIPE) if self.plan.recipe_up_to >= T else (OURS, PADDED)
-            contenders = [c for c in self.contenders(cell) if c in those]
-            entries += [Entry(c, c.fit(problem), "train") for c in self.found_right(contenders, problem, True)]
-        times = self.take_turns(entries, f"{cell}: growth over T", 4 * self.plan.budget, min(2, self.plan.least_rounds))
-        ours = {entry.problem.shape: entry for entry in entries if entry.contender == OURS}
-        for entry in times:
-            self.add("growth", entry, times[entry], times[ours[entry.problem.shape]])
-        self.drop()
-
-    def memory(self, cell: str) -> None:
-        """The peak that one training step adds, each in a process of its own."""
-        problem = Problem(cell, long(self.plan.memory))
-        peaks = {}
-        for contender in self.contenders(cell):
-            if contender not in (OURS, PADDED):
-                continue
-            self.told(f"{cell}: memory of {contender.name} at T={self.plan.memory}")
-            worker = Worker(self.plan.threads)
-            try:
-                peaks[contender] = worker.memory(contender, problem, replace(problem, shape=long(10)))
-            except ContenderError as error:
-                self.left_out[f"{contender.name}, memory"] = str(error)
-            finally:
-                worker.close()
-        for contender, peak in peaks.items() if OURS in peaks else ():
-            row = self.row("memory", contender, problem)
-            self.rows.append(replace(row, peak_mib=peak, ratio_to_masked_rnn=peak / peaks[OURS]))
-
-    def peak(self, cell: str) -> None:
-        """Products a second in training, and the most that this machine does in a plain product."""
-        problems = [Problem(cell, shape) for shape in PEAK_SHAPES]
-        for problem in problems:
-            self.found_right([OURS], problem, True)
-        training = [Entry(OURS, problem, "train") for problem in problems]
-        sgemm = {
-            Entry(Contender(f"sgemm {n}", PRODUCTS.module, "Sgemm", PRODUCTS.needs, {"n": n}), problems[0], "infer"): n
-            for n in SGEMM_SIZES
-        }
-        times = self.take_turns([*training, *sgemm], f"{cell}: share of the sgemm peak")
-        for entry in training:
-            self.add("peak", entry, times[entry], times[entry])
-            self.rows[-1] = replace(
-                self.rows[-1], gflops=entry.problem.flops("train") / median(times[entry].values()) / 1e9
-            )
-        for entry, n in sgemm.items():
-            if entry not in times:
-                continue
-            row = self.row("peak", entry.contender, problems[0])
-            blank = replace(row, shape=f"{n}×{n}×{n}", N=None, T=None, I=None, H=None, L=None, bidirectional=None)
-            best = 2 * n**3 / min(times[entry].values()) / 1e9
-            self.rows.append(
-                replace(blank, median_ms=1e3 * median(times[entry].values()), rounds=len(times[entry]), gflops=best)
-            )
-        self.drop()
 
     def drop(self) -> None:
         for worker in self.workers.values():
