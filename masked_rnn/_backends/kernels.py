@@ -144,28 +144,16 @@ def run_kernel(
     stack: Stack, x: Tensor, initial: States, parameters: Sequence[Tensor], batch_sizes: Tensor | None
 ) -> tuple[Tensor, States]:
     """Run a stack of layers over a padded batch, or over packed rows if `batch_sizes` are given."""
-    mode, layers, directions, dropout, batch_first = stack
-    has_biases = len(parameters) >= 4 * layers * directions
-    on_cudnn = runs_cudnn(x)
-    learns = on_cudnn and torch.is_grad_enabled()
-    if on_cudnn:
-        initial = tuple(h.contiguous() for h in initial)  # cuDNN refuses others, such as a flattened hx
-        if not is_fake(x):
-            parameters = flatten_for_cudnn(parameters)
-    if learns and batch_sizes is not None:
+    if not runs_cudnn(x):
+        return _call_kernel(stack, x, initial, parameters, batch_sizes, stack.dropout > 0)
+    initial = tuple(h.contiguous() for h in initial)  # cuDNN refuses others, such as a flattened hx
+    if not is_fake(x):
+        parameters = flatten_for_cudnn(parameters)
+    if not torch.is_grad_enabled():
+        return _call_kernel(stack, x, initial, parameters, batch_sizes, stack.dropout > 0)
+    if batch_sizes is not None:
         batch_sizes = batch_sizes.clone()  # `recurrence` reads it later; the caller may have changed theirs by then
-    # The `train` flag turns on dropout. cuDNN also needs it to save data for backward.
-    options = (has_biases, layers, dropout, dropout > 0 or learns, directions == 2)
-
-    def kernel(x: Tensor, *tensors: Tensor) -> Sequence[Tensor]:
-        states, parameters = tensors[: len(initial)], tensors[len(initial) :]
-        hx: Any = states if mode == "LSTM" else states[0]
-        result: Sequence[Tensor] = (
-            KERNELS[mode](x, hx, parameters, *options, batch_first)
-            if batch_sizes is None
-            else KERNELS[mode](x, batch_sizes, hx, parameters, *options)
-        )
-        return result
+    mode, layers, directions, _, batch_first = stack
 
     def recurrence(x: Tensor, *tensors: Tensor) -> Sequence[Tensor]:
         grouped = group_weights(tensors[len(initial) :], layers, directions)
@@ -174,11 +162,24 @@ def run_kernel(
         output, last = scan_layers(mode, x, tuple(states), grouped, batch_sizes, batch_first)
         return output, *last
 
-    results = kernel(x, *initial, *parameters)
-    if learns:
-        results = DoubleBackward.apply(recurrence, len(results), *results, x, *initial, *parameters)
-    output, *last = results
-    return output, tuple(last)
+    # cuDNN needs the `train` flag to save data for backward.
+    output, last = _call_kernel(stack, x, initial, parameters, batch_sizes, True)
+    output, *last_again = DoubleBackward.apply(recurrence, 1 + len(last), output, *last, x, *initial, *parameters)
+    return output, tuple(last_again)
+
+
+def _call_kernel(
+    stack: Stack, x: Tensor, initial: States, parameters: Sequence[Tensor], batch_sizes: Tensor | None, train: bool
+) -> tuple[Tensor, States]:
+    mode, layers, directions, dropout, batch_first = stack
+    hx: Any = initial if mode == "LSTM" else initial[0]
+    options = (len(parameters) >= 4 * layers * directions, layers, dropout, train, directions == 2)
+    results: tuple[Tensor, ...] = (
+        KERNELS[mode](x, hx, parameters, *options, batch_first)
+        if batch_sizes is None
+        else KERNELS[mode](x, batch_sizes, hx, parameters, *options)
+    )
+    return results[0], results[1:]
 
 
 def flatten_for_cudnn(parameters: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -52,7 +52,7 @@ def close_states(
 ) -> Tensor | States:
     """Return the last states as the layer returns them."""
     if layer.flatten_hidden:
-        states = tuple([torch.cat(h.unbind(0), -1) if h.size(0) > 1 else h[0] for h in states])
+        states = tuple([torch.cat(h.unbind(0), -1) if h.size(0) > 1 else h.squeeze(0) for h in states])
     if unbatched:
         states = tuple([h.squeeze(-2) for h in states])
     return states[0] if len(states) == 1 else states
