@@ -489,3 +489,16 @@ def test_results_of_the_operators_share_no_memory(
     for tensors in ([*states, x, *weights, *results], [*states, x, *weights, *grads, *found]):
         places = [t.untyped_storage().data_ptr() for t in tensors]
         assert len(set(places)) == len(places)
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(3, 0), (0, 5)])
+@pytest.mark.usefixtures("allow_rnn")
+def test_an_empty_batch(cell: str, batch: int, steps: int) -> None:
+    layer = masked(cell, batch_first=True)
+    x = torch.randn(batch, steps, INPUT, requires_grad=True)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    output, _ = compiled(x, lengths=torch.zeros(batch, dtype=torch.int64))
+    output.sum().backward()
+    assert output.shape[:2] == (batch, steps)
+    assert x.grad is not None
+    assert all(p.grad is not None and p.grad.eq(0).all() for p in layer.parameters())

@@ -268,3 +268,42 @@ def test_what_was_given_can_be_resized_after_the_call(cell: str, backend: str, g
     output.sum().backward()
     for tensor in (x, values[given], *layer.parameters()):
         assert tensor.untyped_storage().resizable()
+
+
+def test_a_packed_sequence_whose_last_step_is_empty(cell: str, backend: str) -> None:
+    """`torch.nn`'s layers take it."""
+    layer = masked(cell, backend=backend)
+    data = torch.randn(3, INPUT)
+    output, last = layer(PackedSequence(data, torch.tensor([2, 1, 0])))
+    expected, expected_last = layer(PackedSequence(data, torch.tensor([2, 1])))
+    assert output.batch_sizes.tolist() == [2, 1, 0]
+    for a, b in zip([output.data, *as_tuple(last)], [expected.data, *as_tuple(expected_last)], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_nested_input_with_small_integers(cell: str, backend: str) -> None:
+    values = torch.randn(7, INPUT)
+    given = [torch.tensor([0, 3, 7]), torch.tensor([2, 4])]
+    results = []
+    for dtype in (torch.int32, torch.int64):
+        offsets, lengths = (t.to(dtype) for t in given)
+        results.append(masked_last(cell, backend, torch.nested.nested_tensor_from_jagged(values, offsets, lengths)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def masked_last(cell: str, backend: str, input: Any) -> tuple[Tensor, ...]:
+    torch.manual_seed(1)
+    return as_tuple(masked(cell, backend=backend)(input)[1])
+
+
+def test_a_mask_that_the_caller_changes_later(cell: str, backend: str) -> None:
+    layer, x = masked(cell, backend=backend, batch_first=True), torch.randn(3, 5, INPUT)
+    mask, found = torch.rand(3, 5) < 0.6, []
+    for changes in (False, True):
+        output, _ = layer(x, mask=mask)
+        if changes:
+            mask.logical_not_()
+        found.append(torch.autograd.grad(output.sum(), list(layer.parameters())))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)

@@ -193,3 +193,22 @@ def test_large_values_saturate(cell: str, backend: str) -> None:
     assert output.isfinite().all()
     assert output.abs().max() <= 1
     assert all(g is not None and g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_relu_that_grows_over_padding(backend: str, autocast: bool) -> None:
+    """Its state would reach infinity there, and the weights' gradients 0 · inf = NaN."""
+    layer = masked("rnn-relu", backend=backend, bidirectional=True)
+    with torch.no_grad():
+        for name, p in layer.named_parameters():
+            p.copy_(2 * torch.eye(*p.shape) if "weight_hh" in name else 0.1 * torch.rand(p.shape))
+    x = torch.rand(300, 2, INPUT)
+    found = []
+    for steps in (300, 3):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output, last = layer(x[:steps], lengths=[3, 2])
+        gradients = torch.autograd.grad(output.sum() + last.sum(), list(layer.parameters()))
+        found.append([output[:3], last, *gradients])
+    for long, short in zip(*found, strict=True):
+        assert long.isfinite().all()
+        torch.testing.assert_close(long, short, rtol=2e-2 if autocast else 1e-5, atol=0)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from .._call import Call
 from .._cells import LayerWeights, States, Weights, stack_layers
 from .._plan import real_mask, reverse_index
-from .._torch import to_device
+from .._torch import is_autocast_on, to_device
 from .kernels import run_layer, run_stack, why_no_lstm_kernel
 
 
@@ -69,6 +69,8 @@ def run_padded(
         if mode == "LSTM":
             output, last = _with_cell_states(own, real, lengths, state, w)
         else:
+            if mode == "RNN_RELU" and x.is_floating_point():
+                own, w = _with_states_at_zero(own, real, w)
             output, _ = run_layer(mode, own, state, (w,))
             last = (_at_last_step(output, lengths),)
         if d == 1 and reverse is not None:
@@ -101,13 +103,33 @@ def _with_cell_states(x: Tensor, real: Tensor, lengths: Tensor, initial: States,
 
     One more input, 1 at padding, drives the gates there to i = 0 and f = 1 exactly: c' = f c + i g = c.
     """
-    hidden = w.w_hh.size(0) // 4
-    drive = w.w_ih.new_zeros(4, hidden, w.w_ih.size(1) + 1)
-    drive[0, :, -1], drive[1, :, -1] = -_SATURATING, _SATURATING
-    # Padded, not concatenated: the gradient of a part of a concatenation is not contiguous.
-    w = w._replace(w_ih=F.pad(w.w_ih, (0, 1)) + drive.flatten(0, 1))
-    output, (_, c) = run_layer("LSTM", torch.cat([x, (~real).to(x.dtype)], -1), initial, (w,))
+    drive = w.w_ih.new_zeros(4, w.w_hh.size(0) // 4)
+    drive[0], drive[1] = -_SATURATING, _SATURATING
+    x, w = _driven_at_padding(x, real, w, drive.flatten())
+    output, (_, c) = run_layer("LSTM", x, initial, (w,))
     return output, (_at_last_step(output, lengths), c)
+
+
+def _with_states_at_zero(x: Tensor, real: Tensor, w: Weights) -> tuple[Tensor, Weights]:
+    """A state that relu does not bound could grow over padding to infinity, and its gradient is then 0 · inf = NaN.
+
+    One more input, 1 at padding, makes the argument of relu negative there.
+    """
+    device = x.device.type
+    runs_in = torch.get_autocast_dtype(device) if is_autocast_on(device) else x.dtype
+    return _driven_at_padding(x, real, w, w.w_ih.new_full((w.w_hh.size(0),), -torch.finfo(runs_in).max / 4))
+
+
+def _driven_at_padding(
+    x: Tensor,  # (T, N, I)
+    real: Tensor,  # (T, N, 1)
+    w: Weights,
+    drive: Tensor,  # (G·H,)
+) -> tuple[Tensor, Weights]:
+    """Add an input that is 1 at padding and 0 elsewhere, with `drive` as its weights."""
+    # Padded, not concatenated: the gradient of a part of a concatenation is not contiguous.
+    wide = F.pad(w.w_ih, (0, 1)) + F.pad(drive.unsqueeze(1), (w.w_ih.size(1), 0))
+    return torch.cat([x, (~real).to(x.dtype)], -1), w._replace(w_ih=wide)
 
 
 _SATURATING = 1e4

@@ -167,7 +167,8 @@ class Call:
             x, lengths, restore = self.padded_last()
             return x, None if lengths is None else real_mask(lengths, x.size(0)), restore
         x, restore = self._time_first()
-        return x, self.mask.unsqueeze(-1), restore
+        # A copy: what autograd saves must not change with the caller's tensor.
+        return x, self.mask.unsqueeze(-1).clone(), restore
 
     def _time_first(self) -> tuple[Tensor, Restore]:
         if not self.form.batch_first:

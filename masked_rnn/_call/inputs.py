@@ -95,6 +95,8 @@ class Packed(Form):
 
     def plan(self, lengths: Tensor | None, mask: Tensor | None, is_sorted: bool) -> Plan:
         sizes = self.packed.batch_sizes.tolist()
+        while len(sizes) > 1 and not sizes[-1]:  # a last step that no sequence has
+            sizes.pop()
         return Plan(sizes, self.batch, self.data.size(0), self.data.device, order=self.order)
 
     def restore(self, output: Tensor) -> PackedSequence:
@@ -114,7 +116,7 @@ class Nested(Form):
         return self.counts
 
     def plan(self, lengths: Tensor | None, mask: Tensor | None, is_sorted: bool) -> Plan:
-        counts, starts = (as_array(t.cpu()) for t in (self.counts, self.nested.offsets()[:-1]))
+        counts, starts = (as_array(t.cpu()) for t in (self.counts, self.nested.offsets()[:-1].to(torch.int64)))
         return plan_rows(counts, starts, 1, self.data.size(0), self.data.device, is_sorted=is_sorted)
 
     def restore(self, output: Tensor) -> Any:
@@ -178,7 +180,7 @@ def _open_nested(context: Context, input: Any) -> Nested:
     lengths = input.offsets().diff() if lengths is None else lengths
     if context.can_read(lengths):
         check_nested(input.offsets(), lengths, input.values().size(0))
-    return Nested(input.values(), lengths.size(0), 0, True, input, lengths)
+    return Nested(input.values(), lengths.size(0), 0, True, input, lengths.to(torch.int64))
 
 
 def check_input(

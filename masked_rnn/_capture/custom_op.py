@@ -99,7 +99,10 @@ def _backward(*given: Any) -> list[Tensor]:
         states,
         weights,
         saved_in(saved.view(rows.dtype), layer_run, states, weights),
-        [grads[0].reshape(rows.size(0), -1), *(d_last if segments is None else map(segments.last_gradient, d_last))],
+        [
+            grads[0].reshape(rows.size(0), grads[0].size(-1)),
+            *(d_last if segments is None else map(segments.last_gradient, d_last)),
+        ],
         want_x,
         want_weights,
     )

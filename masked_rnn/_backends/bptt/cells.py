@@ -230,7 +230,7 @@ class RNNReLU(RNNTanh):
         torch.clamp(a, min=0, out=out)
 
     def local_derivatives(self, buffer: Tensor, before: States, after: States, out: Tensor) -> States:
-        return (torch.sign(after[0], out=out),)  # of what is never negative
+        return (torch.logical_not(after[0] <= 0, out=out),)  # NaN lets its gradient through, as in ATen
 
 
 CELLS: dict[str, type[Cell]] = {"GRU": GRU, "LSTM": LSTM, "RNN_TANH": RNNTanh, "RNN_RELU": RNNReLU}
