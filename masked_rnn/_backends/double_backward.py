@@ -1,4 +1,4 @@
-"""Gradients of gradients: a fast form differentiated once by its own means, and any further through plain ops."""
+"""Gradients of gradients: first derivatives use the fast kernel, higher ones use plain PyTorch ops."""
 
 from __future__ import annotations
 
@@ -47,10 +47,9 @@ def gradient_of(
 
 
 class DoubleBackward(torch.autograd.Function):
-    """The outputs of a kernel whose own backward can't be differentiated (cuDNN's), as they are.
+    """Returns the outputs of a kernel whose own backward can't be differentiated (cuDNN's).
 
-    Their gradients go to the kernel, as if this were not here; or, where they will be differentiated, past it, by way
-    of `recurrence(*inputs)`, to its inputs.
+    Normally gradients flow into the kernel. With `create_graph=True` they skip it and use `recurrence(*inputs)`.
     """
 
     @staticmethod

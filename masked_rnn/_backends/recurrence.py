@@ -1,4 +1,4 @@
-"""The recurrence in plain ops, differentiable any number of times: what every backend needs for more than one.
+"""Reference recurrence in plain ops. All backends use it for higher derivatives.
 
 T time, N batch, I input, P the state that is fed back, D directions, R rows of a packed batch.
 """

@@ -1,8 +1,8 @@
 """One step of each cell, and its derivative, in place on rows of a buffer.
 
 A buffer's row has `width` blocks of H columns: the input product fills the last `gates` of them, the recurrent product
-adds to the first `gates`. `local_derivatives` turns a buffer of activations into the derivatives of the gates by the
-state, so that a step back starts with one product of the two.
+adds to the first `gates`. `local_derivatives` computes all factors that do not depend on the incoming gradient, for a
+whole chunk.
 
 tanh is ATen's own. 2 sigmoid(2a) - 1 is several times faster, and loses the digits of small values: the difference of
 two numbers near 1 has their absolute error.

@@ -101,7 +101,7 @@ def call(name: str, numbers: Sequence[int]) -> None:
         return
     if fault == OUT_OF_MEMORY:
         raise MemoryError("the native loops got no memory")
-    raise RuntimeError(f"the native loops refuse what they were given: {FAULTS[fault]} of another size")
+    raise RuntimeError(f"internal error: the native loops were given wrong sizes ({FAULTS[fault]}). Please report it.")
 
 
 def runs(dtype: torch.dtype) -> bool:

@@ -18,7 +18,7 @@ def recurrent_product(w: Tensor) -> AddProduct:
 
 
 def input_biases(cell: Cell, weights: Weights) -> tuple[Tensor | None, Tensor | None]:
-    """What is added to the input product: the recurrent bias, too, but for what stands before the product."""
+    """Return `b_ih + b_hh`, except for the GRU's n gate, where `b_hn` is multiplied by r; and the bias of that gate."""
     if weights.b_ih is None or weights.b_hh is None:
         return None, None
     free = (cell.width - cell.gates) * cell.hidden
