@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, closing
 from itertools import product
 from pathlib import Path
 from statistics import geometric_mean, median
@@ -87,6 +88,23 @@ def shape_of(text: str) -> Shape:
     return SHAPES[int(text) - 1] if text.isdigit() else Shape(*map(int, text.split("x")))
 
 
+def compare(sides: list[Checkout], problem: Problem, step: str, arguments: argparse.Namespace, title: str) -> float:
+    """Print how many times as fast the first side is at one shape, and return it."""
+    question = (problem.cell, tuple(problem.shape), problem.full, step)
+    for side in sides:
+        side.ask(*question, 0)
+    rounds = [[side.ask(*question, arguments.seconds) for side in sides] for _ in range(arguments.rounds)]
+    flop = sides[0].ask(*question[:3], "sgemm", arguments.seconds) / (2 * SGEMM**3)  # seconds for one, in torch.mm
+    found, best = median(theirs / ours for ours, theirs in rounds), problem.flops(step) * flop
+    ours, theirs = map(median, zip(*rounds, strict=True))
+    print(
+        f"{title} {problem.shape}: {found:.2f}, {1e3 * ours:.2f} ms; of torch.mm's {1e-9 / flop:.0f} GFLOP/s: "
+        f"{best / theirs:.0%} there, {best / ours:.0%} here",
+        flush=True,
+    )
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.versions", description=__doc__)
     parser.add_argument("--other", type=Path, required=True, help="the other checkout")
@@ -104,34 +122,19 @@ def main() -> None:
     arguments = parser.parse_args()
     environments = [dict([pair.split("=", 1)] if pair else []) for pair in (arguments.ours, arguments.theirs)]
     for threads in map(int, arguments.threads.split(",")):
-        sides = [
-            Checkout(folder, threads, environment)
-            for folder, environment in zip((HERE, arguments.other.resolve()), environments, strict=True)
-        ]
-        for cell, step in product(arguments.cells.split(","), arguments.steps.split(",")):
-            ratios = []
-            for shape in map(shape_of, arguments.shapes.split(",")):
-                question = (cell, tuple(shape), arguments.full, step)
-                for side in sides:
-                    side.ask(*question, 0)
-                rounds = [[side.ask(*question, arguments.seconds) for side in sides] for _ in range(arguments.rounds)]
-                best = sides[0].ask(*question[:3], "sgemm", arguments.seconds) / (2 * SGEMM**3)
-                ratios.append(median(theirs / ours for ours, theirs in rounds))
-                ours, theirs = map(median, zip(*rounds, strict=True))
-                flops = Problem(cell, shape, full=arguments.full).flops(step)
-                print(
-                    f"{threads} thread(s) {cell} {step} {shape}: {ratios[-1]:.2f}, {1e3 * ours:.2f} ms; "
-                    f"of torch.mm's {1e-9 / best:.0f} GFLOP/s: "
-                    f"{flops * best / theirs:.0%} there, {flops * best / ours:.0%} here",
-                    flush=True,
-                )
-            print(
-                f"{threads} thread(s) {cell} {step}: mean {geometric_mean(ratios):.2f}, least {min(ratios):.2f}",
-                flush=True,
-            )
-        for side in sides:
-            side.close()
+        with ExitStack() as stack:
+            sides = [
+                stack.enter_context(closing(Checkout(folder, threads, environment)))
+                for folder, environment in zip((HERE, arguments.other.resolve()), environments, strict=True)
+            ]
+            for cell, step in product(arguments.cells.split(","), arguments.steps.split(",")):
+                title, ratios = f"{threads} thread(s) {cell} {step}", []
+                for shape in map(shape_of, arguments.shapes.split(",")):
+                    problem = Problem(cell, shape, full=arguments.full)
+                    ratios.append(compare(sides, problem, step, arguments, title))
+                print(f"{title}: mean {geometric_mean(ratios):.2f}, least {min(ratios):.2f}", flush=True)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the checkouts' processes, often stopped, end too
     main()

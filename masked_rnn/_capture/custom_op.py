@@ -52,20 +52,11 @@ def run(call: Call) -> tuple[Tensor, States]:
     return output if restore is None else restore(output), last
 
 
-def _forward(
-    x: Tensor,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    initial: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    mode: str,
-    batch_first: bool,
-    save: bool,
-) -> list[Tensor]:
+def _forward(*given: Any) -> list[Tensor]:
     """Return the output, the last states, what the gradient needs as bytes, and whether PyTorch's kernel ran."""
-    arguments = Arguments(x, lengths, resets, initial, weights, mode, batch_first)
-    call = arguments.open()
-    check_dtype(mode, x.dtype, x.device, call.layer.bias, call.layer.proj_size > 0)
+    arguments, (save,) = Arguments(*given[:7]), given[7:]
+    call, x, initial = arguments.open(), arguments.x, arguments.initial
+    check_dtype(arguments.mode, x.dtype, x.device, call.layer.bias, call.layer.proj_size > 0)
     saved = x.new_empty(_saved_bytes(arguments, save), dtype=torch.uint8)
     kernel_ran = _runs_kernel(call, save)
     if kernel_ran:
@@ -199,17 +190,9 @@ def _saved_bytes(arguments: Arguments, save: bool) -> Any:
     return saved_numbers(mode, (sequences, rows), initial, grouped) * x.element_size()
 
 
-def _fake_forward(
-    x: Tensor,
-    lengths: Tensor | None,
-    resets: Tensor | None,
-    initial: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    mode: str,
-    batch_first: bool,
-    save: bool,
-) -> list[Tensor]:
-    arguments = Arguments(x, lengths, resets, initial, weights, mode, batch_first)
+def _fake_forward(*given: Any) -> list[Tensor]:
+    arguments, (save,) = Arguments(*given[:7]), given[7:]
+    x, initial = arguments.x, arguments.initial
     output = x.new_empty(x.shape[0], x.shape[1], arguments.directions * initial[0].shape[-1])
     saved = x.new_empty(_saved_bytes(arguments, save), dtype=torch.uint8)
     last = [torch.empty_like(h, memory_format=torch.contiguous_format) for h in initial]

@@ -68,18 +68,18 @@ def _with_memory(x: Tensor, initial: States, weights: LayerWeights) -> tuple[Ten
 
 @below_autograd
 def run_forward(
-    spec: LayerRun, x: Tensor, initial: States, weights: LayerWeights, save: bool, into: Saved | None = None
+    layer_run: LayerRun, x: Tensor, initial: States, weights: LayerWeights, save: bool, into: Saved | None = None
 ) -> tuple[Tensor, States, Saved | None]:
-    plan = spec.plan
+    plan = layer_run.plan
     if not plan.rows:
-        return loops.forward(spec, x, initial, weights, save, into)
+        return loops.forward(layer_run, x, initial, weights, save, into)
     if save and into is None:
-        into = new_saved(spec, x, initial, weights)
+        into = new_saved(layer_run, x, initial, weights)
     x = contiguous(x)
     states = tuple(copied(h) for h in initial)
-    size = plan.size if spec.scatter else plan.rows
+    size = plan.size if layer_run.scatter else plan.rows
     output = x.new_empty(size, len(weights) * initial[0].size(-1))
-    layer, _alive = _layer(spec, x, states, weights, into)
+    layer, _alive = _layer(layer_run, x, states, weights, into)
     dtype = x.dtype
     library.call(
         "forward",
@@ -96,7 +96,7 @@ def run_forward(
 
 @below_autograd
 def run_backward(
-    spec: LayerRun,
+    layer_run: LayerRun,
     x: Tensor,
     initial: States,
     weights: LayerWeights,
@@ -106,15 +106,15 @@ def run_backward(
     want_weights: bool,
 ) -> tuple[Tensor | None, States, LayerWeights | None]:
     d_output, *d_last = grads
-    plan, D, dtype = spec.plan, len(weights), x.dtype
+    plan, D, dtype = layer_run.plan, len(weights), x.dtype
     if not plan.rows:
-        return loops.backward(spec, x, initial, weights, saved, grads, want_x, want_weights)
+        return loops.backward(layer_run, x, initial, weights, saved, grads, want_x, want_weights)
     x, d_output = contiguous(x), None if d_output is None else contiguous(d_output)
     # What hooks on saved tensors gave back may lie in any way.
     history, buffer = saved
     saved = Saved(tuple(map(contiguous, history)), None if buffer is None else contiguous(buffer))
     d_states = tuple(last_gradient(h, d) for h, d in zip(initial, d_last, strict=True))
-    layer, _alive = _layer(spec, x, d_states, weights, saved)
+    layer, _alive = _layer(layer_run, x, d_states, weights, saved)
     dx = x.new_empty(D, *x.shape) if want_x else None
     d_weights = tuple(each.map(lambda w: w.new_empty(w.shape)) for each in weights) if want_weights else None
     numbers = [
@@ -136,11 +136,11 @@ def run_backward(
 
 
 def _layer(
-    spec: LayerRun, x: Tensor, states: States, weights: LayerWeights, saved: Saved | None
+    layer_run: LayerRun, x: Tensor, states: States, weights: LayerWeights, saved: Saved | None
 ) -> tuple[list[int], Any]:
     """The record `Layer` of native/interface.h, and what its addresses point to."""
-    plan, D, dtype = spec.plan, len(weights), x.dtype
-    cell = CELLS[spec.mode]
+    plan, D, dtype = layer_run.plan, len(weights), x.dtype
+    cell = CELLS[layer_run.mode]
     (rows_of_x, inputs), fed_back = x.shape, states[0].size(-1)
     hidden = weights[0].w_hh.size(0) // cell.gates
     N = cell.gates * hidden
@@ -148,7 +148,7 @@ def _layer(
     steps = len(plan.batch_sizes)
     alive: list[Tensor] = []
     numbers = [
-        tuple(CELLS).index(spec.mode),
+        tuple(CELLS).index(layer_run.mode),
         dtype.itemsize,
         D,
         plan.batch,
@@ -159,8 +159,8 @@ def _layer(
         hidden,
         fed_back,
         *threads.count_and_start(),
-        spec.gather,
-        spec.scatter,
+        layer_run.gather,
+        layer_run.scatter,
         *sizes.buffer_info(),
         *starts.buffer_info(),
         *(NO_MEMORY if plan.index is None else address(plan.index, INT64, plan.rows)),
