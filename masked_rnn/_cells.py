@@ -1,4 +1,4 @@
-"""The weights of a layer, and one step of each cell in the equations' letters.
+"""The weights of a layer, and one step of each cell in the letters of torch.nn's docs.
 
 I input, H hidden, P the state that is fed back (H, or proj_size), D directions, L layers.
 """
@@ -18,11 +18,11 @@ from ._torch import listed_weights
 
 BackendName = Literal["auto", "packed", "padded", "bptt", "scan"]
 States = tuple[Tensor, ...]
-"""h; or h and c."""
+"""(h,) or (h, c)"""
 
 
 class Layer(Protocol):
-    """What is asked of a layer: `torch.nn`'s configuration, and our options."""
+    """The attributes of a layer that a call reads: `torch.nn`'s configuration, and our options."""
 
     mode: str
     input_size: int
@@ -49,19 +49,19 @@ class Weights(NamedTuple):
     w_hr: Tensor | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Weights:
-        """Each weight that is there, changed."""
+        """Return the weights with `change` applied to each that is not None."""
         b_ih, b_hh, w_hr = (None if w is None else change(w) for w in self[2:])
         return Weights(change(self.w_ih), change(self.w_hh), b_ih, b_hh, w_hr)
 
 
 LayerWeights = tuple[Weights, ...]
-"""Each direction's."""
+"""One for each direction."""
 NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
-"""The attributes that hold them, before `_l0`, `_l0_reverse` and so on."""
+"""The names of the parameters, without the suffix `_l0`, `_l0_reverse`, ..."""
 
 
 GATES = {"GRU": 3, "LSTM": 4, "RNN_TANH": 1, "RNN_RELU": 1}
-"""How many blocks of H rows a weight has, by `nn.RNNBase.mode`."""
+"""The number of gates, by `nn.RNNBase.mode`. A weight has H rows for each."""
 
 
 def read_weights(layer: Layer, traced: bool) -> list[Tensor]:
@@ -83,13 +83,13 @@ def read_weights(layer: Layer, traced: bool) -> list[Tensor]:
         names, shapes = _known_weights(*configuration)
         try:
             fit = list(map(SHAPE_OF, listed)) == shapes
-        except AttributeError:  # None, or anything else that was put in a parameter's place
+        except AttributeError:  # something that is no tensor stands in a parameter's place
             fit = False
         if fit:
             return listed
         _refuse_weights(layer, listed, names, shapes)
         return listed
-    # As attributes, so that parametrized and functional weights count.
+    # Attributes also give parametrized and functional weights.
     names, shapes = expected_weights(*configuration)
     weights = [getattr(layer, name) for name in names]
     (_check_traced_weights if traced else _refuse_weights)(layer, weights, names, shapes)
@@ -102,7 +102,7 @@ SHAPE_OF = attrgetter("shape")
 def expected_weights(
     mode: str, input_size: int, hidden_size: int, num_layers: int, bias: bool, bidirectional: bool, proj_size: int
 ) -> tuple[list[str], list[torch.Size]]:
-    """The names and the shapes of a layer's weights, in `torch.nn`'s order."""
+    """Return the names and the shapes of a layer's weights, in `torch.nn`'s order."""
     suffixes = ("", "_reverse") if bidirectional else ("",)
     rows, fed_back = GATES[mode] * hidden_size, proj_size or hidden_size
     names, shapes = [], []
@@ -143,7 +143,7 @@ def _refuse_weights(layer: Layer, weights: Sequence[Tensor], names: list[str], s
 
 
 def _check_traced_weights(layer: Layer, weights: Sequence[Tensor], names: list[str], shapes: list[torch.Size]) -> None:
-    """As `_refuse_weights`. torch.jit.trace records a shape that is read, and ends where it can't record the weight."""
+    """As `_refuse_weights`, without reading shapes: torch.jit.trace would record them, and fails for some weights."""
     for weight, name, shape in zip(weights, names, shapes, strict=True):
         if weight.dim() != len(shape) or weight.nbytes != shape.numel() * weight.element_size():
             raise RuntimeError(
@@ -153,12 +153,12 @@ def _check_traced_weights(layer: Layer, weights: Sequence[Tensor], names: list[s
 
 
 def flatten_weights(layers: Iterable[LayerWeights]) -> list[Tensor]:
-    """In the order of `read_weights`."""
+    """Return the weights as one list, in the order of `read_weights`."""
     return [t for layer in layers for w in layer for t in w if t is not None]
 
 
 def group_weights(tensors: Sequence[Tensor], layers: int, directions: int) -> list[LayerWeights]:
-    """The inverse of `flatten_weights`. Two to five tensors a direction: the biases are two, W_hr is the last."""
+    """Undo `flatten_weights`. A direction has two to five tensors: W_ih, W_hh, then the two biases, then W_hr."""
     each = len(tensors) // (layers * directions)
     grouped = []
     for start in range(0, len(tensors), each):
@@ -176,7 +176,7 @@ def stack_layers(
     run: Callable[[Tensor, States, LayerWeights], tuple[Tensor, States]],
     dropout: float = 0.0,
 ) -> tuple[Tensor, States]:
-    """Run the layers, one upon the other's output, with dropout between them; states (L·D, N, P)."""
+    """Run the layers, each on the output of the one before, with dropout between them. States are (L·D, N, P)."""
     lasts: list[States] = []
     for k, weights in enumerate(layers):
         if k and dropout:

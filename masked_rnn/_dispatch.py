@@ -37,7 +37,7 @@ class Backend(Protocol):
 
 BACKENDS: dict[str, Backend] = {"packed": packed, "padded": padded, "bptt": bptt, "scan": scan}
 CAPTURED: dict[str, Backend] = {"operator": custom_op, "onnx": onnx}
-"""What a compiler or an exporter sees of a layer"""
+"""The forms in which a compiler or an exporter captures a layer."""
 TAKES_RESETS = ("scan", "operator")
 MOST_PADDING = 0.9
 """A GPU pads rows for a kernel that runs all steps at once up to this share of padding, which takes memory."""
@@ -70,7 +70,7 @@ def run(call: Call) -> tuple[Tensor, States]:
     name = choose(call)
     if call.resets is None or name in TAKES_RESETS:
         return _run(name, call)
-    # Each segment is a sequence of its own: no backend but those above knows of resets.
+    # The other backends take no resets. They run each segment between resets as a sequence.
     cut, segments = call.cut(call.resets)
     output, states = _run(choose(cut), cut)
     last = (segments.last(new, h.to(new.dtype)) for new, h in zip(states, call.states, strict=True))
@@ -83,7 +83,7 @@ def _run(name: str, call: Call) -> tuple[Tensor, States]:
     backend, device = BACKENDS.get(name) or CAPTURED[name], call.data.device.type
     if not is_autocast_on(device):
         return backend.run(call)
-    # The rest is our own arithmetic: it runs in the weights' precision, and only its results have autocast's.
+    # The other backends compute in the weights' dtype under autocast. Only their results are cast.
     dtype, *dtypes = _dtypes_under_autocast(call)
     with torch.autocast(device, enabled=False):
         output, states = backend.run(call.in_weights_dtype())
@@ -93,8 +93,8 @@ def _run(name: str, call: Call) -> tuple[Tensor, States]:
 def _dtypes_under_autocast(call: Call) -> list[torch.dtype]:
     """Return the dtypes of the output and the last states that `torch.nn` returns.
 
-    cuDNN's are float16 whatever autocast asks for. On a CPU a GRU's h and a projected LSTM's c keep the precision they
-    came in.
+    cuDNN returns float16 whatever dtype autocast has. On a CPU a GRU's h and a projected LSTM's c keep the precision of
+    the initial state.
     """
     weights, device = call.parameters[0].dtype, call.data.device.type
     autocast = torch.float16 if runs_cudnn(call.data) else torch.get_autocast_dtype(device)
@@ -145,7 +145,7 @@ def order(call: Call) -> Sequence[str]:
         faster = faster and not why_no_lstm_kernel(call, draws or torch.is_grad_enabled())
         return ("padded", "bptt") if faster else ("bptt",)
     if call.resets is not None:
-        return ("padded",)  # or what suits the batch once it is cut
+        return ("padded",)  # the choice is made again for the segments
     at_once = runs_all_steps_at_once(call.layer.mode, data, call.layer.hidden_size, call.layer.proj_size, learns)
     if data.dim() == 2:
         pads = at_once and call.plan.share_of_padding() <= MOST_PADDING
@@ -155,7 +155,7 @@ def order(call: Call) -> Sequence[str]:
 
 
 def first_that_can(call: Call, names: Sequence[str]) -> tuple[str, str | None]:
-    """Return the first backend that can run a call; or, if none can, the first, and why it can't."""
+    """Return the first backend that can run a call, and None. If none can: the first, and why it can't."""
     reason = None
     for name in names:
         why_not = BACKENDS[name].why_not(call)
@@ -174,12 +174,12 @@ def _refusal(call: Call, wanted: str, reason: str) -> ValueError:
 
 
 def _without_steps(call: Call, name: str) -> str | None:
-    """Return what runs a call in which no sequence has a step: no kernel takes it. None: a sequence has one."""
+    """Return the backend for a call in which no sequence has a step, which kernels refuse. None: a sequence has one."""
     context = call.context
     if context.traced or context.only_scan or (name == "bptt" and context.readable):
         return None
     if call.is_empty() or (_reads_plan(call, name) and not call.plan.rows):
-        return "bptt" if context.readable else "scan"  # the first returns at once, the other reads nothing
+        return "bptt" if context.readable else "scan"  # bptt returns at once, scan reads no values
     return None
 
 

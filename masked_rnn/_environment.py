@@ -1,4 +1,4 @@
-"""What runs here: versions, the CPU, and which loops of backend `bptt`. `python -m masked_rnn` prints it."""
+"""Versions, the CPU, and the loops that backend `bptt` runs. `python -m masked_rnn` prints them."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from ._backends.bptt import library
 
 
 class EnvInfo(NamedTuple):
-    """What `get_env_info` returns. `print` shows it as a list."""
+    """The result of `get_env_info`. `print` shows it as a list."""
 
     masked_rnn: str
-    """The package's version, as `python` and `torch` are."""
+    """The version of this package. `python` and `torch` are versions too."""
     python: str
     torch: str
     platform: str
     cuda: bool
     threads: int
     cpu_capability: str
-    """Of PyTorch's kernels, as ATen names it."""
+    """The kind of CPU that PyTorch's kernels use, in ATen's words."""
     loops: Literal["native", "ops"]
-    """Those that a CPU's float32 and float64 layers run in: compiled from C++, or PyTorch's ops."""
+    """The loops that run float32 and float64 layers on a CPU: compiled from C++, or made of PyTorch's ops."""
     loops_capability: str | None
-    """Of the native loops: `default`, `avx2` or `avx512`."""
+    """The kind of CPU that the native loops use: `default`, `avx2` or `avx512`."""
     why_not_native: str | None
     """Why PyTorch's ops run, and what to do about it."""
 
@@ -39,7 +39,7 @@ def get_env_info() -> EnvInfo:
     """Return versions, the CPU's capability, threads, and which loops run on the CPU.
 
     `python -m masked_rnn` prints them. The native loops are built when the package is installed, where there is a C++
-    compiler. Without them layers run the loops of PyTorch's ops: the same results, later.
+    compiler. Without them layers run the loops of PyTorch's ops, which give the same results and are slower.
 
     Returns:
         EnvInfo, a named tuple:

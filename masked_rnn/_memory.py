@@ -1,4 +1,4 @@
-"""The one door to a tensor's memory. Nothing else in the package asks for an address."""
+"""Access to a tensor's memory, checked first. No other module asks for an address."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _STRIDED = torch.strided
 
 
 class NotPlainError(TypeError):
-    """A tensor is not what its address would be read as. PyTorch's ops know what else a tensor can be."""
+    """The memory of a tensor does not simply hold its values. PyTorch's ops can handle such tensors."""
 
 
 def address(tensor: Tensor, dtype: torch.dtype, rows: int, columns: int = 1) -> tuple[int, int]:
-    """Return the address of a contiguous tensor's numbers, and how many they are: `rows` times `columns`.
+    """Return the address of a contiguous tensor's memory, and its number of elements, `rows` times `columns`.
 
     Raises:
-        NotPlainError: The tensor is a subclass, on another device, of another dtype, layout or size, negated by its
-            bit alone, or its storage is not there or too small.
+        NotPlainError: The tensor is a subclass, on another device, or of another dtype, layout or size. Or its negative
+            bit is set, or its storage is missing or too small.
     """
     count: int = tensor.numel()
     if (
@@ -46,9 +46,10 @@ def address(tensor: Tensor, dtype: torch.dtype, rows: int, columns: int = 1) -> 
 
 
 def with_memory(tensor: Tensor) -> Tensor:
-    """Return a tensor of the same values whose memory holds them as they are.
+    """Return a tensor of the same values whose storage is there and whose negative bit is not set.
 
-    A subclass and a tensor of another device come back as they came. PyTorch's own ops read memory that was freed.
+    A subclass or a tensor on another device is returned unchanged. The check of the storage is needed because PyTorch's
+    own ops read memory that was freed.
 
     Raises:
         RuntimeError: The storage was freed, or made too small.
@@ -70,12 +71,12 @@ def with_memory(tensor: Tensor) -> Tensor:
 
 
 def contiguous(tensor: Tensor) -> Tensor:
-    """`Tensor.contiguous`, but it copies only memory that is there, and values as they are."""
+    """Return `tensor.contiguous()`, after the checks of `with_memory`."""
     return tensor if tensor.is_contiguous() else with_memory(tensor).contiguous()
 
 
 def copied(tensor: Tensor) -> Tensor:
-    """A contiguous copy, of memory that is there."""
+    """Return a contiguous copy, after the checks of `with_memory`."""
     return with_memory(tensor).clone(memory_format=torch.contiguous_format)
 
 

@@ -1,4 +1,4 @@
-"""Which rows run at which step, and how steps, rows and states are moved there and back.
+"""Finds which rows run at which step, and moves steps, rows and states there and back.
 
 T time, N batch, D directions, H hidden.
 """
@@ -20,7 +20,7 @@ from ._torch import to_device
 
 
 class Plan:
-    """Which rows run at which step: step 0 of every row that has one, longest first, then step 1, ...
+    """Which rows run at which step: step 0 of every sequence that has one, longest first, then step 1, ...
 
     Gathering the input's rows by `index` packs, sorts and drops padding in one move; scattering by it undoes all three.
     """
@@ -40,17 +40,17 @@ class Plan:
         """How many rows the input has, padding included."""
         self.device = device
         self.index = index
-        """Where each row that runs lies in the input; None: they are all there is, in order."""
+        """The place in the input of each row that runs. None: all rows of the input run, in order."""
         self.order = order
-        """The sequence at each sorted place; None: as they come."""
+        """The sequence at each sorted place. None: the batch is in sorted order."""
         self.sequences = batch_sizes[0] if batch_sizes else 0
-        """How many sequences have a step."""
+        """The number of sequences that have a step."""
         self.starts = [0, *accumulate(batch_sizes)]
         """The first row of each step."""
         self.rows = self.starts[-1]
 
     def share_of_padding(self) -> float:
-        """Of the sequences that have a step, padded to the longest."""
+        """Return the share of padding if all sequences that have a step are padded to the longest."""
         return 1 - self.rows / max(self.sequences * len(self.batch_sizes), 1)
 
     def _tensor(self, array: Array) -> Tensor:
@@ -58,7 +58,7 @@ class Plan:
 
     @cached_property
     def step_tables(self) -> tuple[array[int], array[int]]:
-        """How many sequences run at each step, then 0; and the first row of each step, then how many there are."""
+        """The number of sequences at each step, then 0; and the first row of each step, then the number of rows."""
         return array("q", [*self.batch_sizes, 0]), array("q", self.starts)
 
     @cached_property
@@ -73,7 +73,7 @@ class Plan:
 
     @cached_property
     def reversed_rows(self) -> Tensor:
-        """For each row, the row that runs in its place when every sequence is reversed within its own length."""
+        """For each row, the row in its place when every sequence is reversed within its own length."""
         step, place = self._step_and_place
         return self._tensor(np.array(self.starts)[self._last_step[place] - step] + place)
 
@@ -84,7 +84,7 @@ class Plan:
 
     @cached_property
     def previous(self) -> Tensor:
-        """The row of the step before, counting from `sequences` rows that stand for the initial state."""
+        """For each row, the row of the step before. `sequences` rows with the initial states come first."""
         before = np.array([self.sequences, *self.batch_sizes[:-1]], np.int64)
         return self._tensor(np.arange(self.sequences, self.sequences + self.rows) - np.repeat(before, self.batch_sizes))
 
@@ -94,12 +94,12 @@ class Plan:
         return self._tensor(self._last_step + 1)
 
     def padded_index(self, order: Tensor | None = None) -> Tensor:
-        """Where each row lies in a padded `(T, sequences)` batch, sorted; or in `(T, N)`, in the given order."""
+        """Return the place of each row in a sorted padded batch `(T, sequences)`, or in `(T, N)` in the given order."""
         step, place = map(self._tensor, self._step_and_place)
         return step * self.sequences + place if order is None else step * self.batch + order[place]
 
     def chunks(self, rows: int) -> list[Chunk]:
-        """The steps in runs of about so many rows each, at least one step long."""
+        """Split the steps into chunks of about this many rows, each of at least one step."""
         chunks, first = [], 0
         while first < len(self.batch_sizes):
             start = self.starts[first]
@@ -112,24 +112,30 @@ class Plan:
 
 
 class Chunk(NamedTuple):
-    """Some steps in a row: the first, their rows, and how many sequences run at each, just before and just after."""
+    """Consecutive steps."""
 
     first: int
+    """The first step"""
     start: int
+    """The first row"""
     rows: int
+    """The number of rows"""
     sizes: list[int]
+    """The number of sequences at each step"""
     before: int
+    """The number of sequences at the step before the first"""
     after: int
+    """The number of sequences at the step after the last"""
 
 
 def _step_and_place(sizes: Array) -> tuple[Array, Array]:
-    """Each row's step, and its place among the sequences that run there."""
+    """Return each row's step, and its place among the sequences at that step."""
     steps = np.repeat(np.arange(len(sizes)), sizes)
     return steps, np.arange(len(steps)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
 def plan_full(batch: int, steps: int, batch_first: bool, device: torch.device) -> Plan:
-    """The plan of a batch without padding."""
+    """Plan a batch without padding."""
     index = None
     if batch_first and batch > 1:
         index = torch.arange(batch * steps, device=device).view(batch, steps).t().reshape(-1)
@@ -139,7 +145,7 @@ def plan_full(batch: int, steps: int, batch_first: bool, device: torch.device) -
 def plan_padded(
     lengths: Tensor, steps: int, batch_first: bool, device: torch.device, *, is_sorted: bool = False
 ) -> Plan:
-    """The plan of a padded batch, `(N, T)` or `(T, N)`."""
+    """Plan a padded batch, `(N, T)` or `(T, N)`."""
     batch = lengths.size(0)
     starts, stride = np.arange(batch), batch
     if batch_first:
@@ -148,19 +154,19 @@ def plan_padded(
 
 
 def plan_masked(mask: Tensor, batch_first: bool, device: torch.device, *, is_sorted: bool = False) -> Plan:
-    """The plan of a padded batch, by its mask (T, N)."""
+    """Plan a padded batch by its mask (T, N)."""
     real = as_array(mask)
     return plan_listed(real.sum(0), real_rows(real, batch_first), real.size, device, is_sorted=is_sorted)
 
 
 def plan_listed(lengths: Array, rows: Array, size: int, device: torch.device, *, is_sorted: bool = False) -> Plan:
-    """The plan of sequences whose rows are listed one sequence after the other."""
+    """Plan sequences whose rows are listed one sequence after the other."""
     starts = np.cumsum(lengths) - lengths
     return plan_rows(lengths, starts, 1, size, device, is_sorted=is_sorted, rows=rows)
 
 
 def real_rows(real: Array, batch_first: bool) -> Array:
-    """The rows of the real steps (T, N), one sequence after the other."""
+    """Return the rows of the real steps, one sequence after the other; `real` is (T, N)."""
     steps, batch = real.shape
     sequence, time = real.T.nonzero()
     rows: Array = sequence * steps + time if batch_first else time * batch + sequence
@@ -177,7 +183,7 @@ def plan_rows(
     is_sorted: bool = False,
     rows: Array | None = None,
 ) -> Plan:
-    """The plan of a batch whose row `(n, t)` lies at `starts[n] + stride * t`; or, where `rows` lists them, there."""
+    """Plan a batch whose row `(n, t)` lies at `at = starts[n] + stride * t`, or at `rows[at]` if `rows` is given."""
     counts, batch, order = lengths, len(lengths), None
     if not is_sorted:
         order = np.argsort(-counts, kind="stable")
@@ -195,41 +201,41 @@ def plan_rows(
 
 
 def move_to_front(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """`(T, N, I)` with each sequence's real steps moved to its front, and where each step went (padding: T)."""
+    """Move each sequence's real steps in x (T, N, I) to its front. Also return each step's new place (padding: T)."""
     steps = x.size(0)
-    place = torch.where(mask, mask.to(torch.int64).cumsum(0) - 1, steps)  # ONNX sums no bools
+    place = torch.where(mask, mask.to(torch.int64).cumsum(0) - 1, steps)  # ONNX has no cumsum of bools
     index = place.unsqueeze(-1).expand_as(x)
     moved = x.new_zeros(steps + 1, *x.shape[1:]).scatter(0, index, x)
     return moved[:steps], place
 
 
 def move_back(x: Tensor, place: Tensor) -> Tensor:
-    """The inverse of `move_to_front`; zero at padding."""
+    """Undo `move_to_front`. The result is zero at padding."""
     padded = torch.cat([x, torch.zeros_like(x[:1])])
     return padded.gather(0, place.unsqueeze(-1).expand(*place.shape, x.size(-1)))
 
 
 def real_mask(lengths: Tensor, steps: int) -> Tensor:
-    """`(T, N, 1)`, True at real steps."""
+    """Return a mask (T, N, 1), True at real steps."""
     return (torch.arange(steps, device=lengths.device).unsqueeze(1) < lengths).unsqueeze(-1)
 
 
 def reverse_index(lengths: Tensor, steps: int) -> Tensor:
-    """`(T, N, 1)`: for each step, the step that takes its place when every row is reversed within its own length.
+    """Return (T, N, 1): for each step, the step in its place when every sequence is reversed within its own length.
 
-    Lengths 3 and 1 of 3 steps: `[[2, 0], [1, 1], [0, 2]]`: padding stays where it is.
+    Lengths 3 and 1 of 3 steps give `[[2, 0], [1, 1], [0, 2]]`. Padding stays in its place.
     """
     time = torch.arange(steps, device=lengths.device).unsqueeze(1)
     return torch.where(time < lengths, lengths - 1 - time, time).unsqueeze(-1)
 
 
 def sort_states(states: Tensor, plan: Plan) -> Tensor:
-    """(D, N, H) -> those of the sequences that have a step, in the plan's order."""
+    """Return those of the states (D, N, H) whose sequences have a step, in the plan's order: (D, B, H)."""
     return states.narrow(1, 0, plan.sequences) if plan.order is None else states.index_select(1, plan.order)
 
 
 def restore_states(last: Tensor, initial: Tensor, plan: Plan) -> Tensor:
-    """The inverse of `sort_states`; a sequence without steps keeps its initial state, (D, N, H)."""
+    """Undo `sort_states`: (D, B, H) -> (D, N, H). A sequence without steps gets its initial state (D, N, H)."""
     if plan.order is not None:
         return initial.index_copy(1, plan.order, last)
     rest = plan.batch - plan.sequences

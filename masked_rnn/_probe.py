@@ -1,6 +1,6 @@
-"""Asks PyTorch's kernels what they can run on this machine: two steps are run, once, and the answer is kept.
+"""Finds out what PyTorch's kernels can run on this machine: runs two steps once, and keeps the answer.
 
-It runs in a thread of its own, which no mode, transform or autocast of the caller reaches.
+They run in a new thread, because the caller's modes, transforms and autocast hold in the caller's thread only.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from ._torch import KERNELS, has_onednn, in_fresh_thread
 
 ALWAYS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-"""The dtypes of the kernels of every cell, on every device."""
+"""The dtypes that the kernels of every cell have on every device."""
 
 
 def check_dtype(mode: str, dtype: torch.dtype, device: torch.device, has_biases: bool, projects: bool) -> None:
@@ -40,10 +40,10 @@ def _fault(
 
 
 def lstm_kernel_runs(dtype: torch.dtype, learns: bool, directions: int) -> bool:
-    """Whether `nn.LSTM` can run on this CPU under autocast to `dtype`.
+    """Return whether `nn.LSTM` can run on this CPU under autocast to `dtype`.
 
-    oneDNN has such a kernel for some CPUs alone, and for some of these only where no gradients are recorded. Without
-    autocast PyTorch asks oneDNN before it calls it; under autocast it sees only the input from before the cast.
+    oneDNN has such a kernel for some CPUs only, and for some of these only without gradients. Without autocast PyTorch
+    asks oneDNN first whether it has the kernel. Under autocast it asks with the dtype before the cast, and then fails.
     """
     return _lstm_kernel_runs(dtype, learns, directions, has_onednn())
 

@@ -1,4 +1,4 @@
-"""Rows cut where their state starts anew: each segment is a sequence of its own, and runs beside the others.
+"""Cuts rows at their resets. Each segment is then a sequence, and all run side by side.
 
 T time, N batch, S segments, R real steps, P state, L layers, D directions.
 """
@@ -17,21 +17,22 @@ from ._torch import to_device
 
 
 class Move(NamedTuple):
-    """Some of a batch's rows, and the segments that their states go to or come from."""
+    """Some of a batch's rows, and for each the segment that its state goes to or comes from."""
 
     rows: Tensor
     segments: Tensor
 
 
 Moves = tuple[Move, ...]
-"""Each direction's."""
+"""One for each direction."""
 
 
 class Segments:
-    """The segments of a padded batch, and how states go in and come out.
+    """The segments of a padded batch, and how states move between rows and segments.
 
-    Forwards, a row's first segment starts from the row's state, unless it starts anew itself; the last leaves its own.
-    Backwards, the last one starts from it, and the first leaves its own.
+    Forward direction: a row's first segment starts from the row's initial state, unless it begins with a reset. The
+    row's last state is that of its last segment. Backward direction: the last segment starts from the initial state,
+    and the row's last state is that of its first segment.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Segments:
         batch_first: bool,
         device: torch.device,
     ) -> None:
-        """resets and mask (T, N), lengths (N,); neither of the two: every step is real. All on the CPU."""
+        """Find the segments. `resets` and `mask` are (T, N), `lengths` is (N,), all on the CPU."""
         marks = mask if lengths is None else real_mask(lengths, resets.size(0)).squeeze(-1)
         real = torch.ones_like(resets) if marks is None else marks
         row, time = as_array(real).T.nonzero()
@@ -64,20 +65,20 @@ class Segments:
         self._leave: Moves = (ends, starts)[:directions]
 
     def initial(self, states: Tensor) -> Tensor:
-        """(L·D, N, P) -> (L·D, S, P), zero where a segment starts anew."""
+        """Return the initial states of the segments: (L·D, N, P) -> (L·D, S, P), zero after a reset."""
         return self._to_segments(states, self._enter)
 
     def last(self, states: Tensor, initial: Tensor) -> Tensor:
-        """The segments' last states (L·D, S, P) -> the rows' (L·D, N, P); a row without steps keeps its initial one."""
+        """Return the last states of the rows: (L·D, S, P) -> (L·D, N, P). A row without steps keeps `initial`."""
         return self._to_rows(states, initial, self._leave)
 
     def initial_gradient(self, grad: Tensor, d_last: Tensor) -> Tensor:
-        """The inverse of `initial`, for gradients: a row without steps has that of its last state."""
-        rest = d_last.index_fill(1, self._leave[0].rows, 0)  # all that have a step
+        """Backward of `initial`. A row without steps gets the gradient of its last state."""
+        rest = d_last.index_fill(1, self._leave[0].rows, 0)  # zero for rows with a step
         return self._to_rows(grad, rest, self._enter)
 
     def last_gradient(self, d_last: Tensor) -> Tensor:
-        """The inverse of `last`."""
+        """Backward of `last`."""
         return self._to_segments(d_last, self._leave)
 
     def _to_segments(self, states: Tensor, moves: Moves) -> Tensor:
@@ -101,12 +102,12 @@ class Segments:
 
 
 def _interleave(directions: list[Tensor]) -> Tensor:
-    """Each (L, N, P) -> (L·D, N, P)."""
+    """Return the states of D directions, each (L, N, P), as (L·D, N, P)."""
     return directions[0] if len(directions) == 1 else torch.stack(directions, 1).flatten(0, 1)
 
 
 def resets_at_real_steps(resets: Tensor, real: Tensor | None) -> Tensor:
-    """Where a real step starts anew: a reset at padding counts at the next real step. All with time first."""
+    """Move each reset at padding to the next real step. All tensors are (T, ...)."""
     if real is None or resets.numel() == 0:
         return resets
     seen = resets.to(torch.int64).cumsum(0)

@@ -1,6 +1,6 @@
-"""Every name of PyTorch that is private, or that not every supported release has, each with a fallback.
+"""All names of PyTorch that are private or missing in some supported releases, each with a fallback.
 
-A fallback is as right as the name it stands for, if slower. `tests/test_torch.py` takes each name away in turn.
+A fallback gives the same results, more slowly. `tests/test_torch.py` removes each name in turn.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 
 
 def _find(path: str) -> Any:
-    """The object at a dotted path from torch; None where this release has none."""
+    """Return the object at a dotted path below torch. None: this release has none."""
     found: Any = torch
     for name in path.split("."):
         found = getattr(found, name, None)
@@ -34,7 +34,7 @@ def _find(path: str) -> Any:
 
 
 def _loaded(module: str, name: str) -> Any:
-    """The same of a module that need not be loaded."""
+    """Return a name of a module. None: the module is not loaded, or has no such name."""
     return getattr(sys.modules.get(module), name, None)
 
 
@@ -74,13 +74,13 @@ def below_autograd(function: Callable[Arguments, Result]) -> Callable[Arguments,
 
 
 def in_fresh_thread(function: Callable[[], Result]) -> Result:
-    """What is switched on or off, or recorded, is so in one thread alone."""
+    """Call a function in a new thread, because modes, transforms and autocast hold in one thread only."""
     with ThreadPoolExecutor(1) as fresh:
         return fresh.submit(function).result()
 
 
 def with_autograd(function: Callable[[], Result]) -> Result:
-    """Call a function with autograd on where it is off, and autocast off: in the kernel of an operator."""
+    """Call a function with autograd on and autocast off. In the kernel of an operator, autograd is off."""
     force, included = _find("_C._ForceDispatchKeyGuard"), _find("_C._dispatch_tls_local_include_set")
     autocast = _key_set([key for key in _SKIPPED_KEYS if key.startswith("Autocast")])
     if force is None or included is None or autocast is None:
@@ -90,7 +90,7 @@ def with_autograd(function: Callable[[], Result]) -> Result:
 
 
 def _without_views(result: Any) -> Any:
-    """Autograd forbids changes in place of a view that comes out of a function of several results."""
+    """Replace views by copies. Autograd forbids in-place changes of a view that is one of several outputs."""
     if isinstance(result, Tensor):
         return result if result._base is None else result.clone()
     if isinstance(result, (tuple, list)):
@@ -102,13 +102,13 @@ def _without_views(result: Any) -> Any:
 unsafe_view: Callable[[Tensor, list[int]], Tensor] = _find("ops.aten._unsafe_view.default") or (
     lambda tensor, shape: tensor.reshape(shape).clone()
 )
-"""The same memory in another shape, but no view in autograd's eyes: its caller may change it in place."""
+"""Reshapes without a copy. Autograd does not count the result as a view, so it may be changed in place."""
 
 
-# Modes in which a tensor stands for values that are not there
+# Modes in which a tensor has no values, or only those of an example
 
 is_traced: Callable[[], bool] = _find("_C._is_tracing") or _find("jit.is_tracing") or (lambda: False)
-"""Whether `torch.jit.trace` is recording ops: a value that is read would be the example's, for good."""
+"""Whether `torch.jit.trace` is recording ops. A value that is read would become a constant of the trace."""
 
 
 def _peek_interpreters() -> Callable[[], bool]:
@@ -121,7 +121,7 @@ is_transformed: Callable[[], bool] = _find("_C._are_functorch_transforms_active"
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor has a shape and no values: on the meta device, or of a `FakeTensorMode`."""
+    """Return whether a tensor has no values: it is on the meta device, or a `FakeTensor`."""
     if tensor.device.type == "meta":
         return True
     if type(tensor) in (Tensor, torch.nn.Parameter):
@@ -139,21 +139,21 @@ _FakeTensor: Any = _find("_subclasses.FakeTensor")
 
 
 is_zero_tensor: Callable[[Tensor], bool] = _find("_is_zerotensor") or (lambda tensor: False)
-"""Whether a tensor stands for zeros and has no memory, as forward-mode differentiation makes them."""
+"""Whether a tensor is a ZeroTensor, which has no memory. Forward-mode differentiation makes such tensors."""
 
 
 def is_recorded() -> bool:
-    """Whether `make_fx` records ops: a value that is read would be the example's, for good."""
+    """Return whether `make_fx` is recording ops. A value that is read would become a constant of the graph."""
     proxy_mode = getattr(sys.modules.get("torch.fx.experimental.proxy_tensor"), "get_proxy_mode", None)
     if proxy_mode is not None:
         return proxy_mode() is not None
-    # Any mode that sees each op may be one that records it.
+    # Without that function: any dispatch mode could be one that records.
     modes = _find("_C._len_torch_dispatch_stack")
     return modes is not None and modes() > 0
 
 
 def values_can_be_read(tensor: Tensor) -> bool:
-    """False while a call is compiled, traced, recorded or transformed: a tensor has no values then, or an example's."""
+    """Return False while a call is compiled, traced, recorded or transformed, and for a fake tensor."""
     return not (torch.compiler.is_compiling() or is_traced() or is_transformed() or is_recorded() or is_fake(tensor))
 
 
@@ -161,25 +161,25 @@ _forward_ad = _find("autograd.forward_ad")
 
 
 def forward_gradients_run() -> bool:
-    """Whether forward-mode differentiation is running."""
+    """Return whether forward-mode differentiation is active."""
     level = getattr(_forward_ad, "_current_level", None)
     if level is not None:
         return bool(level >= 0)
     try:
         _forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
-    except RuntimeError:  # there is no level to make it at
+    except RuntimeError:  # no level has been entered
         return False
     return True
 
 
 def is_batched(grad: Tensor) -> bool:
-    """Whether a gradient stands for many: `autograd.grad(is_grads_batched=True)` has a vmap older than torch.func's."""
+    """Return whether a gradient is batched. `autograd.grad(is_grads_batched=True)` has a vmap of its own."""
     tests = [_find(f"_C._functorch.{name}") for name in ("is_legacy_batchedtensor", "is_batchedtensor")]
     return any(test is None or test(grad) for test in tests)
 
 
 def is_exporting_onnx() -> bool:
-    """`torch.onnx.is_in_onnx_export()`, which Dynamo takes for False at all times, and which loads the exporter."""
+    """Return `torch.onnx.is_in_onnx_export()`, without loading the exporter. Dynamo would take that call for False."""
     exporting = _loaded("torch.onnx._internal.exporter._flags", "_is_onnx_exporting")
     if exporting is None:
         asked = _loaded("torch.onnx", "is_in_onnx_export")
@@ -189,24 +189,24 @@ def is_exporting_onnx() -> bool:
 
 # Dynamo
 
-# In torch 2.6 this gives away a reference that it does not own, and Python crashes. Tried from 2.13 on.
+# In torch 2.6 this function returns a reference that it does not own, and Python crashes. Tested from 2.13 on.
 _gives_a_reference = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 _asked = _find("_C._dynamo.eval_frame.get_eval_frame_callback") if _gives_a_reference else None
 _watching: Callable[[], Any] = _asked or (lambda: "not known")
 
 
 def dynamo_watches() -> bool:
-    """Whether Dynamo would compile a function that is called now. It is loaded, and idle, once an optimizer has run."""
+    """Return whether Dynamo would compile a function called now. An optimizer also loads Dynamo, which is then idle."""
     return "torch._dynamo" in sys.modules and _watching() is not None
 
 
 def dynamo_refuses() -> bool:
-    """Whether Dynamo is tracing a layer that it will not compile: from torch 2.15 on it enters its forward first."""
+    """Return whether Dynamo traces a layer that it will not compile. From torch 2.15 on it enters `forward` first."""
     return torch.compiler.is_dynamo_compiling() and not torch._dynamo.config.allow_rnn
 
 
 def left_to_run(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """`torch.compiler.disable`, with a reason for reports of graph breaks where it takes one: torch 2.6 does not."""
+    """Apply `torch.compiler.disable`, with a reason for reports of graph breaks. torch 2.6 takes no reason."""
     reason = "Dynamo compiles no torch.nn.RNNBase. To make it one operator, set torch._dynamo.config.allow_rnn = True"
     try:
         return cast(Callable[Arguments, Result], torch.compiler.disable(function, reason=reason))
@@ -226,7 +226,7 @@ KERNELS: dict[str, Any] = {
 share_storage: Callable[[Tensor, Tensor], bool] = _find("_C._is_alias_of") or (
     lambda a, b: a.as_strided((0,), (1,), 0).is_set_to(b.as_strided((0,), (1,), 0))
 )
-"""Whether two tensors lie in the same storage."""
+"""Whether two tensors have the same storage."""
 
 
 def has_onednn() -> bool:
@@ -234,16 +234,16 @@ def has_onednn() -> bool:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is recording on a device's current stream: nothing may wait for the device."""
+    """Return whether a CUDA graph is recording on a device's current stream, so that nothing may wait for it."""
     if device.type != "cuda":
         return False
-    with torch.cuda.device(device):  # PyTorch tells it of the current device alone
+    with torch.cuda.device(device):  # PyTorch answers for the current device only
         return torch.cuda.is_current_stream_capturing()
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Move a tensor. From the host it goes by way of pinned memory, so that nobody waits for the device."""
-    # Where it is recorded, a move like any other: a graph would read the memory of this call at each replay.
+    """Move a tensor to a device. From the CPU it goes through pinned memory, so that nothing waits for the device."""
+    # If ops are recorded, a plain move: with pinned memory, each replay would read the memory of this call.
     if not tensor.is_cpu or device.type == "cpu" or not values_can_be_read(tensor):
         return tensor.to(device)
     if is_capturing(device):
@@ -253,14 +253,14 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
         )
     if device.type != "cuda":
         return tensor.to(device)
-    # Memory of our own: a caller may change theirs before it is read.
+    # Pinned memory of our own: the caller may change the original before it has been copied.
     return torch.empty_like(tensor, pin_memory=True).copy_(tensor).to(device, non_blocking=True)
 
 
 def assert_async(holds: Tensor, message: str) -> bool:
-    """Raise if a bool tensor is False, without waiting for its device: the report comes from there.
+    """Assert that a bool tensor is True, without waiting for its device, which reports a failure later.
 
-    Returns False if nothing was asserted: only some devices can do so. The values have to be read then.
+    Returns False if the device has no such assertion. The values have to be read then.
     """
     check = _find("_assert_async")
     if check is None:
@@ -273,7 +273,7 @@ def assert_async(holds: Tensor, message: str) -> bool:
 
 
 def symbolic_node(kind: str, inputs: Any, attributes: dict[str, Any], dtypes: Any, shapes: Any) -> Any:
-    """An ONNX node in the graph that is being exported."""
+    """Add an ONNX node to the graph that is being exported."""
     return torch.onnx.ops.symbolic_multi_out(kind, inputs, attributes, dtypes=dtypes, shapes=shapes, version=None)
 
 
@@ -281,7 +281,7 @@ def symbolic_node(kind: str, inputs: Any, attributes: dict[str, Any], dtypes: An
 
 
 def forward_pre_hooks(module: Any) -> list[tuple[Any, bool]]:
-    """What a module runs before each forward, and whether it takes keyword arguments too."""
+    """Return a module's forward pre-hooks, and for each whether it takes keyword arguments."""
     hooks, with_kwargs = (getattr(module, f"_forward_pre_hooks{more}", None) for more in ("", "_with_kwargs"))
     if hooks is None:
         raise TypeError("a weight is computed by a hook of its layer, which this release of PyTorch does not show")
@@ -289,8 +289,10 @@ def forward_pre_hooks(module: Any) -> list[tuple[Any, bool]]:
 
 
 def listed_weights(layer: Any) -> list[Tensor] | None:
-    """The list that `nn.RNNBase` hands to its kernel, if these are the layer's parameters; None where they are
-    computed, or others stand in for them. To read attributes of a module takes longer."""
+    """Return the list of weights that `nn.RNNBase` gives to its kernel, because reading attributes takes longer.
+
+    None: the weights are computed, or others are used in their place.
+    """
     listed, own = getattr(layer, "_flat_weights", None), getattr(layer, "_parameters", {})
     if torch.compiler.is_compiling() or not listed or len(own) < len(listed):
         return None
@@ -308,7 +310,7 @@ def ragged_dim(nested: Any) -> int:
 
 
 def jagged_like(nested: Any, values: Tensor) -> Tensor:
-    """A jagged tensor of other values over the offsets of this one."""
+    """Return a jagged tensor with other values and the offsets of this one."""
     return torch.nested.nested_tensor_from_jagged(
         values,
         nested.offsets(),
@@ -319,18 +321,18 @@ def jagged_like(nested: Any, values: Tensor) -> Tensor:
 
 
 def is_autocast_on(device: str) -> bool:
-    """`torch.is_autocast_enabled`, which raises for meta."""
+    """Return `torch.is_autocast_enabled(device)`, which would raise for meta."""
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
 IMPORTED_IN = os.getpid()
-"""A child that was forked from this process must not use PyTorch's threads."""
+"""The process that imported this. A child forked from it must not use PyTorch's threads."""
 
 
 @cache
 def gnu_openmp_parallel() -> Any:
-    """What runs a C function on the threads of PyTorch's own OpenMP, where that is GNU's; None where it is not."""
+    """Return GNU OpenMP's function that runs a C function on PyTorch's threads. None: PyTorch uses another OpenMP."""
     for path in (Path(torch.__file__).parent / "lib").glob("libgomp*"):
         with suppress(OSError, AttributeError):
-            return ctypes.CDLL(str(path), os.RTLD_NOLOAD).GOMP_parallel  # the copy that PyTorch has loaded
+            return ctypes.CDLL(str(path), os.RTLD_NOLOAD).GOMP_parallel  # RTLD_NOLOAD: the copy that PyTorch has loaded
     return None

@@ -1,4 +1,4 @@
-"""The ways of running a call. Each meets the whole contract alone; none imports another.
+"""The backends, each a way of running a call. Each gives the right result for every call that it accepts.
 
-What they share: `kernels` (PyTorch's), `recurrence` (plain ops), `double_backward`, `gather`.
+They do not import each other. They share `kernels` (PyTorch's), `recurrence` (plain ops), `double_backward`, `gather`.
 """

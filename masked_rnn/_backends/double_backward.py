@@ -14,26 +14,26 @@ Recurrence = Callable[..., Sequence[Tensor]]
 
 
 def needs_another_backward(grads: Sequence[Tensor | None]) -> bool:
-    """Whether a backward runs in plain ops: it will itself be differentiated, or a gradient is not one plain tensor.
+    """Return whether a backward must run in plain ops: it will be differentiated, or a gradient is no plain tensor.
 
-    A gradient that is batched stands for many, and a subclass of Tensor for whatever its own ops say.
+    A gradient may be batched (`is_grads_batched=True`), or a subclass of Tensor with ops of its own.
     """
     return torch.is_grad_enabled() or any(g is not None and (is_batched(g) or _is_subclass(g)) for g in grads)
 
 
 def _is_subclass(grad: Tensor) -> bool:
-    # A simulated device, and a mode without values, have subclasses for all tensors.
+    # A device written in Python and FakeTensorMode make all tensors subclasses: these do not count.
     return type(grad) is not Tensor and type(grad) is not torch.nn.Parameter and grad.is_cpu and not is_fake(grad)
 
 
 def gradient_of(
     recurrence: Recurrence, inputs: Sequence[Tensor | None], needs: Sequence[bool], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """The inputs' gradients, from those of `recurrence(*inputs)`; differentiable where the backward is."""
+    """Return the inputs' gradients from those of `recurrence(*inputs)`, differentiable if grad mode is on."""
     create = torch.is_grad_enabled()
     device = next(t.device.type for t in inputs if t is not None)
     with torch.enable_grad(), torch.autocast(device, enabled=False):
-        # Aliases, so that the gradient by one input does not run on into another that it was made from.
+        # Aliases: if one input was computed from another, the gradient must not flow from one to the other.
         aliases = [None if t is None else t.view_as(t) for t in inputs]
         results = zip(recurrence(*aliases), grads, strict=True)
         pairs = [(o, g.to(o.dtype)) for o, g in results if g is not None and o.requires_grad]

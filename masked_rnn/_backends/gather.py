@@ -1,6 +1,6 @@
-"""Rows picked out of a tensor and put back, each the other's gradient.
+"""Gathers rows of a tensor and scatters them back. Each is the gradient of the other.
 
-index_select's own gradient must add, because an index may repeat. A plan's index never does, so a copy is enough.
+The gradient of index_select has to add, because an index may repeat. A plan's index never repeats, so a copy is enough.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 def gather_rows(x: Tensor, index: Tensor | None) -> Tensor:
-    """The rows of x (P, I) at `index`, all of them where it is None."""
+    """Return the rows of x (P, I) at `index` (R,). None: all rows."""
     return x if index is None else _Gather.apply(x, index)
 
 
 def scatter_rows(x: Tensor, index: Tensor | None, size: int) -> Tensor:
-    """A tensor of `size` rows, zero but for those of x at `index`."""
+    """Return a tensor (size, I) with the rows of x (R, I) at `index` (R,), and zero elsewhere. None: x."""
     return x if index is None else _Scatter.apply(x, index, size)
 
 

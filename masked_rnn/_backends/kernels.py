@@ -1,4 +1,4 @@
-"""PyTorch's own recurrent kernels (ATen, cuDNN, MIOpen, oneDNN), one way to call them for every cell."""
+"""Calls PyTorch's recurrent kernels (ATen, cuDNN, MIOpen, oneDNN), and knows when they are faster than our loops."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from .._torch import KERNELS, has_onednn, is_autocast_on, is_fake, share_storage
 from .double_backward import DoubleBackward
 from .recurrence import scan_layers
 
-# When is PyTorch's kernel over a padded batch faster than a loop of our own, on the CPU? Measured by
-# `python -m benchmarks.choice`; docs/backends.md has the figures, the machine and the rule in words.
+# When is PyTorch's kernel over a padded batch faster than our loop, on the CPU? `python -m benchmarks.choice` measured
+# these; docs/backends.md has the figures, the machine and the rule in words.
 FEW_STEPS = 4
 """Up to this many steps, PyTorch's kernel is faster than starting our loop. With lengths: up to one."""
 SMALL_STEP = 512
-"""N·H below which inference over few steps is still faster in the kernel"""
+"""N·H below which PyTorch's kernel is faster in inference over few steps"""
 SHORT, SHORT_WITHOUT_NATIVE = 8, 16
-"""How many steps are few then, beside the native loops and beside those of PyTorch's ops"""
+"""The number of steps up to which that holds, against the native loops and against the loops of PyTorch's ops"""
 VECTOR = 16
-"""oneDNN's vectors: it computes no less for a smaller layer."""
+"""The width of oneDNN's vectors. A smaller layer takes as long as one of this hidden size."""
 ONEDNN_WORK = 10_000
 """T·N·H up to which oneDNN's LSTM is faster than the native loops, if every step is real"""
 ONEDNN_STEP, WORTH_LEARNING, WORTH = 1400, 0.8, 1.6
-"""Beside the loops of PyTorch's ops: N·H up to which the padding costs oneDNN's LSTM less than it saves, and what each
-real row of a step adds, in training and in inference."""
+"""Against the loops of PyTorch's ops, oneDNN's LSTM is faster if N·H < ONEDNN_STEP + worth · real, where real is the
+mean of real rows at a step times H, and worth is WORTH_LEARNING in training, WORTH in inference."""
 
 
 def runs_cudnn(x: Tensor) -> bool:
-    """Return whether the kernel that will run is cuDNN's (or MIOpen's), whose backward can't be differentiated."""
+    """Return whether PyTorch's kernel will be cuDNN's or MIOpen's, whose backward can't be differentiated."""
     return x.is_cuda and torch.backends.cudnn.enabled
 
 
 def runs_all_steps_at_once(mode: str, x: Tensor, hidden: int, proj: int, learns: bool) -> bool:
-    """Return whether a GPU's kernel over a padded batch is one of cuDNN's that go through all steps.
+    """Return whether cuDNN runs all steps of a padded batch in one persistent kernel.
 
-    Over packed rows cuDNN starts several kernels for each step. The rule is PyTorch's own (`use_rnn_persist_small_h` in
+    Over packed rows cuDNN starts several kernels for each step. The rule is PyTorch's (`use_rnn_persist_small_h` in
     aten/src/ATen/native/cudnn/RNN.cpp).
     """
     if not runs_cudnn(x) or torch.version.hip is not None or proj or x.dtype == torch.float64:
@@ -57,16 +57,16 @@ def has_lstm_kernel(call: Call) -> bool:
 
 
 def is_over_soon(call: Call) -> bool:
-    """Return whether a padded batch has so few steps that the CPU's kernel is the fastest way in any case."""
+    """Return whether a padded batch has so few steps that PyTorch's kernel on the CPU is always faster."""
     if call.data.dim() != 3 or call.mask is not None or call.resets is not None:
         return False
     return call.form.steps <= (FEW_STEPS if call.lengths is None else 1)
 
 
 def kernel_is_faster(call: Call, learns: bool, loops_are_native: bool) -> bool:
-    """Return whether the CPU's kernel over the padded batch beats our loop over the real steps alone.
+    """Return whether PyTorch's kernel on the CPU, over the padded batch, is faster than our loop over the real steps.
 
-    Reads the lengths.
+    It reads the lengths.
     """
     if call.data.dim() != 3 or call.mask is not None or call.resets is not None:
         return False
@@ -77,7 +77,7 @@ def kernel_is_faster(call: Call, learns: bool, loops_are_native: bool) -> bool:
         return not learns and N * H < SMALL_STEP and (SHORT if loops_are_native else SHORT_WITHOUT_NATIVE) > T
     width = max(H, VECTOR)
     if lengths is None:
-        # Autocast asks for a precision that only the kernel has.
+        # Under autocast only the kernel computes in the lower precision.
         return N * width * T < ONEDNN_WORK or is_autocast_on("cpu") or not loops_are_native
     if loops_are_native:
         return False
@@ -99,7 +99,7 @@ def why_no_lstm_kernel(call: Call, learns: bool) -> str | None:
 
 
 class Stack(NamedTuple):
-    """A stack of layers, as the kernels take it."""
+    """The configuration of a stack of layers that the kernels take."""
 
     mode: str
     layers: int
@@ -110,15 +110,15 @@ class Stack(NamedTuple):
 
 def run_stack(
     call: Call,
-    x: Tensor,  # (N, T, I) or (T, N, I) as the call's data; packed rows (R, I) with batch_sizes
+    x: Tensor,  # (N, T, I) or (T, N, I) in the layout of the call's data; packed rows (R, I) with batch_sizes
     initial: States,  # each (L·D, N, P or H)
     batch_sizes: Tensor | None = None,  # (T,)
 ) -> tuple[Tensor, States]:
     """Run a call's layers over a padded batch in its layout, or over packed rows if `batch_sizes` are given."""
     layer, dropout, batch_first = call.layer, call.dropout, call.form.batch_first and batch_sizes is None
     if dropout and runs_cudnn(x):
-        # cuDNN's own draw can't be made again for a second pass. Between single layers it can; and it stands there
-        # whether gradients are wanted or not, since a checkpoint runs once without and once with.
+        # A checkpoint, which runs once without gradients and once with them, must draw the same dropout twice. cuDNN's
+        # own dropout can't be drawn again, but F.dropout between single layers can.
         def run_one(x: Tensor, states: States, weights: LayerWeights) -> tuple[Tensor, States]:
             return run_layer(layer.mode, x, states, weights, batch_sizes)
 
@@ -146,18 +146,18 @@ def run_kernel(
     """Run a stack of layers over a padded batch, or over packed rows if `batch_sizes` are given."""
     if not runs_cudnn(x):
         return _call_kernel(stack, x, initial, parameters, batch_sizes, stack.dropout > 0)
-    initial = tuple(h.contiguous() for h in initial)  # cuDNN refuses others, such as a flattened hx
+    initial = tuple(h.contiguous() for h in initial)  # cuDNN needs it; a flattened hx is not contiguous
     if not is_fake(x):
         parameters = flatten_for_cudnn(parameters)
     if not torch.is_grad_enabled():
         return _call_kernel(stack, x, initial, parameters, batch_sizes, stack.dropout > 0)
     if batch_sizes is not None:
-        batch_sizes = batch_sizes.clone()  # `recurrence` reads it later; the caller may have changed theirs by then
+        batch_sizes = batch_sizes.clone()  # `recurrence` reads it later, when the caller may have changed the original
     mode, layers, directions, _, batch_first = stack
 
     def recurrence(x: Tensor, *tensors: Tensor) -> Sequence[Tensor]:
         grouped = group_weights(tensors[len(initial) :], layers, directions)
-        dtype = grouped[0][0].w_ih.dtype  # under autocast the kernel takes any
+        dtype = grouped[0][0].w_ih.dtype  # under autocast, x and the states may have other dtypes
         x, *states = (t.to(dtype) for t in (x, *tensors[: len(initial)]))
         output, last = scan_layers(mode, x, tuple(states), grouped, batch_sizes, batch_first)
         return output, *last
@@ -183,10 +183,11 @@ def _call_kernel(
 
 
 def flatten_for_cudnn(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return a stack's weights as cuDNN has them in memory: matrices, then biases, or zeros if there are none.
+    """Return a stack's weights in one chunk of memory, as cuDNN needs them: matrices, then biases, or else zeros.
 
-    PyTorch would copy other weights one by one, with a warning that users of one layer of several can't follow. And if
-    no biases come after the matrices, cuDNN would take for biases what does.
+    PyTorch copies other weights one by one, with a warning. If we run one layer of several, users can't
+    avoid it.
+    Without biases, cuDNN would read whatever follows the matrices as biases: hence the zeros.
     """
     order = sorted(range(len(parameters)), key=lambda k: -parameters[k].dim())
     inside = [parameters[k] for k in order]

@@ -43,5 +43,5 @@ def run(call: Call) -> tuple[Tensor, States]:
 
 
 def takes_input_as_it_is(call: Call) -> bool:
-    """Return whether the kernel reads the input as it came: nothing is gathered, and no value read."""
+    """Return whether the kernel reads the input directly: no row is gathered, and no value is read."""
     return call.form.name == "packed" or call.is_plain

@@ -93,15 +93,15 @@ def _run_one_step(call: Call, idle: Tensor) -> tuple[Tensor, States]:
 
 
 def _at_last_step(output: Tensor, lengths: Tensor) -> Tensor:
-    """(1, N, P): each row's output at its last step; at its first where it has none."""
+    """Return each row's output at its last step, (1, N, P). For a row without steps: at step 0."""
     index = (lengths - 1).clamp(min=0).view(1, -1, 1).expand(1, -1, output.size(-1))
     return output.gather(0, index)
 
 
 def _with_cell_states(x: Tensor, real: Tensor, lengths: Tensor, initial: States, w: Weights) -> tuple[Tensor, States]:
-    """The LSTM returns c only after the last step, so c must stand still over padding until then.
+    """Run an LSTM whose c is held over padding, because the kernel returns c only after step T.
 
-    One more input, 1 at padding, drives the gates there to i = 0 and f = 1 exactly: c' = f c + i g = c.
+    One more input, 1 at padding, drives the gates there to i = 0 and f = 1 exactly, so that c' = f c + i g = c.
     """
     drive = w.w_ih.new_zeros(4, w.w_hh.size(0) // 4)
     drive[0], drive[1] = -_SATURATING, _SATURATING
@@ -111,9 +111,10 @@ def _with_cell_states(x: Tensor, real: Tensor, lengths: Tensor, initial: States,
 
 
 def _with_states_at_zero(x: Tensor, real: Tensor, w: Weights) -> tuple[Tensor, Weights]:
-    """A state that relu does not bound could grow over padding to infinity, and its gradient is then 0 · inf = NaN.
+    """Add an input that makes the state of a relu RNN zero over padding.
 
-    One more input, 1 at padding, makes the argument of relu negative there.
+    Otherwise the state could grow there to infinity, and its gradient would be 0 · inf = NaN. The input is 1 at
+    padding, with a weight that makes the argument of relu negative.
     """
     device = x.device.type
     runs_in = torch.get_autocast_dtype(device) if is_autocast_on(device) else x.dtype
@@ -127,10 +128,10 @@ def _driven_at_padding(
     drive: Tensor,  # (G·H,)
 ) -> tuple[Tensor, Weights]:
     """Add an input that is 1 at padding and 0 elsewhere, with `drive` as its weights."""
-    # Padded, not concatenated: the gradient of a part of a concatenation is not contiguous.
+    # F.pad, because after torch.cat the gradient of w_ih would not be contiguous.
     wide = F.pad(w.w_ih, (0, 1)) + F.pad(drive.unsqueeze(1), (w.w_ih.size(1), 0))
     return torch.cat([x, (~real).to(x.dtype)], -1), w._replace(w_ih=wide)
 
 
 _SATURATING = 1e4
-"""Sigmoid of it is 1, of its negative 0, in every dtype."""
+"""In every dtype, sigmoid(1e4) is 1 and sigmoid(-1e4) is 0."""

@@ -18,31 +18,31 @@ from .._segments import resets_at_real_steps
 
 def scan(
     mode: str,
-    x: Tensor,
-    real: Tensor | None,
-    initial: States,
+    x: Tensor,  # (T, N, I)
+    real: Tensor | None,  # (T, N, 1)
+    initial: States,  # each (D, N, P or H)
     weights: LayerWeights,
-    resets: Tensor | None = None,
+    resets: Tensor | None = None,  # (T, N, 1)
 ) -> tuple[Tensor, States]:
-    """x (T, N, I), real and resets (T, N, 1), initial states (D, N, P) -> output (T, N, D·P), last states (D, N, P).
+    """Run one layer step by step; return its output (T, N, D·P) and last states (D, N, P or H).
 
-    Padding may stand anywhere: the state is held across it, and so is a reset.
+    Padding may be anywhere. The state is held across it. A reset at padding counts at the next real step.
     """
     step, steps = STEPS[mode], x.size(0)
     zero = torch.zeros((), dtype=x.dtype, device=x.device)
     if real is not None:
-        # Clean the input, not only the output: a gradient of zero times a padding of NaN is NaN.
+        # The input must be cleaned too: in backward, a zero gradient times a NaN in padding is NaN.
         x = torch.where(real, x, zero)
         runs = real.any(0)
     anew = None if resets is None else resets_at_real_steps(resets, real)
     outputs, lasts = [], []
     for d, w in enumerate(weights):
         projected = F.linear(x, w.w_ih, w.b_ih)
-        inputs = projected.unbind(0)  # one gradient for all; that of an indexed step is as large as the whole
+        inputs = projected.unbind(0)  # the gradient of each projected[t] would be as large as `projected`
         state = tuple(h[d] if real is None else torch.where(runs, h[d], zero) for h in initial)
         hidden: list[Tensor] = []
         is_cut = None
-        """Before the step: backwards, where the step after it starts anew."""
+        """(N, 1), True if the state is reset before the step. Backward direction: if step t + 1 has a reset."""
         for t in range(steps) if d == 0 else reversed(range(steps)):
             if anew is not None and d == 0:
                 is_cut = anew[t]
@@ -58,7 +58,8 @@ def scan(
                 is_cut = anew[t] if real is None or is_cut is None else torch.where(real[t], anew[t], is_cut)
         if d == 1:
             hidden.reverse()
-        outputs.append(torch.stack(hidden) if hidden else projected[..., : initial[0].size(-1)])  # of no step
+        # Without steps: an empty tensor of the right width.
+        outputs.append(torch.stack(hidden) if hidden else projected[..., : initial[0].size(-1)])
         lasts.append(
             state if real is None else tuple(torch.where(runs, s, h[d]) for s, h in zip(state, initial, strict=True))
         )
@@ -66,8 +67,14 @@ def scan(
     return output, tuple(torch.stack(states) for states in zip(*lasts, strict=True))
 
 
-def scan_rows(mode: str, plan: Plan, x: Tensor, initial: States, weights: LayerWeights) -> tuple[Tensor, States]:
-    """As `scan`, but x (R, I) in the plan's order -> output (R, D·P)."""
+def scan_rows(
+    mode: str,
+    plan: Plan,
+    x: Tensor,  # (R, I)
+    initial: States,  # each (D, N, P or H)
+    weights: LayerWeights,
+) -> tuple[Tensor, States]:
+    """As `scan`, for rows in the plan's order: x (R, I) -> output (R, D·P)."""
     steps, at = len(plan.batch_sizes), plan.padded_index()
     padded = x.new_zeros(steps * plan.sequences, x.size(-1)).index_copy(0, at, x)
     real = torch.zeros(steps * plan.sequences, 1, dtype=torch.bool, device=x.device).index_fill(0, at, True)
@@ -84,13 +91,13 @@ def scan_rows(mode: str, plan: Plan, x: Tensor, initial: States, weights: LayerW
 
 def scan_layers(
     mode: str,
-    x: Tensor,
-    initial: States,
+    x: Tensor,  # (T, N, I), or (N, T, I) with batch_first; packed rows (R, I) with batch_sizes
+    initial: States,  # each (L·D, N, P or H)
     layers: Sequence[LayerWeights],
-    batch_sizes: Tensor | None,
+    batch_sizes: Tensor | None,  # (T,)
     batch_first: bool,
 ) -> tuple[Tensor, States]:
-    """What `nn.GRU` computes without dropout, over a padded batch or packed rows."""
+    """Run all layers without dropout, over a padded batch or, if `batch_sizes` are given, over packed rows."""
     if batch_sizes is not None:
         sizes = batch_sizes.tolist()
         plan = Plan(sizes, sizes[0], x.size(0), x.device)

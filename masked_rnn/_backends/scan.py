@@ -19,12 +19,12 @@ def why_not(call: Call) -> str | None:
 
 def run(call: Call) -> tuple[Tensor, States]:
     if call.context.compiling and call.lengths is not None and not is_transformed():
-        # Nothing else of ours is in the graph: the values are checked where it runs.
+        # The check must be part of the graph: no other code of ours runs with the compiled graph.
         steps = call.form.steps
         in_range = ((call.lengths >= 0) & (call.lengths <= steps)).all()
         assert_async(in_range, f"a length is out of range: expected 0 <= length <= {steps}, the input's time steps")
     x, real, restore = call.padded_in_place()
-    # A copy: what autograd saves must not change with the caller's tensor.
+    # A copy, because autograd saves it, and the caller may change the original.
     resets = None if call.resets is None else to_device(call.resets.unsqueeze(-1).clone(), x.device)
     output, last = stack_layers(
         x,

@@ -1,4 +1,4 @@
-"""A call, opened and closed: arguments are checked and brought into one form, and results get the input's form back.
+"""Opens and closes a call: checks its arguments, brings them into one form, and gives results the form of the input.
 
 It imports no backend.
 """

@@ -39,7 +39,7 @@ class Call:
     parameters: list[Tensor]
     """The weights, in `torch.nn`'s order"""
     data: Tensor
-    """That of `form`, in the precision that runs"""
+    """The data of `form`, in the dtype in which the call runs"""
     lengths: Tensor | None
     """(N,)"""
     mask: Tensor | None
@@ -47,7 +47,7 @@ class Call:
     resets: Tensor | None
     """(T, N), True where a sequence's state starts anew"""
     real: Tensor | None
-    """What says which steps are real: lengths, mask, or the batch sizes of a PackedSequence. None: all are."""
+    """The tensor that marks real steps: lengths, mask, or the batch sizes of a PackedSequence. None: all are real."""
     states: States
     """Each (L·D, N, P or H), in the batch's order"""
 
@@ -67,11 +67,11 @@ class Call:
 
     @property
     def is_plain(self) -> bool:
-        """Whether this is a padded batch that runs whole: no row is moved, and no value read."""
+        """Whether this is a padded batch in which every step is real and no state is reset."""
         return self.lengths is None and self.mask is None and self.resets is None and self.data.dim() == 3
 
     def is_empty(self) -> bool:
-        """Return whether no sequence has a step, as far as that can be seen without waiting for a device."""
+        """Return whether no sequence has a step. False if only a wait for a device could tell."""
         if self.form.batch == 0 or self.data.numel() == 0:
             return True
         real = self.real
@@ -80,7 +80,7 @@ class Call:
     def wants_gradient(self) -> bool:
         if not torch.is_grad_enabled():
             return False
-        for tensors in (self.parameters, (self.data,), self.states):  # most often it is a parameter
+        for tensors in (self.parameters, (self.data,), self.states):  # parameters first: most often one of them does
             for tensor in tensors:
                 if tensor.requires_grad:
                     return True
@@ -109,7 +109,7 @@ class Call:
         return None
 
     def _with(self, **changes: Any) -> Call:
-        # Not dataclasses.replace, which Dynamo can't follow in torch 2.6.
+        # Dynamo of torch 2.6 can't follow dataclasses.replace.
         values = {name: getattr(self, name) for name in FIELDS}
         return Call(**{**values, **changes})
 
@@ -137,18 +137,18 @@ class Call:
 
     @cached_property
     def plan(self) -> Plan:
-        """Which rows run when. Reads the lengths on the host."""
+        """The rows that run at each step. Reads the lengths on the host."""
         return self.form.plan(self.lengths, self.mask, self.layer.enforce_sorted)
 
     def rows(self) -> Tensor:
-        """Return the input as rows, in the order in which the plan's index counts them."""
+        """Return the input as rows (R, I), numbered as in the plan's index."""
         return self.data if self.data.dim() == 2 else self.data.flatten(0, 1)
 
     def from_rows(
         self,
-        output: Tensor,  # one row for each of `rows()`
+        output: Tensor,  # (R, D·P), one row for each of `rows()`
     ) -> Tensor:
-        """Return the output as `data` lies, in memory of its own: its caller may change it in place."""
+        """Return the output in the layout of `data`, not as a view: the caller may change it in place."""
         return output if self.data.dim() == 2 else unsafe_view(output, [*self.data.shape[:2], output.size(-1)])
 
     def padded_last(self) -> tuple[Tensor, Tensor | None, Restore]:
@@ -162,12 +162,12 @@ class Call:
         return x, self.mask.sum(0), lambda output: restore(move_back(output, place))
 
     def padded_in_place(self) -> tuple[Tensor, Tensor | None, Restore]:
-        """As `padded_last`, but padding stays where it is; real steps are marked (T, N, 1), None if all are real."""
+        """Return the input (T, N, I), padding where it was; a mask (T, N, 1), None if all are real; how to restore."""
         if self.mask is None or self.data.dim() == 2:
             x, lengths, restore = self.padded_last()
             return x, None if lengths is None else real_mask(lengths, x.size(0)), restore
         x, restore = self._time_first()
-        # A copy: what autograd saves must not change with the caller's tensor.
+        # A copy, because autograd saves it, and the caller may change the original.
         return x, self.mask.unsqueeze(-1).clone(), restore
 
     def _time_first(self) -> tuple[Tensor, Restore]:
@@ -212,7 +212,7 @@ def open_call(layer: Layer, input: Any, hx: Any, lengths: Any, mask: Any, resets
             check_sorted(context, counts)
     states = open_states(context, layer, form, hx)
     if resets is not None and form.steps == 1 and not context.traced:
-        # Nothing to cut: at most the initial state is dropped, and that every backend can follow.
+        # With one step a reset only drops the initial state, which works on every backend.
         if hx is not None:
             states = forget(states, resets, lengths, layer.bidirectional)
         resets = None
@@ -223,7 +223,7 @@ def open_call(layer: Layer, input: Any, hx: Any, lengths: Any, mask: Any, resets
 
 def close_call(
     call: Call,
-    output: Tensor,  # as the call's data lies
+    output: Tensor,  # in the layout of the call's data
     states: States,  # each (L·D, N, P or H)
 ) -> tuple[Any, Any]:
     """Return the output in the form of the input, and the last states as the layer returns them."""

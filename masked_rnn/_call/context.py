@@ -20,29 +20,29 @@ from .._torch import (
 
 
 class Context(NamedTuple):
-    """What is active around a call. `find_context` finds it once, `seen_with` adds what depends on the tensors."""
+    """The compiler, tracer or transform around a call. `find_context` finds it, `seen_with` looks at the tensors."""
 
     compiling: bool = False
-    """torch.compile or torch.export follows the call."""
+    """True while torch.compile or torch.export traces the call."""
     captured_as: Literal["operator", "onnx"] | None = None
-    """What a compiler or an exporter sees of the layer."""
+    """The form in which a compiler or an exporter captures the layer."""
     traced: bool = False
-    """`torch.jit.trace` records the call: a value that is read would be the example's, for good."""
+    """True while `torch.jit.trace` records the call. A value that is read would become a constant of the trace."""
     only_scan: str | None = None
     """Why only `scan` can follow the call."""
     readable: bool = True
     """Whether the values of lengths, mask and resets can be read."""
     cuda_graph: bool = False
-    """A CUDA graph is being recorded: nothing may wait for the device."""
+    """True while a CUDA graph is being recorded: nothing may wait for the device."""
 
     def can_read(self, tensor: Tensor) -> bool:
-        """Return whether a tensor's values can be read: it could be a `FakeTensor`, or on the meta device."""
+        """Return whether a tensor's values can be read. False for a `FakeTensor` or one on the meta device."""
         return self.readable and not is_fake(tensor)
 
     def seen_with(
         self,
         data: Tensor,  # the input
-        real: Tensor,  # what says which steps are real; the input if nothing does
+        real: Tensor,  # lengths, mask or batch sizes; the input if all steps are real
         resets: Tensor | None,
     ) -> Context:
         """Return the context of a call of these tensors."""

@@ -1,6 +1,6 @@
-"""The forms of input. Each is one object that says where the steps lie, and gives a result the same form.
+"""The forms of input, one class each. It knows where the steps lie, and how to give an output the same form.
 
-T time, N batch, I input, R rows of a form that has no padding.
+T time, N batch, I input, R rows of packed or nested input.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class Form:
     """(T,), of a PackedSequence"""
 
     def plan(self, lengths: Tensor | None, mask: Tensor | None, is_sorted: bool) -> Plan:
-        """Plan which rows run when. Reads lengths (N,) and mask (T, N) on the host."""
+        """Return the rows that run at each step. Reads lengths (N,) and mask (T, N) on the host."""
         raise NotImplementedError
 
     def restore(self, output: Tensor) -> Any:
-        """Return the output, which lies as `data` does, in the form of the input."""
+        """Return an output in the layout of `data` in the form of the input."""
         return output
 
 
@@ -86,9 +86,9 @@ class Packed(Form):
 
     @cached_property
     def order(self) -> Tensor | None:
-        """The sequence at each sorted place; None: as they come. Callers may have given any integers.
+        """The sequence at each sorted place, as int64. None: the batch is in sorted order.
 
-        A copy: backward reads it, and the caller may have changed theirs by then.
+        It is a copy, because backward reads it, and the caller may have changed the original by then.
         """
         order = self.packed.sorted_indices
         return None if order is None else order.resolve_neg().to(torch.int64, copy=True)
@@ -125,7 +125,7 @@ class Nested(Form):
 
 @dataclass
 class Cut(Form):
-    """A padded batch that was cut at its resets: each segment is a sequence."""
+    """A padded batch cut at its resets. Each segment is a sequence."""
 
     segments: Segments
     name = "cut"
@@ -189,11 +189,11 @@ def check_input(
     data: Tensor,  # (N, T, I), (T, N, I) or (R, I)
     weights: Sequence[Tensor],
 ) -> None:
-    """Refuse what torch.nn and its kernel refuse."""
+    """Refuse the input that torch.nn or its kernel refuses."""
     device, dtype = data.device, weights[0].dtype
     for weight in weights:
         if weight.device != device:
-            # PyTorch's kernels refuse it over a padded batch alone, in these words.
+            # PyTorch's words. Its kernels check this for a padded batch only.
             raise RuntimeError(
                 "Input and parameter tensors are not at the same device, found input tensor at "
                 f"{device} and parameter tensor at {weight.device}. Use input.to({str(weight.device)!r}) or "
@@ -201,10 +201,10 @@ def check_input(
             )
     wrong_dtype = data.dtype != dtype and not is_autocast_on(device.type)
     if not wrong_dtype and data.size(-1) == layer.input_size:
-        if dtype not in ALWAYS and not context.compiling:  # the operator asks when it runs
+        if dtype not in ALWAYS and not context.compiling:  # the operator checks when it runs
             check_dtype(layer.mode, dtype, device, layer.bias, layer.proj_size > 0)
         return
-    # torch asks only whether there are batch sizes.
+    # torch only checks whether batch sizes are None.
     batch_sizes = None if data.dim() == 3 else ()
 
     def ask(their: Any) -> None:
@@ -235,14 +235,14 @@ def refuse_twice(form: Form, lengths: Any, mask: Any, resets: Any) -> None:
 
 
 def open_lengths(context: Context, form: Form, lengths: Any, mask: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Return the lengths (N,), None if every step is real and that can be seen; or the mask (T, N)."""
+    """Return the lengths (N,) and the mask (T, N), one of them or both None. Both None: all steps are real."""
     if lengths is not None and mask is not None:
         raise ValueError("lengths and mask say the same thing: give one of them, not both.")
     if lengths is not None:
         return check_lengths(context, lengths, form.batch, form.steps, form.data.device, form.batch_first), None
     if mask is not None:
         mask = to_device(_open_marks(context, "mask", mask, form), form.data.device)
-        # Of one step a mask is lengths of 0 and 1.
+        # With one step, the mask is the lengths.
         return (mask[0].long(), None) if not context.traced and form.steps == 1 else (None, mask)
     if form.steps == 0:
         raise RuntimeError(
@@ -253,7 +253,7 @@ def open_lengths(context: Context, form: Form, lengths: Any, mask: Any) -> tuple
 
 
 def open_resets(context: Context, form: Form, given: Any) -> Tensor | None:
-    """Return the resets (T, N); None if there is no reset and that can be seen."""
+    """Return the resets (T, N). None if none is True, as far as can be read without waiting for a device."""
     resets = _open_marks(context, "resets", given, form)
     if not context.can_read(resets):
         return resets.to(form.data.device)

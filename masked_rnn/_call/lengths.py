@@ -29,9 +29,9 @@ def is_on_host(tensor: Tensor) -> bool:
 def check_lengths(
     context: Context, given: Any, batch: int, steps: int, device: torch.device, batch_first: bool
 ) -> Tensor | None:
-    """Return lengths as int64 `(N,)`, checked against the batch; None if all are T and that can be seen.
+    """Return lengths as int64 `(N,)`, checked against the batch. None if all are T, as far as can be read.
 
-    They stay on the CPU, unless both they and the input, on `device`, are on another device.
+    They stay on the CPU if they or the input, which is on `device`, are there.
     """
     if isinstance(given, Tensor) and context.can_read(given):
         given = with_memory(given)
@@ -55,7 +55,7 @@ def check_lengths(
         return lengths.to(device)
     if is_on_host(lengths):
         return None if check_range(lengths, steps, layout) else lengths
-    # A read would wait for the device; the assertion reports from there.
+    # Reading the lengths would wait for the device. The assertion is checked there.
     if not assert_async(
         ((lengths >= 0) & (lengths <= steps)).all(),
         f"a length is out of range: expected 0 <= length <= {steps}, the input's time steps ({layout})",
@@ -139,7 +139,7 @@ def _marks_cure(name: str, marks: Tensor) -> str:
     if not find_context().can_read(marks):
         return ""
     if name == "mask" and marks.is_floating_point() and not bool(marks.any()):
-        return ""  # all 0: nothing is real, or, in one that is added to scores, everything
+        return ""  # all 0: no step is real; in an additive attention mask, every step is
     if bool(((marks == 0) | (marks == 1)).all()):
         return f" Use {name}.bool()."
     if name == "mask" and bool(((marks == 0) | (marks < -1)).all()):
@@ -174,7 +174,7 @@ def _int64(given: Any, steps: int) -> Tensor:
         return _from_list(given, steps)
     array = np.asarray(given)
     if array.dtype.kind in "iu" and array.dtype != np.uint64:
-        # A copy: torch takes no negative strides and no foreign byte order, and warns of memory it may not write.
+        # A copy, because torch takes no negative strides and no foreign byte order, and warns about read-only memory.
         return torch.from_numpy(np.array(array, dtype=np.int64))
     if array.ndim and array.dtype.kind in "uO":
         return _from_list(array.tolist(), steps)
@@ -185,7 +185,7 @@ def _int64(given: Any, steps: int) -> Tensor:
 
 def _from_list(given: Sequence[Any], steps: int) -> Tensor:
     if torch.compiler.is_compiling():
-        # Dynamo knows a number that changes from call to call by isinstance alone.
+        # isinstance is the only type check that Dynamo can do on a number that changes from call to call.
         for n, length in enumerate(given):
             if not isinstance(length, (int, Tensor)) or isinstance(length, bool):
                 _refuse_element(given, n, steps)

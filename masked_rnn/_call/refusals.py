@@ -14,10 +14,11 @@ from .._cells import Layer
 def refusal(
     layer: Layer, kind: type[Exception], ask: Callable[[Any], Any], instead: str = "", more: str = "", **made: Any
 ) -> Exception:
-    """Return the error to raise for a fault that was found: torch's words for it, then `more`.
+    """Return the error to raise for a fault: in torch's words, followed by `more`.
 
-    `ask` gives the fault to a torch.nn layer of the same configuration and the options `made`. That layer is on the
-    meta device: it only checks its arguments. `instead` is used if torch says nothing, and while a call is compiled.
+    `ask` passes the faulty argument to a torch.nn layer of the same configuration and the options `made`. That layer is
+    on the meta device, so it only checks its arguments. `instead` is used if torch raises nothing, and in compiled
+    calls.
     """
     their = None
     if not torch.compiler.is_compiling():
@@ -28,7 +29,7 @@ def refusal(
             ask(their)
     except (RuntimeError, ValueError) as error:
         return type(error)(_joined(str(error), more))
-    except Exception:  # torch stumbles, and doesn't say what is wrong
+    except Exception:  # an accident within torch, whose words do not help
         pass
     return kind(_joined(instead, more))
 

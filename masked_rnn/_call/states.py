@@ -1,4 +1,4 @@
-"""The initial state: checked, and brought to (L·D, N, P) from either form. The last state: brought to the caller's.
+"""Checks the initial state and brings it from either form to (L·D, N, P). Gives the last state the caller's form.
 
 N batch, H hidden, P the state that is fed back (H, or proj_size), D directions, L layers.
 """
@@ -37,7 +37,7 @@ def open_states(context: Context, layer: Layer, form: Form, hx: Any) -> States:
         name = "hx" if len(widths) == 1 else f"hx[{k}]"
         _check_state(form, h, name)
         if not context.compiling and is_zero_tensor(h):
-            h = h.clone()  # PyTorch's LSTM kernel would read memory that is not there
+            h = h.clone()  # it has no memory, which PyTorch's LSTM kernel would read
         state = _whole_state(form, h, stacked, width)
         if state is None:
             raise _refused_shape(layer, form, given, k, name)
@@ -66,7 +66,7 @@ def forget(
 ) -> States:
     """Zero the state of each row that starts anew, in the forward direction. For a batch of one step."""
     device = states[0].device
-    anew = to_device(resets[0].clone(), device)  # what autograd saves must not change with the caller's tensor
+    anew = to_device(resets[0].clone(), device)  # autograd saves it, and the caller may change the original
     if lengths is not None:
         anew = anew & to_device(lengths > 0, device)
     if bidirectional:
@@ -115,7 +115,7 @@ def _state_shapes(form: Form, stacked: int, width: int) -> tuple[tuple[int, ...]
 def _whole_state(form: Form, h: Tensor, stacked: int, width: int) -> Tensor | None:
     """Return a state as (L·D, N, P). None if it has neither shape."""
     whole, flat = _state_shapes(form, stacked, width)
-    # Dimensions first: a compiler would note each size that is compared.
+    # The number of dimensions first: a compiler adds a guard for each size that is compared.
     if h.dim() == len(whole) and tuple(h.shape) == whole:
         return h.unsqueeze(1) if form.name == "unbatched" else h
     if h.dim() == len(flat) and tuple(h.shape) == flat:
@@ -127,7 +127,7 @@ def _whole_state(form: Form, h: Tensor, stacked: int, width: int) -> Tensor | No
 def _refused_shape(layer: Layer, form: Form, given: Any, k: int, name: str) -> Exception:
     stacked = layer.num_layers * (2 if layer.bidirectional else 1)
     sizes = [_state_shapes(form, stacked, width) for width in _state_widths(layer)]
-    # A flattened state that is right is no fault: torch sees a whole one in its place.
+    # torch does not know flattened states: one of the right shape is replaced by one that torch takes.
     seen = tuple(
         h.new_empty(whole) if isinstance(h, Tensor) and tuple(h.shape) == flat else h
         for h, (whole, flat) in zip(given, sizes, strict=True)

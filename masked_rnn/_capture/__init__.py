@@ -1,1 +1,1 @@
-"""What torch.compile, torch.export and ONNX see of a layer."""
+"""The forms in which torch.compile, torch.export and the ONNX exporter capture a layer."""

@@ -1,4 +1,4 @@
-"""The operators' arguments: checked, and made into a call. A layer has checked them, but others can call an operator.
+"""Checks the operators' arguments and makes a call of them. Anybody can call an operator, with unchecked arguments.
 
 T time, N batch, I input, H hidden, P the state that is fed back, D directions.
 """
@@ -38,7 +38,7 @@ class OneLayer:
 
 
 class Arguments(NamedTuple):
-    """What the two operators are both given."""
+    """The arguments that both operators have."""
 
     x: Tensor
     """(N, T, I) or (T, N, I)"""
@@ -71,9 +71,9 @@ class Arguments(NamedTuple):
         )
 
     def open(self) -> Call:
-        """Check the arguments, and return the call of this one layer.
+        """Check the arguments, and return a call of this one layer.
 
-        As in an eager call, lengths that are all T are None, and so are resets without a reset, if they lie on the CPU.
+        As in an eager call, lengths that are all T become None if they are on the CPU, and so do resets without a True.
         """
         _check_count("initial states", self.initial, 2 if self.mode == "LSTM" else 1)
         layer, (batch, steps) = self.layer(), self.x.shape[:2]
@@ -99,7 +99,7 @@ class Arguments(NamedTuple):
         )
 
     def _check_shapes(self, layer: OneLayer, batch: int, steps: int) -> None:
-        """Refuse shapes that don't fit each other: the loops would read memory that is not theirs."""
+        """Refuse shapes that don't fit each other, because the loops would read beyond a tensor's memory."""
         D, proj = self.directions, layer.proj_size
         if D not in (1, 2):
             raise RuntimeError(f"Expected initial states of 1 or 2 directions, got {D}.")
@@ -117,7 +117,7 @@ class Arguments(NamedTuple):
             _check_shape("resets", self.resets, (steps, batch))
 
     def check_saved(self, saved: Tensor, size: int, grads: Sequence[Tensor]) -> None:
-        """Refuse other sizes of what the gradient is given besides: `saved` (size,) and the results' gradients."""
+        """Refuse `saved` if it is not of shape (size,), and gradients that do not have the results' shapes."""
         _check_shape("saved", saved, (size,))
         _check_count("gradients", grads, 1 + len(self.initial))
         width = self.directions * self.initial[0].size(-1)

@@ -1,7 +1,7 @@
-"""A layer as one operator, opaque to torch.compile and torch.export: the loop over time stays out of their graphs.
+"""One layer as a custom operator, so that torch.compile and torch.export do not trace the loop over time.
 
 Input and output are padded, in the layer's own layout. The operator has a fake kernel and a registered gradient. When
-it runs, the lengths can be read: it makes the plan, the choice and the saved tensors that an eager call would.
+it runs, it can read the lengths: it makes the same plan and choice, and saves the same tensors, as an eager call.
 
 T time, N batch, I input, P the state that is fed back, D directions.
 """
@@ -53,7 +53,7 @@ def run(call: Call) -> tuple[Tensor, States]:
 
 
 def _forward(*given: Any) -> list[Tensor]:
-    """Return the output, the last states, what the gradient needs as bytes, and whether PyTorch's kernel ran."""
+    """Return the output, the last states, the saved tensors as bytes, and whether PyTorch's kernel ran."""
     arguments, (save,) = Arguments(*given[:7]), given[7:]
     call, x, initial = arguments.open(), arguments.x, arguments.initial
     check_dtype(arguments.mode, x.dtype, x.device, call.layer.bias, call.layer.proj_size > 0)
@@ -101,13 +101,13 @@ def _backward(*given: Any) -> list[Tensor]:
     if dx is not None:
         result.append(dx.view(arguments.x.shape))
     if d_weights is not None:
-        # Copies: the operator's results must not share memory.
+        # Copies, because an operator's results must not share memory.
         result += [g.clone() for g in flatten_weights([d_weights])]
     return result
 
 
 def _runs_kernel(call: Call, learns: bool) -> bool:
-    """Return whether PyTorch's kernel runs, as `auto` would choose. For the gradient it then runs once more."""
+    """Return whether PyTorch's kernel runs: the choice that `auto` makes. For the gradient it then runs again."""
     if not call.data.is_cpu:
         return True
     if call.is_empty():
@@ -116,7 +116,7 @@ def _runs_kernel(call: Call, learns: bool) -> bool:
 
 
 def _run_kernel(call: Call) -> tuple[Tensor, States]:
-    # On another device, the segments between resets can't be found without waiting; `padded` has no complex LSTM.
+    # `padded` does not take resets, and to cut at them would wait for the device. It has no complex LSTM either.
     run_backend = padded.run if call.resets is None and not call.data.is_complex() else scan.run
     with torch.autocast(call.data.device.type, enabled=False):
         return run_backend(call)
@@ -138,7 +138,7 @@ def _run_kernel_again(arguments: Arguments, grads: Sequence[Tensor], want_x: boo
 
 
 class Planned(NamedTuple):
-    """A call's lengths and resets, and the plan that they gave."""
+    """A call's lengths and resets, and its plan."""
 
     layout: tuple[int, int, int, bool]
     """Batch, steps, directions, batch_first"""
@@ -149,11 +149,11 @@ class Planned(NamedTuple):
 
 
 _latest: Planned | None = None
-"""A layer's gradient, and the layers above and below, ask for the plan of the latest call again."""
+"""The latest plan. A layer's gradient and the other layers of a stack need the same one again."""
 
 
 def _plan_layer(call: Call) -> tuple[LayerRun, States, Segments | None]:
-    """Return how the loops run a call, from which states, and the segments between its resets, None without resets."""
+    """Return the layer run, the initial states, and the segments between resets. None: there are no resets."""
     global _latest
     form, planned = call.form, _latest
     layout = (form.batch, form.steps, call.directions, form.batch_first)
@@ -164,7 +164,7 @@ def _plan_layer(call: Call) -> tuple[LayerRun, States, Segments | None]:
         or not _equal(planned.resets, call.resets)
     ):
         cut, segments = (call, None) if call.resets is None else call.cut(call.resets)
-        # Copies: the caller may change theirs in place.
+        # Copies, because the caller may change the originals in place.
         lengths, resets = (None if t is None else t.clone() for t in (call.lengths, call.resets))
         planned = _latest = Planned(layout, lengths, resets, cut.plan, segments)
     _, _, _, plan, segments = planned
@@ -177,15 +177,15 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def _saved_bytes(arguments: Arguments, save: bool) -> Any:
-    """Return a size of `saved` that is enough for a batch without padding: untouched memory costs nothing.
+    """Return a size of `saved` that is enough if there is no padding. Memory that is not written costs nothing.
 
-    It may depend on shapes and dtypes alone, because the fake kernel has no others.
+    It depends on shapes and dtypes only, because the fake kernel knows no values.
     """
     x, _, resets, initial, weights, mode, _ = arguments
     if not save or x.device.type != "cpu":
         return 0
     rows = x.shape[0] * x.shape[1]
-    sequences = initial[0].shape[1] if resets is None else rows  # at most
+    sequences = initial[0].shape[1] if resets is None else rows  # at most one segment for each row
     (grouped,) = group_weights(weights, 1, arguments.directions)
     return saved_numbers(mode, (sequences, rows), initial, grouped) * x.element_size()
 

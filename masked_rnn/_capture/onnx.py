@@ -1,4 +1,4 @@
-"""The ONNX form: one GRU, LSTM or RNN node a layer, with sequence_lens.
+"""Exports each layer as one ONNX node, GRU, LSTM or RNN, with sequence_lens.
 
 https://onnx.ai/onnx/operators/onnx__GRU.html (linear_before_reset=1 is PyTorch's reset after the product).
 T time, N batch, I input, H hidden, D directions.
@@ -16,7 +16,7 @@ from .._cells import LayerWeights, States, stack_layers
 from .._torch import symbolic_node
 
 GATE_ORDER = {"GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2), "RNN_TANH": (0,), "RNN_RELU": (0,)}
-"""ONNX's gates (zrh; iofc) by their places in PyTorch's order (r, z, n; i, f, g, o)."""
+"""For each of ONNX's gates (zrh; iofc), its index in PyTorch's order (r, z, n; i, f, g, o)."""
 
 
 def why_not(call: Call) -> str | None:
@@ -34,9 +34,13 @@ def run(call: Call) -> tuple[Tensor, States]:
 
 
 def _node(
-    mode: str, x: Tensor, lengths: Tensor | None, initial: States, weights: LayerWeights
+    mode: str,
+    x: Tensor,  # (T, N, I)
+    lengths: Tensor | None,  # (N,)
+    initial: States,  # each (D, N, H)
+    weights: LayerWeights,
 ) -> tuple[Tensor, States]:
-    """x (T, N, I), lengths (N,), initial states (D, N, H) -> output (T, N, D·H), last states (D, N, H)."""
+    """Add a layer's node; return its output (T, N, D·H) and last states (D, N, H)."""
     steps, batch, _ = x.shape
     D, hidden = len(weights), weights[0].w_hh.size(-1)
     order = GATE_ORDER[mode]
@@ -64,7 +68,7 @@ def _node(
     )
     output = Y.transpose(1, 2).flatten(2)
     if lengths is not None:
-        # ONNX Runtime gives a sequence without steps a state of zeros.
+        # ONNX Runtime returns zeros as the last state of a sequence without steps.
         ran = (lengths > 0).view(1, -1, 1)
         last = [torch.where(ran, new, old) for new, old in zip(last, initial, strict=True)]
     return output, tuple(last)

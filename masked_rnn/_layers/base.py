@@ -34,7 +34,7 @@ Init = TypeVar("Init", bound=Callable[..., None])
 
 
 class Options(TypedDict, total=False):
-    """What is ours in a constructor's arguments."""
+    """The constructor's arguments that torch.nn's layers do not have."""
 
     enforce_sorted: bool
     flatten_hidden: bool
@@ -48,7 +48,7 @@ _call_eagerly: Any = None
 
 
 def _eager_call() -> Any:
-    """Return `call_layer` as Dynamo leaves it alone. It is made once Dynamo is there: loading that takes seconds."""
+    """Return `call_layer`, disabled for Dynamo. Made at the first use, because it loads Dynamo, which takes seconds."""
     global _call_eagerly
     if _call_eagerly is None:
         _call_eagerly = left_to_run(call_layer)
@@ -56,20 +56,20 @@ def _eager_call() -> Any:
 
 
 def _as_leaf(layer: Any, input: Any, hx: Any, lengths: Any, mask: Any, resets: Any) -> Any:
-    """One node in the graph of `torch.fx`, which takes only modules of torch.nn for leaves by itself."""
+    """Record a layer as one node in a graph of `torch.fx`. By itself torch.fx does so for modules of torch.nn only."""
     path = input.tracer.path_of_module(layer)
     if not path:
         raise torch.fx.proxy.TraceError(
             f"torch.fx can't trace into {type(layer).__name__}, as it can't into torch.nn's layers. "
             "Trace a module that holds it: it becomes one node there."
         )
-    # A subclass's own forward need not know resets.
+    # The forward of a subclass may have no argument `resets`.
     more = {"mask": mask} if resets is None else {"mask": mask, "resets": resets}
     return input.tracer.create_proxy("call_module", path, (input, hx, lengths), more)
 
 
 def unknown_arguments_to_torch(init: Init) -> Init:
-    """An argument that `init` does not have goes to torch.nn's constructor, which refuses it in its own words."""
+    """Make `init` pass unknown arguments to torch.nn's constructor, which refuses them in its own words."""
     known = inspect.signature(init).parameters
 
     @functools.wraps(init)
@@ -83,7 +83,7 @@ def unknown_arguments_to_torch(init: Init) -> Init:
 
 
 class MaskedRNNBase(nn.RNNBase):
-    """What the masked layers share. Each is built from this and a layer of torch.nn."""
+    """The base of the masked layers. Each inherits from this and from a layer of torch.nn."""
 
     _torch_layer: ClassVar[type[nn.RNNBase]]
 
@@ -128,13 +128,13 @@ class MaskedRNNBase(nn.RNNBase):
 
     @classmethod
     def from_keras(cls, layer: Any, *, device: Device = None, **options: Unpack[Options]) -> Self:
-        """A layer with the weights of a built Keras layer of the same kind, or of a Bidirectional of one.
+        """Make a layer with the weights of a built Keras layer of the same kind, or of a Bidirectional of one.
 
-        Keras 3 on any backend and tf_keras are read, and neither is imported. Gates are brought into PyTorch's order,
-        kernels transposed. The layer is ``batch_first``, as Keras is (``time_major=True`` in tf_keras: it is not).
-        What a Keras layer returns is chosen by its ``return_sequences`` and ``return_state``; this one returns output
-        and last state always. Masked steps hold the state in both; their output is zero here, as with Keras's
-        ``zero_output_for_mask=True``. docs/from_tensorflow.md has the two side by side.
+        It reads layers of Keras 3, on any backend, and of tf_keras, and imports neither. It reorders the gates and
+        transposes the kernels. The new layer is ``batch_first``, as Keras is, unless tf_keras has ``time_major=True``.
+        It always returns output and last state, whatever the Keras layer's ``return_sequences`` and ``return_state``.
+        Masked steps hold the state in both; their output is zero here, as with Keras's ``zero_output_for_mask=True``.
+        docs/from_tensorflow.md has the two side by side.
 
         Args:
             layer: ``GRU`` (:class:`MaskedGRU`), ``LSTM`` (:class:`MaskedLSTM`), ``SimpleRNN`` (:class:`MaskedRNN`),
@@ -143,13 +143,13 @@ class MaskedRNNBase(nn.RNNBase):
             options: ``enforce_sorted``, ``flatten_hidden``, ``backend``
 
         Raises:
-            TypeError: It is no Keras layer of this kind.
-            ValueError: It has no weights yet, or computes what torch.nn's equations can't: ``reset_after=False``,
-                another activation, ``go_backwards`` outside a Bidirectional, unequal halves, another ``merge_mode``,
-                ``stateful``.
+            TypeError: The argument is no Keras layer of this kind.
+            ValueError: The Keras layer has no weights yet, or does not compute torch.nn's equations:
+                ``reset_after=False``, another activation, ``go_backwards`` outside a Bidirectional, unequal halves,
+                another ``merge_mode``, ``stateful``.
 
         Warns:
-            UserWarning: Its ``dropout`` or ``recurrent_dropout`` is left out.
+            UserWarning: The Keras layer has ``dropout`` or ``recurrent_dropout``, which is left out.
 
         Example::
 

@@ -14,9 +14,9 @@ from .keras import read_keras
 
 
 def share_torch(kind: Any, source: Any, options: Mapping[str, Any], extra: Sequence[str]) -> Any:
-    """Make a `kind` with the configuration of `source`, `options` and the attributes named in `extra`.
+    """Make a layer of class `kind` that shares the parameters of `source` and has its configuration and mode.
 
-    It shares the parameters of `source`, and is in training if `source` is.
+    `extra` names the attributes of `source` that are arguments of `kind` alone, as `proj_size` is of the LSTM.
 
     Raises:
         TypeError: `source` is not a layer of torch.nn of the same kind.
@@ -42,7 +42,7 @@ def share_torch(kind: Any, source: Any, options: Mapping[str, Any], extra: Seque
 
 
 def copy_keras(kind: Any, keras_layer: Any, device: Any, options: Mapping[str, Any]) -> Any:
-    """Make a `kind` with the configuration and the weights of a Keras layer. `read_keras` says what it refuses."""
+    """Make a layer of class `kind` with the configuration and the weights of a Keras layer. Raises as `read_keras`."""
     keras_kind = "SimpleRNN" if kind._torch_layer is nn.RNN else kind._torch_layer.__name__
     found = read_keras(keras_layer, keras_kind)
     layer = kind(
@@ -75,7 +75,7 @@ def _share_weights(layer: Any, source: Any) -> None:
             layer.parametrizations[name] = source.parametrizations[name]
         elif isinstance(getattr(source, name), nn.Parameter):
             setattr(layer, name, getattr(source, name))
-        else:  # a plain tensor that a hook computes before each call, as pruning does
+        else:  # a plain tensor that a hook, such as pruning's, computes before each call
             computed = True
             delattr(layer, name)
             setattr(layer, name, getattr(source, name))

@@ -21,7 +21,7 @@ class MaskedGRU(MaskedRNNBase, nn.GRU):
     r"""A multi-layer gated recurrent unit (GRU) over sequences of different lengths.
 
     It is :class:`torch.nn.GRU` with two differences. The call takes ``lengths`` (or ``mask``): each sequence of a
-    padded batch then gives what it would give alone, in outputs, last state and every gradient. The last state comes
+    padded batch then gives what it would give alone, in outputs, last state and every gradient. The last state is
     flattened, unless ``flatten_hidden=False``. The ``state_dict`` is the same, and so are the initial weights from the
     same seed.
 
@@ -205,7 +205,7 @@ class MaskedGRU(MaskedRNNBase, nn.GRU):
 
     @classmethod
     def from_gru(cls, gru: nn.GRU, **options: Unpack[Options]) -> Self:
-        """A layer that shares the parameters of `gru`, its configuration and its mode (training or not).
+        """Make a layer that shares the parameters of `gru`, with its configuration and its mode (training or not).
 
         It returns what `gru` returned: ``flatten_hidden`` is ``False`` unless given here, so that a model that reads
         ``h_n[-1]`` goes on reading the last layer. A masked layer's own options are kept. The weights may be

@@ -1,6 +1,6 @@
-"""A Keras layer read without importing Keras: by its configuration and `get_weights()`, in PyTorch's layout.
+"""Reads the configuration and the weights of a Keras layer, without importing Keras.
 
-https://keras.io/api/layers/recurrent_layers/gru/ and its neighbours; Keras 3 on any backend, and tf_keras.
+https://keras.io/api/layers/recurrent_layers/gru/ and the pages beside it. Keras 3 on any backend, and tf_keras.
 I input, H hidden.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 GATE_ORDER = {"GRU": (1, 0, 2), "LSTM": (0, 1, 2, 3), "SimpleRNN": (0,)}
-"""PyTorch's gates (r, z, n; i, f, g, o) by their places in Keras's order (z, r, h; i, f, c, o)."""
+"""For each of PyTorch's gates (r, z, n; i, f, g, o), its index in Keras's order (z, r, h; i, f, c, o)."""
 SAME_IN_BOTH = ("units", "use_bias", "activation", "recurrent_activation", "reset_after")
 
 
@@ -27,11 +27,16 @@ class KerasLayer(NamedTuple):
     nonlinearity: str
     dtype: torch.dtype
     weights: dict[str, Tensor]
-    """By the names of `torch.nn`."""
+    """By torch.nn's names, in its layout"""
 
 
 def read_keras(layer: Any, kind: str) -> KerasLayer:
-    """A built Keras layer of a kind (GRU, LSTM, SimpleRNN), or a Bidirectional of one."""
+    """Read a built Keras layer of a kind (GRU, LSTM, SimpleRNN), or a Bidirectional of one.
+
+    Raises:
+        TypeError: `layer` is of another kind.
+        ValueError: It has no weights yet, or does not compute torch.nn's equations.
+    """
     both = "Bidirectional" in _kinds(layer)
     halves = [layer.forward_layer, layer.backward_layer] if both else [layer]
     for half in halves:
@@ -74,7 +79,7 @@ def read_keras(layer: Any, kind: str) -> KerasLayer:
 
 
 def _kinds(layer: Any) -> set[str]:
-    """The names of a Keras layer's classes, so that a subclass counts."""
+    """Return the names of a layer's class and its base classes in Keras."""
     return {c.__name__ for c in type(layer).__mro__ if hasattr(c, "get_config")}
 
 
@@ -84,7 +89,7 @@ def _check_halves(merge_mode: str | None, forward: dict[str, Any], backward: dic
             f"merge_mode={merge_mode!r}, but torch.nn's layers put the directions side by side (merge_mode='concat'). "
             "Convert with merge_mode='concat' and merge the halves of the output's last dimension yourself."
         )
-    if forward["go_backwards"]:  # Keras sees to it that the other does not
+    if forward["go_backwards"]:  # Keras itself checks that the halves differ
         raise ValueError("the Bidirectional's forward layer must run forwards, and its backward layer backwards.")
     for name in SAME_IN_BOTH:
         if forward.get(name) != backward.get(name):
@@ -122,7 +127,7 @@ def _check(config: dict[str, Any], kind: str) -> None:
 
 
 def _weights(arrays: list[Any], kind: str, has_bias: bool, suffix: str) -> dict[str, Tensor]:
-    """From kernels (I, gates·H) and (H, gates·H), and a bias (gates·H); a GRU's, (2, gates·H), has both of torch's."""
+    """Convert kernels (I, gates·H), (H, gates·H) and a bias (gates·H). A GRU's (2, gates·H) holds b_ih and b_hh."""
     tensors = [_tensor(array, kind) for array in arrays]
     found = {f"weight_ih{suffix}": tensors[0], f"weight_hh{suffix}": tensors[1]}
     if has_bias:
@@ -132,7 +137,7 @@ def _weights(arrays: list[Any], kind: str, has_bias: bool, suffix: str) -> dict[
 
 
 def _tensor(array: Any, kind: str) -> Tensor:
-    """Transposed, its gates in torch's order."""
-    dtype = getattr(torch, str(array.dtype))  # NumPy and torch have no bfloat16 in common
+    """Return a transposed tensor with its gates in torch's order."""
+    dtype = getattr(torch, str(array.dtype))  # via float64, because torch can't read NumPy's bfloat16
     gates = torch.from_numpy(np.asarray(array, np.float64)).t().chunk(len(GATE_ORDER[kind]))
     return torch.cat([gates[k] for k in GATE_ORDER[kind]]).to(dtype)

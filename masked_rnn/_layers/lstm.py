@@ -208,7 +208,7 @@ class MaskedLSTM(MaskedRNNBase, nn.LSTM):
 
     @classmethod
     def from_lstm(cls, lstm: nn.LSTM, **options: Unpack[Options]) -> Self:
-        """A layer that shares the parameters of `lstm`, its configuration and its mode (training or not).
+        """Make a layer that shares the parameters of `lstm`, with its configuration and its mode (training or not).
 
         It returns what `lstm` returned: ``flatten_hidden`` is ``False`` unless given here, so that a model that reads
         ``h_n[-1]`` goes on reading the last layer. A masked layer's own options are kept. The weights may be

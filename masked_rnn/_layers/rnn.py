@@ -200,7 +200,7 @@ class MaskedRNN(MaskedRNNBase, nn.RNN):
 
     @classmethod
     def from_rnn(cls, rnn: nn.RNN, **options: Unpack[Options]) -> Self:
-        """A layer that shares the parameters of `rnn`, its configuration and its mode (training or not).
+        """Make a layer that shares the parameters of `rnn`, with its configuration and its mode (training or not).
 
         It returns what `rnn` returned: ``flatten_hidden`` is ``False`` unless given here, so that a model that reads
         ``h_n[-1]`` goes on reading the last layer. A masked layer's own options are kept. The weights may be

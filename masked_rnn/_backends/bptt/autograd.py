@@ -1,4 +1,4 @@
-"""The CPU engine: forward and backward through time by hand, one autograd.Function a layer (docs/bptt.md)."""
+"""Runs a call in our own loops, with one autograd.Function for each layer (docs/bptt.md)."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run(call: Call) -> tuple[Tensor, States]:
 
 
 class ThroughTime(torch.autograd.Function):
-    """One layer. Its gradient is itself differentiated through the recurrence in plain ops."""
+    """One layer. Second derivatives go through the recurrence in plain ops."""
 
     @staticmethod
     def forward(ctx: Any, layer_run: LayerRun, n_states: int, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -97,7 +97,7 @@ class ThroughTime(torch.autograd.Function):
 
 
 def _recurrence(layer_run: LayerRun, n_states: int, x: Tensor, *tensors: Tensor) -> Sequence[Tensor]:
-    """`forward` in plain ops."""
+    """Run one layer in plain ops. Arguments and results are those of `ThroughTime.forward`."""
     plan = layer_run.plan
     initial, (weights,) = tensors[:n_states], group_weights(tensors[n_states:], 1, layer_run.directions)
     x = gather_rows(x, plan.index if layer_run.gather else None)

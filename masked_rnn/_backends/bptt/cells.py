@@ -22,7 +22,7 @@ from torch import Tensor
 from ..._cells import LayerWeights, States
 
 Steps = Sequence[Sequence[Tensor]]
-"""Of several tensors, the rows of each step, in the order in which the steps run."""
+"""For each of several tensors, its rows at each step, in the order in which the steps run."""
 AddProduct = Callable[[Tensor, Tensor], Any]
 """Adds a recurrent product of its second argument to its first."""
 
@@ -51,44 +51,44 @@ class Cell:
         return torch.stack(tensors) if self.is_paired else tensors[0]
 
     def order_gates(self, weight: Tensor) -> Tensor:
-        """A recurrent weight or bias with its gates in the buffer's order."""
+        """Return a recurrent weight or bias with its gates in the buffer's order."""
         return weight
 
     def restore_gates(self, weight: Tensor) -> Tensor:
-        """The inverse of `order_gates`."""
+        """Undo `order_gates`."""
         return weight
 
     def sigmoid_slope(self, s: Tensor, out: Tensor) -> Tensor:
-        """s (1 - s): the derivative of s = σ(a) by a."""
+        """Return the derivative of s = σ(a) by a: s (1 - s)."""
         return torch.sub(self.one, s, out=out).mul_(s)
 
     def tanh_slope(self, t: Tensor, out: Tensor) -> Tensor:
-        """1 - t²: the derivative of t = tanh(a) by a."""
+        """Return the derivative of t = tanh(a) by a: 1 - t²."""
         return torch.addcmul(self.one, t, t, value=-1, out=out)
 
     def parts(self, buffer: Tensor) -> States:
-        """What `run_` works on."""
+        """Return the parts of the buffer that `run_` uses."""
         raise NotImplementedError
 
     def run_(self, parts: Steps, before: Steps, after: Steps, add_: AddProduct) -> None:
-        """From the input products in the buffer and the states before: the activations, and the states after.
+        """Compute activations and new states from the input products in the buffer and the states before.
 
         `add_` adds the recurrent product of its second argument to its first.
         """
         raise NotImplementedError
 
     def local_derivatives(self, buffer: Tensor, before: States, after: States, out: Tensor) -> States:
-        """First `out`, the derivative of each gate's recurrent product by the state; then what else is needed."""
+        """Return `out`, the factor that turns a state's gradient into each gate's; then any other factors."""
         raise NotImplementedError
 
     def back_parts(self, derivatives: States, buffer: Tensor, grads: Sequence[Tensor]) -> States:
-        """What `run_back_` works on, besides the states' gradients."""
+        """Return the tensors that `run_back_` uses, besides the states' gradients."""
         raise NotImplementedError
 
     def run_back_(self, parts: Steps, grads: Steps, before: Steps, add_: AddProduct) -> None:
-        """From the states' gradients: the gates', in place, and the earlier states', added to `before`.
+        """Turn the factors into the gates' gradients, in place, and add the earlier states' gradients to `before`.
 
-        `add_` adds what comes back through the recurrent product to its first argument.
+        `add_` adds the gradient through the recurrent product to its first argument.
         """
         raise NotImplementedError
 

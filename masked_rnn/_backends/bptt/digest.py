@@ -1,5 +1,6 @@
-"""The digest of the native loops' sources. setup.py runs this file alone, and builds the digest into the library.
-`library.py` compares it with that of the sources that lie there now.
+"""The digest of the native loops' sources. setup.py runs this file without the package, and builds the digest in.
+
+`library.py` compares it with the digest of the sources that are there now.
 """
 
 import hashlib

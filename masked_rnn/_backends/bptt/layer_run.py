@@ -1,4 +1,4 @@
-"""How one layer runs, what it saves for backward, and how states come in and go out. All loops share it.
+"""What both kinds of loops share: how one layer runs, what it saves for backward, how states are laid out.
 
 B sequences that have a step, N all, R rows that run, P state that is fed back, H hidden, D directions.
 """
@@ -27,15 +27,18 @@ class LayerRun(NamedTuple):
     directions: int
     plan: Plan
     gather: bool
-    """True: the input lies as the caller's does, with padding. False: it is the rows that run."""
+    """True: the input is the caller's, with padding. False: it holds only the rows that run, in the plan's order."""
     scatter: bool
-    """True: the output must lie as the caller's input does. False: as the rows that run."""
+    """True: the output must have the layout of the caller's input. False: that of the rows that run."""
 
     def cell(self, weights: LayerWeights) -> Cell:
         return CELLS[self.mode](weights)
 
     def rows_at(self, there: bool) -> list[Tensor | None]:
-        """Return where each direction's rows lie, in the caller's input or among the rows that run. None: in order."""
+        """Return the index of each direction's rows: in the caller's input if `there`, else in the rows that run.
+
+        None: in order.
+        """
         index = self.plan.index if there else None
         if self.directions == 1:
             return [index]
@@ -57,10 +60,10 @@ class LayerRun(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What backward needs: each state at every row, behind its initial value, and each row's activations."""
+    """What backward needs: the states, initial ones first, then after every row; and each row's activations."""
 
     history: States
-    """Each (D, B + R, P), the LSTM's c (D, B + R, H). One direction has no D."""
+    """Each (D, B + R, P), the LSTM's c (D, B + R, H). With one direction, there is no dimension D."""
     buffer: Tensor | None
     """(D, R, width · H)"""
 
@@ -112,7 +115,7 @@ def saved_in(
     initial: Sequence[Tensor],  # each (D, N, P or H)
     weights: LayerWeights,
 ) -> Saved:
-    """As `new_saved`, but in the given memory: each tensor behind the one before."""
+    """As `new_saved`, but in the given memory, one tensor after the other."""
     plan = layer_run.plan
     history, buffer = saved_shapes(layer_run.mode, (plan.sequences, plan.rows), initial, weights)
     shapes = history if buffer is None else [*history, buffer]

@@ -1,4 +1,4 @@
-"""The library that native/*.cpp are compiled to when the package is installed: found, checked and called."""
+"""Finds, checks and calls the library that was built from native/*.cpp when the package was installed."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .digest import sources_digest
 INTERFACE = 1
 """Must be that of native/interface.h."""
 LEVELS = ("default", "avx2", "avx512")
-"""The kinds of CPU, as ATen names them. A number of the library's is a place here."""
+"""The kinds of CPU, in ATen's words. The library knows them by their index here."""
 VARIABLE = "MASKED_RNN_CPU_CAPABILITY"
-"""The environment variable that takes a lesser kind than the CPU is; "none": the loops of PyTorch's ops."""
+"""The environment variable that asks for the loops of a lesser CPU, or, by "none", for those of PyTorch's ops."""
 FOLDER = Path(__file__).parent
 FAULTS = {
     1: "sizes",
@@ -33,22 +33,22 @@ FAULTS = {
     9: "output",
     10: "gradients",
 }
-"""By the numbers of native/interface.h: what does not fit."""
+"""The part of a record that does not fit, by the fault's number in native/interface.h."""
 OUT_OF_MEMORY = 11
 
 
 class Library(NamedTuple):
     functions: dict[str, Callable[[int, int], int]]
     level: int
-    """Of the loops that run."""
+    """The index in LEVELS of the loops that run"""
 
 
 @cache
 def find() -> Library | str:
-    """Load the library, or say in words why the loops of PyTorch's ops run instead, and what to do about it.
+    """Load the library. If it can't be used, return the reason and the cure in words.
 
     Raises:
-        ValueError: The environment variable asks for a kind of CPU that there is not.
+        ValueError: The environment variable has an unknown value.
     """
     wanted = os.environ.get(VARIABLE, "").lower()
     if wanted == "none":
@@ -84,7 +84,7 @@ def find() -> Library | str:
 
 
 def _install_again() -> str:
-    """Return the command that builds the library. Pip's cache may hold a wheel that was made without it."""
+    """Return the command that builds the library. It avoids pip's cache, which may hold a wheel without it."""
     root = FOLDER.parents[2]
     if (root / "setup.py").is_file():
         return f"`python -m pip install -e {root}`"
@@ -92,7 +92,7 @@ def _install_again() -> str:
 
 
 def call(name: str, numbers: Sequence[int]) -> None:
-    """Run a pass over a record of native/interface.h, whose numbers these are."""
+    """Run a pass of the library. `numbers` are a record of native/interface.h."""
     library = find()
     assert isinstance(library, Library), library
     record = array("q", numbers)
@@ -105,5 +105,5 @@ def call(name: str, numbers: Sequence[int]) -> None:
 
 
 def runs(dtype: torch.dtype) -> bool:
-    """Whether the native loops run for a dtype."""
+    """Return whether the native loops run for a dtype."""
     return dtype in (torch.float32, torch.float64) and isinstance(find(), Library)

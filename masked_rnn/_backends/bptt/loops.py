@@ -1,8 +1,8 @@
-"""Forward and backward through time, without autograd: one layer, one direction or both as a batch of two.
+"""Forward and backward through time in PyTorch's ops, without autograd: one layer, both directions as a batch of two.
 
-Rows run packed (see `Plan`); the second direction runs over rows reversed within their own length. Both loops walk
-the sequence in chunks of steps that stay in the cache: a chunk's input product just before its steps, its share of the
-weights' gradient just after. docs/bptt.md derives it.
+Rows run packed (see `Plan`). The second direction runs over sequences reversed within their own length. Both loops run
+in chunks of steps that stay in the cache: a chunk's input product comes just before its steps, its share of the
+weights' gradients just after. docs/bptt.md has the equations.
 
 P input rows with padding, R rows that run, B sequences that have one, N all, I input, H hidden, D directions.
 """
@@ -23,7 +23,7 @@ from .layer_run import LayerRun, Saved, final_states, initial_gradient, new_hist
 from .products import InputProduct, WeightGradients, recurrent_product
 
 CHUNK_BYTES = 2 << 20
-"""Of a chunk's activations, for each direction: about what stays in a core's caches."""
+"""The size of a chunk's activations, for each direction. About what stays in a core's caches."""
 
 
 def _chunks(layer_run: LayerRun, cell: Cell, itemsize: int) -> list[Chunk]:
@@ -32,12 +32,14 @@ def _chunks(layer_run: LayerRun, cell: Cell, itemsize: int) -> list[Chunk]:
 
 @below_autograd
 def forward(
-    layer_run: LayerRun, x: Tensor, initial: States, weights: LayerWeights, save: bool, into: Saved | None = None
+    layer_run: LayerRun,
+    x: Tensor,  # (P, I) or (R, I)
+    initial: States,  # each (D, N, H)
+    weights: LayerWeights,
+    save: bool,
+    into: Saved | None = None,
 ) -> tuple[Tensor, States, Saved | None]:
-    """x (P, I) or (R, I), initial states (D, N, H) -> output (P, D·H) or (R, D·H), last states (D, N, H).
-
-    What is saved for backward goes into `into`, or into new memory.
-    """
+    """Return the output (P, D·H) or (R, D·H), the last states (D, N, H), and what is saved, which is `into` or new."""
     plan, cell, axis = layer_run.plan, layer_run.cell(weights), int(layer_run.is_paired)
     chunks = _chunks(layer_run, cell, x.element_size())
     if save and into is None:
@@ -64,25 +66,22 @@ def forward(
 
     output = _place_output(layer_run, history[0].narrow(-2, plan.sequences, plan.rows))
     if save and layer_run.output_is_history:
-        output = output.clone()  # what the caller does to it in place must not reach what is saved
+        output = output.clone()  # the caller may change it in place; the history must not change
     return output, tuple(final_states(layer_run, h, first) for h, first in zip(history, initial, strict=True)), into
 
 
 @below_autograd
 def backward(
     layer_run: LayerRun,
-    x: Tensor,
-    initial: States,
+    x: Tensor,  # (P, I) or (R, I)
+    initial: States,  # each (D, N, H)
     weights: LayerWeights,
     saved: Saved,
-    grads: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],  # of the output (P, D·H) or (R, D·H), and of the last states (D, N, H)
     want_x: bool,
     want_weights: bool,
 ) -> tuple[Tensor | None, States, LayerWeights | None]:
-    """Return the gradients of x, of the initial states and of the weights.
-
-    `grads` are those of the output (P, D·H) or (R, D·H), and of the last states (D, N, H).
-    """
+    """Return the gradients of x, of the initial states and of the weights."""
     d_output, *d_last = grads
     plan, cell, (history, buffer) = layer_run.plan, layer_run.cell(weights), saved
     chunks = _chunks(layer_run, cell, x.element_size())
@@ -103,7 +102,7 @@ def backward(
         activations = after[0] if buffer is None else buffer.narrow(-2, chunk.start, chunk.rows)
         derivatives = cell.local_derivatives(activations, before, after, scratch.narrow(-2, 0, chunk.rows))
 
-        # The states' gradients, behind those of the step before the chunk.
+        # The gradients of the states: those of the step before the chunk first, then `own`.
         d_states = [states.narrow(-2, 0, chunk.before + chunk.rows) for states in gradients]
         own = [d.narrow(-2, chunk.before, chunk.rows) for d in d_states]
         _read_incoming(layer_run, incoming, chunk, d_states, own)
@@ -130,20 +129,20 @@ def backward(
 
 
 class Incoming(NamedTuple):
-    """The gradients that come into a layer."""
+    """The gradients of a layer's output and last states."""
 
     d_output: Tensor | None
     """(P, D·H) or (R, D·H)"""
     rows: list[Tensor | None]
-    """Where each direction's rows lie in it; None: in order"""
+    """The index of each direction's rows in d_output. None: in order"""
     ends: list[Tensor | None]
-    """Of the last states, as `packed_states` gives them"""
+    """The gradients of the last states, in the layout of `packed_states`"""
 
 
 def _read_incoming(
     layer_run: LayerRun, incoming: Incoming, chunk: Chunk, d_states: Sequence[Tensor], own: Sequence[Tensor]
 ) -> None:
-    """Fill the states' gradients with what comes in. `own` are their rows in the chunk, after the step before it."""
+    """Fill the states' gradients with the incoming ones. `own` are the rows of `d_states` in the chunk."""
     d_output, rows, ends = incoming
     for d in d_states if d_output is None else d_states[1:]:
         d.zero_()
@@ -171,7 +170,7 @@ def _run_back(
 
 
 def _first_rows(views: Sequence[Tensor], chunk: Chunk) -> Sequence[Tensor]:
-    """Of the states of the step before each of the chunk's steps, those of the sequences that go on."""
+    """Cut the states before each of the chunk's steps down to the sequences that run at that step."""
     if chunk.before == chunk.sizes[-1]:
         return views
     had = [chunk.before, *chunk.sizes]
@@ -185,7 +184,7 @@ def _rows(x: Tensor, index: Tensor | None, chunk: Chunk) -> Tensor:
 
 
 def _before(plan: Plan, history: Tensor, chunk: Chunk) -> Tensor:
-    """For each row of the chunk, the state it started from."""
+    """Return the state before each row of the chunk."""
     if chunk.before == chunk.sizes[-1]:
         return history.narrow(-2, plan.sequences + chunk.start - chunk.before, chunk.rows)
     return history.index_select(-2, plan.previous.narrow(0, chunk.start, chunk.rows))
@@ -207,14 +206,14 @@ def _place_output(layer_run: LayerRun, rows: Tensor) -> Tensor:
 
 
 def _read_output(layer_run: LayerRun, d_output: Tensor, index: list[Tensor | None], chunk: Chunk, into: Tensor) -> None:
-    """The output's gradient at the chunk's rows."""
+    """Copy the output's gradient at the chunk's rows into `into`."""
     halves = d_output.unflatten(1, (2, -1)).unbind(1) if layer_run.is_paired else (d_output,)
     for own, at, half in zip(into if layer_run.is_paired else (into,), index, halves, strict=True):
         own.copy_(_rows(half, at, chunk))
 
 
 def _add_ends(plan: Plan, ends: Tensor | None, chunk: Chunk, grad: Tensor) -> None:
-    """The last states' gradients, at the rows of the chunk where a sequence ends."""
+    """Add the last states' gradients at the rows of the chunk where a sequence ends."""
     count = chunk.sizes[0] - chunk.after
     if ends is not None and count:
         at = plan.last.narrow(0, chunk.after, count) - chunk.start

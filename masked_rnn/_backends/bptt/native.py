@@ -36,7 +36,7 @@ def forward(
         try:
             return run_forward(layer_run, x, initial, weights, save, into)
         except NotPlainError:
-            pass  # PyTorch's ops know what else a tensor can be, and refuse what they must
+            pass  # the loops of PyTorch's ops take other tensors, or refuse them
     return loops.forward(layer_run, *_with_memory(x, initial, weights), save, into)
 
 
@@ -110,7 +110,7 @@ def run_backward(
     if not plan.rows:
         return loops.backward(layer_run, x, initial, weights, saved, grads, want_x, want_weights)
     x, d_output = contiguous(x), None if d_output is None else contiguous(d_output)
-    # What hooks on saved tensors gave back may lie in any way.
+    # A hook on saved tensors may have returned them with other strides.
     history, buffer = saved
     saved = Saved(tuple(map(contiguous, history)), None if buffer is None else contiguous(buffer))
     d_states = tuple(last_gradient(h, d) for h, d in zip(initial, d_last, strict=True))
@@ -138,7 +138,7 @@ def run_backward(
 def _layer(
     layer_run: LayerRun, x: Tensor, states: States, weights: LayerWeights, saved: Saved | None
 ) -> tuple[list[int], Any]:
-    """The record `Layer` of native/interface.h, and what its addresses point to."""
+    """Return the record `Layer` of native/interface.h, and tensors that must live as long as its addresses."""
     plan, D, dtype = layer_run.plan, len(weights), x.dtype
     cell = CELLS[layer_run.mode]
     (rows_of_x, inputs), fed_back = x.shape, states[0].size(-1)

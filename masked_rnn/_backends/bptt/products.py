@@ -12,7 +12,7 @@ from .cells import AddProduct, Cell
 
 
 def recurrent_product(w: Tensor) -> AddProduct:
-    """A function that adds h @ w to its first argument; w (K, M) and h (b, K), or pairs of both."""
+    """Return a function that adds h @ w to its first argument. w is (K, M) and h (b, K), or both are pairs of such."""
     product: Any = Tensor.addmm_ if w.dim() == 2 else Tensor.baddbmm_
     return lambda target, h: product(target, h, w)
 
@@ -29,7 +29,7 @@ def input_biases(cell: Cell, weights: Weights) -> tuple[Tensor | None, Tensor | 
 
 
 class InputProduct:
-    """W_ih x + b_ih, with every recurrent bias that adds to it; the rest of the recurrent bias stands before it."""
+    """Computes W_ih x + b_ih + b_hh into a buffer. The GRU's b_hn goes into the block before it (see `GRU`)."""
 
     def __init__(self, cell: Cell, weights: Weights) -> None:
         self.w = weights.w_ih.t()
@@ -49,7 +49,7 @@ class InputProduct:
 
 
 class WeightGradients:
-    """Sums over the chunks, by the weights' names; those of the recurrent product for both directions together."""
+    """The sums of the weights' gradients over the chunks, by name. Recurrent ones hold both directions."""
 
     def __init__(self, cell: Cell, weights: LayerWeights) -> None:
         self.cell, self.weights = cell, weights

@@ -1,7 +1,7 @@
-"""The threads that native loops run on: PyTorch's own where it uses GNU's OpenMP, as many of their own elsewhere.
+"""The threads of the native loops: PyTorch's own if it uses GNU OpenMP, else new ones.
 
-GNU's OpenMP keeps its threads spinning for milliseconds after PyTorch's last parallel op: beside them, others would get
-half a core each.
+GNU OpenMP lets its threads spin for milliseconds after PyTorch's last parallel op. Other threads would have to share
+the cores with them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from ..._torch import IMPORTED_IN, gnu_openmp_parallel
 
 
 def count_and_start() -> tuple[int, int]:
-    """Return how many threads a call may use, and the address of what runs a function on PyTorch's; 0 if not GNU's."""
+    """Return the number of threads, and the address of GNU OpenMP's function that starts them. 0: another OpenMP."""
     count = torch.get_num_threads()
     if count == 1 or os.getpid() != IMPORTED_IN:
-        return 1, 0  # a child that was forked has none of its parent's threads
+        return 1, 0  # a forked child does not have its parent's threads
     return count, _start()
 
 

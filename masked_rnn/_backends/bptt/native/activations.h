@@ -1,5 +1,5 @@
-// sigmoid and tanh, right to two units in the last place at every size. Infinities and NaN come out as from ATen.
-// Plain arithmetic on one number: the loops around it are vectorized by the compiler.
+// sigmoid and tanh, with an error of at most two units in the last place at every size. Infinities and NaN give what
+// ATen gives. The code is plain arithmetic on one number; the compiler vectorizes the loops that call it.
 
 template <class T>
 struct Format;
@@ -7,7 +7,7 @@ template <>
 struct Format<float> {
     using Bits = uint32_t;
     static constexpr int fraction = 23, bias = 127, terms = 7;
-    static constexpr float least = -104.0f;  // whose exp is 0
+    static constexpr float least = -104.0f;  // exp of it is 0
     // ln 2 in two parts, the first of so few bits that its product with a whole number is exact.
     static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
 };
@@ -42,7 +42,7 @@ ALWAYS_INLINE T add_terms(T p, T r) {
 template <class T>
 ALWAYS_INLINE T exp_parts(T x, int added, T& power) {
     using F = Format<T>;
-    constexpr T nearest = T(1.5) * T(uint64_t(1) << F::fraction);  // a sum with it has no room for a fraction
+    constexpr T nearest = T(1.5) * T(uint64_t(1) << F::fraction);  // adding it rounds to a whole number
     const T rounded = x * T(1.4426950408889634) + nearest;
     const T k = rounded - nearest;
     const T r = x - k * F::ln2_high - k * F::ln2_low;
@@ -54,7 +54,7 @@ ALWAYS_INLINE T exp_parts(T x, int added, T& power) {
     return p * r * r + r;
 }
 
-// e / (1 + e) or 1 / (1 + e), with e = exp(-|x|): no digit is lost on either side.
+// e / (1 + e) or 1 / (1 + e), with e = exp(-|x|): neither form loses digits.
 template <class T>
 ALWAYS_INLINE T sigmoid(T x) {
     constexpr T least = Format<T>::least;
@@ -65,7 +65,7 @@ ALWAYS_INLINE T sigmoid(T x) {
     return (x <= 0 ? e : T(1)) / (e + 1);
 }
 
-// -t / (2 + t), with t = exp(-2|x|) - 1: no digit is lost near 0.
+// -t / (2 + t), with t = exp(-2|x|) - 1, which loses no digits near 0.
 template <class T>
 ALWAYS_INLINE T tanh(T x) {
     const T down = magnitude(x) * T(-2);

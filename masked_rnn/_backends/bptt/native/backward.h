@@ -1,4 +1,5 @@
-// The loop back through time: the states' gradients and the deltas, last step first; the weights' and the input's gradients.
+// The backward loop through time: computes the states' gradients and the deltas, last step first, and from them the
+// gradients of the weights and of the input.
 //
 // B sequences, R rows that run, I input, H hidden, P state that is fed back, N = gates H.
 
@@ -53,7 +54,7 @@ class BackwardPass {
     }
 
   private:
-    // Where a task sums its share of the weights' gradients.
+    // The memory in which a task sums its part of the weights' gradients.
     struct Sums {
         T *w_ih, *w_hh, *w_hr, *bias;
     };
@@ -65,11 +66,11 @@ class BackwardPass {
     Division division_;
     ptrdiff_t H_, P_, I_, N_, free_, row_;
     bool projects_, wants_x_, wants_weights_;
-    ptrdiff_t delta_row_;  // a row's deltas; with a projection the gradient of h and m, too; padding
+    ptrdiff_t delta_row_;  // deltas; with a projection also the gradient of h, and m; then unused space
     Memory memory_;
     Panels<T> w_ih_[2], w_hh_[2], w_hr_[2];
 
-    static constexpr ptrdiff_t COLUMNS = 96;  // of the deltas, which stay in the second-level cache once packed
+    static constexpr ptrdiff_t COLUMNS = 96;  // of the deltas, packed at once: they fit the second-level cache
     static_assert(COLUMNS % TILE_ROWS == 0);
 
     ptrdiff_t panels_size() const {
@@ -103,7 +104,7 @@ class BackwardPass {
         if (projects_ && column < H_) pack_straight(in<const T>(w.w_hr), P_, H_, 0, w_hr_[d], p);
     }
 
-    // The first side sums where the result is wanted.
+    // The first side sums directly in the result.
     Sums sums_of(ptrdiff_t d, ptrdiff_t side, T* memory) const {
         const Weights& g = run_.gradients[d];
         if (side == 0) return {in<T>(g.w_ih), in<T>(g.w_hh), in<T>(g.w_hr), memory};
@@ -118,7 +119,7 @@ class BackwardPass {
         fill(row_, sums.bias);
     }
 
-    // Adds up what the sides have summed; each of `parts` calls takes some of it.
+    // Adds up the sums of all sides. Each of `parts` calls does a part of it.
     void join(T* sums, ptrdiff_t d, ptrdiff_t part, ptrdiff_t parts) const {
         const auto of_side = [&](ptrdiff_t side) {
             return sums_of(d, side, sums + (side * layer_.directions + d) * sums_size());
@@ -156,7 +157,7 @@ class BackwardPass {
             length[i] = i ? length[i - 1] : layer_.steps;
             while (block.active(length[i] - 1) <= i) --length[i];
         }
-        // Of each row that waits for its share of the weights' gradients:
+        // For each row that has not been added to the weights' gradients yet:
         const T *delta[TABLE], *h[TABLE], *x[TABLE];
         T* dx[TABLE];
         ptrdiff_t waiting = 0;
@@ -200,7 +201,7 @@ class BackwardPass {
         }
     }
 
-    // The waiting rows' share of the weights' gradients.
+    // Adds the waiting rows to the weights' gradients.
     void add_gradients(const T* deltas, const T* const* h, const T* const* x, ptrdiff_t rows, T* packed,
                        const Sums& sums) const {
         const Panels<T> hs{packed, rows, P_}, xs{hs.data + Panels<T>::size(DEPTH, P_), rows, I_};

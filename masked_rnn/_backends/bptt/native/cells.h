@@ -1,8 +1,8 @@
 // One step of each cell and its derivative, for one row, in the letters of torch.nn's docs.
 //
-// `buffer` holds a row's activations: before a step, the sum of its products and biases, in blocks of H numbers. The
-// first `gates` blocks get the recurrent product, the last `gates` the input's. A step may change states in place.
-// `delta` gets the gradients of the blocks' sums.
+// `buffer` holds a row's activations in blocks of H numbers: before a step, the sums of its products and biases. The
+// recurrent product is in the first `gates` blocks, the input product in the last `gates`. A step may change states in
+// place. `delta` gets the gradients of these sums.
 
 template <class T>
 struct Row {
@@ -13,8 +13,8 @@ struct Row {
     T* c_after;
 };
 
-// What a step back reads and changes. `dh` is the gradient of h after the step; it becomes that part of the gradient of
-// h before the step which no product brings.
+// The tensors of a step back. `dh` is first the gradient of h after the step, and then the part of the gradient of h
+// before the step that does not come through the recurrent product.
 template <class T>
 struct RowBack {
     const T* buffer;
@@ -25,7 +25,7 @@ struct RowBack {
     T* dh;
     T* dc;
     T* delta;
-    T* m;  // gets the LSTM's o tanh(c), which a projection is made from
+    T* m;  // gets the LSTM's o tanh(c), which is projected to h
 };
 
 // r, z = σ(W_i x + b_i + W_h h + b_h);  g = W_hn h + b_hn;  n = tanh(W_in x + b_in + r g);  h' = (1 - z) n + z h.

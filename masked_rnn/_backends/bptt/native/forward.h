@@ -1,4 +1,4 @@
-// The loop through time: activations and states, first step first.
+// The forward loop through time: computes activations and states, first step first.
 //
 // B sequences, R rows that run, I input, H hidden, P state that is fed back, N = gates H.
 
@@ -59,10 +59,10 @@ class ForwardPass {
     Memory memory_;
     Panels<T> w_ih_[2], w_hh_[2], w_hr_[2];
 
-    // A task's activations that are not saved, the sums of biases that a row begins with, and m.
+    // A task's scratch memory: activations that are not saved, the biases that each row starts from, and m.
     ptrdiff_t scratch_size() const { return MOST_ROWS * stride() + row_ + MOST_ROWS * (projects_ ? H_ : 0) + 16; }
 
-    // From one row of these activations to the next.
+    // The stride of these activations.
     ptrdiff_t stride() const { return row_ + PADDING<T>; }
 
     size_t bytes() const {
@@ -81,7 +81,7 @@ class ForwardPass {
         if (projects_ && p * TILE_WIDTH<T> < P_) pack_transposed(in<const T>(w.w_hr), P_, H_, 0, w_hr_[d], p);
     }
 
-    // What a row's activations begin with. The recurrent bias adds to the input's, except that of the GRU's g.
+    // The initial value of a row's activations: b_ih + b_hh, except for the GRU's g, which starts from b_hn alone.
     void write_biases(const Weights& w, T* begin) const {
         const T *b_ih = in<const T>(w.b_ih), *b_hh = in<const T>(w.b_hh);
         const ptrdiff_t joined = N_ - free_;
@@ -110,7 +110,7 @@ class ForwardPass {
         const T* x[TABLE];
         T *own[TABLE], *gates[TABLE], *m_rows[MOST_ROWS];
         for (ptrdiff_t t = 0; t < length[0];) {
-            // The input product of some steps, then those steps.
+            // The input product of a group of steps, then these steps.
             const ptrdiff_t first = t;
             ptrdiff_t rows = 0;
             for (ptrdiff_t m; t < length[0] && (m = block.active(t), !rows || rows + m <= group_); ++t) {

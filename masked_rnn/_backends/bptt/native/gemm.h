@@ -1,17 +1,17 @@
-// Matrix products of few rows with packed weights, and the products of columns that sum a weight's gradient. All are
-// made of one tile that keeps its sums in registers: up to TILE_ROWS rows of two registers each.
+// Matrix products of few rows with packed weights, and products of columns for the weights' gradients. Both use one
+// tile that keeps its sums in registers: up to TILE_ROWS rows of two registers each.
 
 template <class T>
 constexpr ptrdiff_t TILE_WIDTH = 2 * LANES<T>;
 
-// The numbers of A that a tile multiplies: rows at addresses of their own,
+// The numbers of A that a tile multiplies: rows given by their addresses,
 template <class T, int M>
 struct RowsOfA {
     const T* row[M];
     ALWAYS_INLINE T at(int r, ptrdiff_t k) const { return row[r][k]; }
 };
 
-// or columns that were packed side by side.
+// or packed columns, side by side.
 template <class T, int M>
 struct PackedColumnsOfA {
     const T* begin;
@@ -21,7 +21,7 @@ struct PackedColumnsOfA {
 // sums += A B, for M rows and a panel of B: (depth, TILE_WIDTH).
 template <class T, int M, class A>
 ALWAYS_INLINE void add_product(const A& a, const T* b, ptrdiff_t depth, Vec<T> (&sums)[M][2]) {
-    // Few rows would wait for their last sums: they sum several numbers of the depth apart.
+    // With few rows, each sum would wait for the one before. So each row has several sums, over parts of the depth.
     constexpr int APART = M >= 4 ? 1 : M == 1 ? 4 : 2;
     constexpr ptrdiff_t WIDTH = TILE_WIDTH<T>;
     ptrdiff_t k = 0;
@@ -61,7 +61,7 @@ ALWAYS_INLINE void add_product(const A& a, const T* b, ptrdiff_t depth, Vec<T> (
     }
 }
 
-// The first numbers of two registers, where a row has no more.
+// Loads and stores the first numbers of two registers, for a row that ends there.
 template <class T>
 inline void load_part(const T* from, ptrdiff_t count, Vec<T> (&sums)[2]) {
     T all[TILE_WIDTH<T>] = {};
@@ -76,7 +76,7 @@ inline void store_part(T* to, ptrdiff_t count, const Vec<T> (&sums)[2]) {
     for (ptrdiff_t j = 0; j < count; ++j) to[j] = all[j];
 }
 
-// Where the sums begin.
+// The value that the sums start from.
 enum Start { AT_ZERO, AT_C, AT_ROW };
 
 // C = start + A B, for M rows of C and `count` columns of them.
@@ -85,7 +85,7 @@ ALWAYS_INLINE void multiply_tile(const A& a, const T* panel, ptrdiff_t depth, St
                                  ptrdiff_t column, ptrdiff_t count) {
     Vec<T> sums[M][2] = {};
     const bool whole = count >= TILE_WIDTH<T>;
-    if (start == AT_C) {  // C may be far away: it is fetched while the product is made, and added last
+    if (start == AT_C) {  // C may not be in the cache: prefetch it during the product, and add it last
 #pragma GCC unroll 16
         for (int r = 0; r < M; ++r)
             __builtin_prefetch(c[r] + column, 1), __builtin_prefetch(c[r] + column + LANES<T>, 1);
@@ -121,10 +121,10 @@ ALWAYS_INLINE void multiply_tile(const A& a, const T* panel, ptrdiff_t depth, St
     }
 }
 
-// So many of the rows that are left go into the next tile: none is left with a row or two for itself.
+// The number of rows for the next tile. Avoids a last tile of only one or two rows.
 ALWAYS_INLINE ptrdiff_t rows_of_next_tile(ptrdiff_t left) { return divide_up(left, divide_up(left, TILE_ROWS)); }
 
-// A weight as products read it: panels of TILE_WIDTH columns, each (depth, TILE_WIDTH), padded with zeros.
+// A packed weight: panels of TILE_WIDTH columns, each (depth, TILE_WIDTH), padded with zeros.
 template <class T>
 struct Panels {
     T* data;
@@ -168,7 +168,7 @@ NEVER_INLINE void multiply(const T* const* a, const Panels<T>& b, Start start, c
     }
 }
 
-// Packs a weight (M, K) into panels of its transpose's columns; row `first` counts as 0, those before it come last.
+// Packs the transpose of a weight (M, K) into panels. Row `first` becomes column 0; the rows before it come last.
 template <class T>
 NEVER_INLINE void pack_transposed(const T* weight, ptrdiff_t M, ptrdiff_t K, ptrdiff_t first, const Panels<T>& to,
                                   ptrdiff_t p) {
@@ -193,7 +193,7 @@ NEVER_INLINE void pack_transposed(const T* weight, ptrdiff_t M, ptrdiff_t K, ptr
         for (ptrdiff_t j = 0; j < TILE_WIDTH<T>; ++j) panel[k * TILE_WIDTH<T> + j] = row[j][k];
 }
 
-// Packs a row's next numbers into a row of a panel, with zeros where it has no more.
+// Packs a row's next numbers into a row of a panel, with zeros after the row's end.
 template <class T>
 ALWAYS_INLINE void pack_row(const T* row, ptrdiff_t here, T* out) {
     if (here == TILE_WIDTH<T>) {
@@ -203,7 +203,7 @@ ALWAYS_INLINE void pack_row(const T* row, ptrdiff_t here, T* out) {
     }
 }
 
-// Packs a weight (M, K) into panels of its own columns.
+// Packs a weight (M, K) into panels.
 template <class T>
 NEVER_INLINE void pack_straight(const T* weight, ptrdiff_t M, ptrdiff_t K, ptrdiff_t first, const Panels<T>& to,
                                 ptrdiff_t p) {
@@ -216,7 +216,7 @@ NEVER_INLINE void pack_straight(const T* weight, ptrdiff_t M, ptrdiff_t K, ptrdi
     }
 }
 
-// Packs rows that lie anywhere into panels of their columns.
+// Packs rows, given by their addresses, into panels.
 template <class T>
 NEVER_INLINE void pack_rows(const T* const* rows, const Panels<T>& to) {
     for (ptrdiff_t column = 0, p = 0; column < to.columns; column += TILE_WIDTH<T>, ++p) {
@@ -250,7 +250,7 @@ NEVER_INLINE void multiply_columns_tile(const T* packed, const T* panel, ptrdiff
                         count);
 }
 
-// C += Aᵀ B for packed columns of A; c: the rows of C.
+// C += Aᵀ B for packed columns of A. `c` is a table of the rows of C.
 template <class T>
 NEVER_INLINE void multiply_columns(const T* packed, ptrdiff_t rows, const Panels<T>& b, T* const* c) {
     for (ptrdiff_t column = 0, p = 0; column < b.columns; column += TILE_WIDTH<T>, ++p) {

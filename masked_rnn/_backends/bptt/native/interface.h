@@ -1,4 +1,4 @@
-// What Python hands over, and what it gets back. `../native.py` fills these records; both sides have the same order.
+// The records that Python passes to the library. `../native.py` fills them, in the same order.
 //
 // T steps, R rows that run, B sequences that have a step, N all, I input, H hidden, D directions, P state that is fed
 // back (H, or proj_size).
@@ -9,11 +9,11 @@
 
 namespace masked_rnn {
 
-constexpr int64_t INTERFACE = 1;  // counts up when a record below changes
+constexpr int64_t INTERFACE = 1;  // increase it when a record below changes
 
 enum Cell : int64_t { GRU, LSTM, RNN_TANH, RNN_RELU };
 
-// How many gates a cell has, and of how many blocks of H numbers its activations are made.
+// The number of a cell's gates, and of blocks of H numbers in its activations.
 struct CellSizes {
     ptrdiff_t gates, width;
     bool has_c, saves_buffer;
@@ -27,13 +27,13 @@ inline CellSizes sizes_of(int64_t cell) {
     }
 }
 
-// Memory and how many numbers it holds. An address of 0: there is none.
+// An address, and the number of elements there. Address 0: no array.
 struct Array {
     void* data;
     int64_t size;
 };
 
-// Runs a function on several threads and waits for them: GOMP_parallel. An address of 0: threads of our own do.
+// The address of GOMP_parallel, which runs a function on several threads and waits for them. 0: start new threads.
 using Parallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
 
 struct Weights {
@@ -57,17 +57,17 @@ struct Layer {
     int64_t fed_back;   // P
     int64_t threads;
     Parallel parallel;
-    int64_t gather;   // x lies as the caller's input does; 0: as the rows that run
+    int64_t gather;   // 1: x has the layout of the caller's input; 0: that of the rows that run
     int64_t scatter;  // the same for the output
-    Array sizes;      // int64 (T + 1): sequences at each step, and 0
-    Array starts;     // int64 (T + 1): the first row of each step, and R
-    Array index;      // int64 (R): where each row lies in the caller's input; none: in order
-    Array order;      // int64 (B): the sequence at each sorted place; none: as they come
+    Array sizes;      // int64 (T + 1): the number of sequences at each step, then 0
+    Array starts;     // int64 (T + 1): the first row of each step, then R
+    Array index;      // int64 (R): the place of each row in the caller's input; none: in order
+    Array order;      // int64 (B): the sequence at each sorted place; none: in order
     Array x;          // (rows, I)
-    int64_t x_row;    // from one row of x to the next, in numbers
+    int64_t x_row;    // the stride of a row of x, in numbers
     Weights weights[2];
     Array history;  // (D, B + R, P): the initial states, then the state after each row. None: nothing is saved
-    Array cells;    // (D, B + R, H): the same of the LSTM's c
+    Array cells;    // (D, B + R, H): the same for the LSTM's c
     Array buffer;   // (D, R, width H): the activations of each row
 };
 
@@ -89,7 +89,7 @@ struct Backward {
     Weights gradients[2];  // or none
 };
 
-// Why a call can't run. The messages are in library.cpp.
+// The reasons why a call can't run. ../library.py has the messages.
 enum Fault : int64_t {
     NONE,
     BAD_LAYER,

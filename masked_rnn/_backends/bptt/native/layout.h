@@ -1,17 +1,17 @@
-// How a layer's work is divided, and where its numbers lie.
+// How a layer's work is divided among blocks and tasks, and where its numbers are in memory.
 
-constexpr ptrdiff_t MOST_ROWS = 64;           // sequences of a block, at most
-constexpr ptrdiff_t BLOCK_BYTES = 192 << 10;  // of the activations that a block has at one step
-constexpr ptrdiff_t DEPTH = 256;              // rows whose share of the weights' gradients is summed at once
-constexpr ptrdiff_t GROUP_BYTES = 192 << 10;  // of the activations whose input product runs at once
-constexpr ptrdiff_t TABLE = DEPTH;            // rows in a table of addresses, at most
+constexpr ptrdiff_t MOST_ROWS = 64;           // the most sequences in a block
+constexpr ptrdiff_t BLOCK_BYTES = 192 << 10;  // the most bytes of a block's activations at one step
+constexpr ptrdiff_t DEPTH = 256;              // the rows that are added to the weights' gradients at once
+constexpr ptrdiff_t GROUP_BYTES = 192 << 10;  // the bytes of activations whose input product is computed at once
+constexpr ptrdiff_t TABLE = DEPTH;            // the most rows in a table of addresses
 
-// Behind each row of scratch memory. Rows a multiple of 4 KiB apart would take the same places in the first-level cache,
-// and a load of one would wait for a store to another.
+// Unused space after each row of scratch memory. Without it, rows could be a multiple of 4 KiB apart. They would then
+// compete for the same places of the first-level cache, and a load from one would wait for a store to another.
 template <class T>
 constexpr ptrdiff_t PADDING = 64 / sizeof(T);
 
-// Not those of <algorithm>: what the linker keeps of a standard template may be compiled for another CPU.
+// <algorithm> is not used: of a standard template the linker may keep a copy that was compiled for another CPU.
 ALWAYS_INLINE ptrdiff_t min(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 ALWAYS_INLINE ptrdiff_t max(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
 ALWAYS_INLINE ptrdiff_t divide_up(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
@@ -21,8 +21,8 @@ ALWAYS_INLINE T* in(const Array& array) {
     return static_cast<T*>(array.data);
 }
 
-// The sequences of a direction are dealt out to blocks like cards, so that long and short ones are shared evenly. A
-// side is what one task does: some blocks, one after the other.
+// The sequences of a direction are dealt out to blocks in turns, so that each block gets long and short ones. A side is
+// the work of one task: some blocks, one after the other.
 struct Division {
     ptrdiff_t sides, blocks;
 
@@ -34,14 +34,14 @@ struct Division {
     }
 };
 
-// One block: which sequences run in it, by their sorted place.
+// One block: the sequences in it, by their sorted places.
 struct Block {
     const Layer& layer;
     ptrdiff_t direction, first, stride;
 
     ptrdiff_t place(ptrdiff_t i) const { return first + i * stride; }
 
-    // How many of the block's sequences run at step t.
+    // The number of the block's sequences that run at step t.
     ptrdiff_t active(ptrdiff_t t) const {
         const ptrdiff_t all = in<const int64_t>(layer.sizes)[t];
         return all <= first ? 0 : stride == 1 ? all - first : (all - first - 1) / stride + 1;
@@ -62,7 +62,7 @@ struct Block {
 
     ptrdiff_t after(ptrdiff_t t, ptrdiff_t place) const { return before(t + 1, place); }
 
-    // The row of step t in the input or output. The second direction reads a sequence of `length` steps backward.
+    // The row of step t in the input or output. The second direction reads a sequence of `length` steps from its end.
     ptrdiff_t outside(ptrdiff_t t, ptrdiff_t place, ptrdiff_t length, bool as_callers) const {
         const ptrdiff_t row = start(direction ? length - 1 - t : t) + place;
         const int64_t* index = as_callers ? in<const int64_t>(layer.index) : nullptr;
@@ -70,7 +70,7 @@ struct Block {
     }
 };
 
-// Memory for a call. An address is null when there was none.
+// Scratch memory for a call. The address is null if the allocation failed.
 class Memory {
   public:
     explicit Memory(size_t bytes) : bytes_(static_cast<char*>(malloc(bytes + ALIGNMENT))), size_(bytes) {}
@@ -89,7 +89,7 @@ class Memory {
         return reinterpret_cast<T*>(aligned);
     }
 
-    // What `take` needs for so many numbers.
+    // The number of bytes that `take` uses for `count` numbers.
     template <class T>
     static size_t bytes_for(size_t count) {
         return count * sizeof(T) + ALIGNMENT;

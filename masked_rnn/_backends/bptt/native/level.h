@@ -1,11 +1,11 @@
 // The loops for one kind of CPU: a namespace, a register's width, and the instructions that the compiler may use.
-// Included once by each of baseline.cpp, avx2.cpp and avx512.cpp, which say which.
+// Each of baseline.cpp, avx2.cpp and avx512.cpp defines these and includes this file once.
 
 #if !defined(__GNUC__)
 #error "The loops need the vector types of GCC and Clang. Without them the loops of PyTorch's ops run."
 #endif
 
-// All that is shared comes first, compiled for any CPU.
+// The shared headers come first, so that they are compiled for any CPU.
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>

@@ -1,4 +1,4 @@
-// The library's functions: which CPU this is, and the checks that every pointer's size fits before anything is read.
+// The library's functions. They find out the kind of CPU, and check every pointer's size before anything is read.
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <sys/mman.h>
@@ -35,7 +35,7 @@ void run_on_own_threads(void (*function)(void*), void* data, int64_t more) {
     try {
         for (int64_t k = 0; k < more; ++k) threads.emplace_back(function, data);
     } catch (const std::exception&) {
-        // Fewer threads do all tasks, too.
+        // No more threads could be started. The others do all tasks.
     }
     function(data);
     for (std::thread& thread : threads) thread.join();
@@ -59,7 +59,7 @@ bool is_supported(int64_t level) {
     return level == BASELINE;
 }
 
-// Products of any two sizes, a cell's blocks and two directions must not overflow.
+// The product of any two sizes, the number of a cell's blocks and two directions must not overflow.
 constexpr int64_t MOST = int64_t(1) << 29;
 bool is_size(int64_t number) { return 0 <= number && number <= MOST; }
 
@@ -104,10 +104,10 @@ Fault check(const Layer& layer) {
     return NONE;
 }
 
-// Whether rows of `width` numbers, `stride` apart, lie within an array wherever the layer's index puts them.
+// Whether all rows of the layer's index, of `width` numbers and `stride` apart, lie within an array.
 bool reaches(const Layer& layer, const Array& array, int64_t stride, int64_t width, bool as_callers) {
     if (!array.data || stride < 0) return false;
-    const int64_t last = array.size - width;  // where a row may begin; a product with any row could overflow
+    const int64_t last = array.size - width;  // the last place where a row may begin; row * stride could overflow
     const auto row_fits = [&](int64_t row) { return row >= 0 && last >= 0 && (!stride || row <= last / stride); };
     if (!as_callers || !layer.index.data) return row_fits(layer.rows - 1);
     const auto* index = static_cast<const int64_t*>(layer.index.data);
@@ -207,7 +207,7 @@ using namespace masked_rnn;
 
 EXPORT int64_t masked_rnn_interface() { return INTERFACE; }
 
-// Of the sources that this library was built from; setup.py sets it.
+// The digest of the sources that this library was built from. setup.py sets it.
 EXPORT const char* masked_rnn_digest() { return SOURCES_DIGEST; }
 
 EXPORT int64_t masked_rnn_supports(int64_t level) { return is_supported(level); }

@@ -20,7 +20,7 @@ NEVER_INLINE void fill(ptrdiff_t count, T* to) {
 
 static_assert(TABLE >= DEPTH && DEPTH >= MOST_ROWS);
 
-// Zeros the rows of a matrix that the layer's index leaves out. `is_there` has room for a byte for each row.
+// Zeros the rows of a matrix that are not in the layer's index. `is_there` is scratch memory, one byte for each row.
 template <class T>
 NEVER_INLINE void clear_padding(const Layer& layer, T* matrix, ptrdiff_t rows, ptrdiff_t width,
                                 unsigned char* is_there) {

@@ -1,4 +1,4 @@
-// Work that is shared among threads. Each takes the next task that is left, so that fewer threads may do them all.
+// Shares tasks among threads. Each thread takes the next task that is left, so fewer threads can do them all, too.
 #pragma once
 
 #include <atomic>
@@ -7,7 +7,7 @@
 
 namespace masked_rnn {
 
-// Runs a function here and in so many threads more, made for it. In library.cpp, which is compiled for any CPU.
+// Runs a function in this thread and in `more` new ones. Defined in library.cpp, which is compiled for any CPU.
 void run_on_own_threads(void (*function)(void*), void* data, int64_t more);
 
 template <class Task>
@@ -25,7 +25,7 @@ void run_tasks(const Layer& layer, int64_t tasks, const Task& task) {
         Shared& mine = *static_cast<Shared*>(data);
         for (int64_t k; (k = mine.next.fetch_add(1, std::memory_order_relaxed)) < mine.tasks;) mine.task(k);
     };
-    if (layer.parallel)  // always as many threads: GNU's OpenMP ends those that a smaller team leaves out
+    if (layer.parallel)  // always the same number: GNU OpenMP ends the threads that a smaller team does not use
         layer.parallel(work, &shared, static_cast<unsigned>(layer.threads), 0);
     else
         run_on_own_threads(work, &shared, (tasks < layer.threads ? tasks : layer.threads) - 1);

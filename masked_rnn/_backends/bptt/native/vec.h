@@ -1,4 +1,4 @@
-// A register's numbers as one value, by GCC's vector types. Its width is the namespace's own: see level.h.
+// A register of numbers as one value, in GCC's vector types. Each namespace has its own width: see level.h.
 
 template <class T>
 struct VecOf;
@@ -36,14 +36,14 @@ ALWAYS_INLINE void store(T* to, Vec<T> value) {
 #endif
 
 #if HAS_SHUFFLES
-// The numbers at `begin`, `begin + 1`, ... of two registers in turns.
+// Interleaves the numbers from `begin` on of two registers.
 template <class T, ptrdiff_t BEGIN, size_t... K>
 ALWAYS_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, std::index_sequence<K...>) {
     return __builtin_shufflevector(a, b, (BEGIN + K / 2 + K % 2 * LANES<T>)...);
 }
 #endif
 
-// Rows become columns.
+// Transposes the numbers in some registers.
 template <class T>
 ALWAYS_INLINE void transpose(Vec<T> (&rows)[LANES<T>]) {
     constexpr ptrdiff_t L = LANES<T>;
