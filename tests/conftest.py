@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from oracle import BACKENDS, CELLS, which_ran
+from support.oracle import BACKENDS, CELLS, which_ran
 
 # The tensors here are tiny: a second thread only gets in the way.
 torch.set_num_threads(1)

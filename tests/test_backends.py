@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import BACKENDS, INPUT, masked, plain
+from support.oracle import BACKENDS, INPUT, masked, plain
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx

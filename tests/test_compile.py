@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import INPUT, ONE_STATE_AND_TWO, as_tuple, cotangents, masked, random_states, torch_before
+from support.oracle import INPUT, ONE_STATE_AND_TWO, as_tuple, cotangents, masked, random_states, torch_before
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 

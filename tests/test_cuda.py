@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import (
+from support.oracle import (
     BACKENDS,
     INPUT,
     Run,

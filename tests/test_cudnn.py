@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import INPUT, ONE_STATE_AND_TWO, as_hx, as_tuple, every, masked, plain, random_states
-from simulated_device import DEVICE, SimulatedTensor
-from strict_kernel import check_chunk, with_cudnn
+from support.oracle import INPUT, ONE_STATE_AND_TWO, as_hx, as_tuple, every, masked, plain, random_states
+from support.simulated_device import DEVICE, SimulatedTensor
+from support.strict_kernel import check_chunk, with_cudnn
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import checkpoint

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle import (
+from support.oracle import (
     BACKENDS,
     INPUT,
     ONE_STATE_AND_TWO,
@@ -26,8 +26,8 @@ from oracle import (
     prefix_mask,
     random_states,
 )
-from simulated_device import DEVICE, FUSED, HOST, SimulatedTensor, watching
-from strict_kernel import with_cudnn
+from support.simulated_device import DEVICE, FUSED, HOST, SimulatedTensor, watching
+from support.strict_kernel import with_cudnn
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_overloads, get_type_hints
 
 import pytest
 import torch
-from oracle import CELLS, INPUT, as_tuple, every, masked, plain
+from support.oracle import CELLS, INPUT, as_tuple, every, masked, plain
 from torch import Tensor, nn
 from torch.nn.utils import prune
 

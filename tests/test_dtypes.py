@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import (
+from support.oracle import (
     BACKENDS,
     INPUT,
     as_hx,

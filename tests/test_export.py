@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import INPUT, ONE_STATE_AND_TWO, as_tuple, masked, random_states
+from support.oracle import INPUT, ONE_STATE_AND_TWO, as_tuple, masked, random_states
 from torch import Tensor, nn
 from torch.export import Dim, export
 

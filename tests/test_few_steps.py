@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import INPUT, as_hx, as_tuple, masked, plain, random_states
+from support.oracle import INPUT, as_hx, as_tuple, masked, plain, random_states
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 

@@ -7,7 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle import INPUT, as_hx, as_tuple, assert_same, call, cotangents, masked, oracle, prefix_mask, random_states
+from support.oracle import (
+    INPUT,
+    as_hx,
+    as_tuple,
+    assert_same,
+    call,
+    cotangents,
+    masked,
+    oracle,
+    prefix_mask,
+    random_states,
+)
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 

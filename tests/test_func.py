@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import INPUT, as_tuple, masked
+from support.oracle import INPUT, as_tuple, masked
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import BACKENDS, INPUT, as_hx, as_tuple, every, masked, plain, random_states
-from strict_kernel import with_cudnn
+from support.oracle import BACKENDS, INPUT, as_hx, as_tuple, every, masked, plain, random_states
+from support.strict_kernel import with_cudnn
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode

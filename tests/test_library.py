@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import CELLS, INPUT, assert_same, call, cotangents, masked, oracle, prefix_mask, random_states
+from support.oracle import CELLS, INPUT, assert_same, call, cotangents, masked, oracle, prefix_mask, random_states
 
 import masked_rnn
 from masked_rnn._backends.bptt import library, loops, native

@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import guarded
 import pytest
 import torch
-from oracle import BACKENDS, CELLS, as_hx, as_tuple, masked, random_states
+from support import guarded
+from support.oracle import BACKENDS, CELLS, as_hx, as_tuple, masked, random_states
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.rnn import PackedSequence

@@ -10,7 +10,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from native_loops import (
+from support.native_loops import (
     assert_close,
     assert_equal,
     found,
@@ -22,7 +22,7 @@ from native_loops import (
     use_loops_of_ops,
     use_own_threads,
 )
-from oracle import as_tuple, masked, random_states
+from support.oracle import as_tuple, masked, random_states
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 

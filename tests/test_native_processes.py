@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from native_loops import found, needs_native, run_python
+from support.native_loops import found, needs_native, run_python
 from torch import Tensor
 
 import masked_rnn
@@ -68,8 +68,8 @@ def test_many_interrupts_leave_the_process_healthy(own: bool) -> None:
     run_python(f"""
 import random, signal, torch
 import pytest
-from native_loops import make, train, use_own_threads
-from oracle import random_states
+from support.native_loops import make, train, use_own_threads
+from support.oracle import random_states
 
 torch.set_num_threads(2)
 if {own}:

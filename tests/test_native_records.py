@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from native_loops import make, needs_native, train
-from oracle import random_states
+from support.native_loops import make, needs_native, train
+from support.oracle import random_states
 
 from masked_rnn._backends.bptt import library
 

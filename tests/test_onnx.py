@@ -8,7 +8,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from oracle import INPUT, as_hx, as_tuple, masked, needs_torch, random_states
+from support.oracle import INPUT, as_hx, as_tuple, masked, needs_torch, random_states
 from torch import Tensor, nn
 from torch.export import Dim
 

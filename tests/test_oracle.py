@@ -6,7 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import BACKENDS, INPUT, assert_same, call, cotangents, every, masked, oracle, prefix_mask, random_states
+from support.oracle import (
+    BACKENDS,
+    INPUT,
+    assert_same,
+    call,
+    cotangents,
+    every,
+    masked,
+    oracle,
+    prefix_mask,
+    random_states,
+)
 
 STEPS = 5
 LENGTHS = {

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import BACKENDS, CELLS, INPUT, as_tuple, masked
+from support.oracle import BACKENDS, CELLS, INPUT, as_tuple, masked
 from torch import Tensor
 
 SETTINGS = settings(max_examples=60, derandomize=True)

@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 
 import pytest
 import torch
-from oracle import torch_before
+from support.oracle import torch_before
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import masked_rnn

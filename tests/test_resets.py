@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import (
+from support.oracle import (
     BACKENDS,
     CELLS,
     INPUT,

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import Run, as_hx, as_tuple, call, cotangents, masked, plain, random_states
+from support.oracle import Run, as_hx, as_tuple, call, cotangents, masked, plain, random_states
 from torch import Tensor
 
 # 64 * 16 values a step: enough for what is done only to large steps.

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import INPUT, masked
+from support.oracle import INPUT, masked
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

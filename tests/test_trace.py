@@ -8,7 +8,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from oracle import BACKENDS, INPUT, ONE_STATE_AND_TWO, as_tuple, masked
+from support.oracle import BACKENDS, INPUT, ONE_STATE_AND_TWO, as_tuple, masked
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx

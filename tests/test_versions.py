@@ -14,7 +14,7 @@ import pytest
 import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.shape_inference import quant_pre_process
-from oracle import CELLS, HIDDEN, INPUT, as_tuple, masked, needs_torch
+from support.oracle import CELLS, HIDDEN, INPUT, as_tuple, masked, needs_torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 

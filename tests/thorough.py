@@ -15,13 +15,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import guarded
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import BACKENDS, CELLS, INPUT, Run, call, cotangents, masked, oracle, random_states
+from support import guarded
+from support.oracle import BACKENDS, CELLS, INPUT, Run, call, cotangents, masked, oracle, random_states
 from torch import Tensor
 
 from masked_rnn._backends.bptt import library

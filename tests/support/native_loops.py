@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import as_hx, as_tuple, masked
 from torch import Tensor
 
 from masked_rnn._backends.bptt import library
 from masked_rnn._backends.bptt.library import LEVELS, Library
+from support.oracle import as_hx, as_tuple, masked
 
-ROOT = Path(__file__).parent.parent
+TESTS = Path(__file__).parent.parent
 found = library.find()
 needs_native = pytest.mark.skipif(isinstance(found, str), reason=f"the native loops do not run: {found}")
 SOURCES = sorted((library.FOLDER / "native").glob("*.cpp"))
@@ -115,7 +115,7 @@ def assert_equal(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None])
 
 
 def run_python(code: str, **environment: str) -> str:
-    path = os.pathsep.join([str(Path(library.__file__).parents[3]), str(ROOT / "tests")])
+    path = os.pathsep.join([str(Path(library.__file__).parents[3]), str(TESTS)])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2", **environment}
     done = subprocess.run(
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment, check=False

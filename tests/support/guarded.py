@@ -1,6 +1,6 @@
 """Tensors whose memory ends, or begins, at a page that may not be touched, and layers run over them.
 
-    python tests/guarded.py < cases.json
+    PYTHONPATH=tests python tests/support/guarded.py 0 < cases.json
 
 runs each case of a JSON list, forward and backward, and compares every result with `backend="scan"` over ordinary
 tensors. One access outside of a tensor ends the process: `run_cases` starts it, and says which case it died in.
@@ -19,17 +19,20 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from oracle import CELLS, as_hx, as_tuple, masked, state_shapes
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from support.oracle import CELLS, as_hx, as_tuple, masked, state_shapes
+
 Case = dict[str, Any]
+TESTS = Path(__file__).parent.parent
 PAGE = mmap.PAGESIZE
 FORMS = ("full", "lengths", "mask", "resets", "lengths and resets", "mask and resets", "packed", "nested", "unbatched")
 SIDES = ("end", "begin")
@@ -99,12 +102,14 @@ def run_apart(script: str, cases: Sequence[Any], deaths: int = 5) -> dict[int, s
 
 def _run_child(script: str, cases: Sequence[Any], first: int, faults: dict[int, str]) -> tuple[int, int]:
     """The last case that it began, and how it ended."""
+    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     child = subprocess.run(
         [sys.executable, script, str(first)],
         input=json.dumps(list(cases)),
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"},  # a busy machine has no time to spin
+        # A busy machine has no time to spin.
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"},
     )
     reached = first
     for line in child.stdout.splitlines():
