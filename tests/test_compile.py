@@ -59,7 +59,7 @@ def arguments(layer: Any, batch: int, steps: int, with_hx: bool = False) -> tupl
 
 
 @pytest.mark.parametrize(("compiler", "given"), [("inductor", "lengths"), ("eager", "mask"), ("eager", "neither")])
-def test_as_it_is(cell: str, compiler: str, given: str) -> None:
+def test_compiled_layer_matches_eager(cell: str, compiler: str, given: str) -> None:
     """Without allow_rnn nothing of the layer is compiled."""
     layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True)
     counter = CompileCounterWithBackend(compiler)
@@ -83,7 +83,7 @@ class Before(torch.nn.Module):
         return self.layer(x, lengths=lengths)[0] * 2
 
 
-def test_the_graphs_around_it(cell: str) -> None:
+def test_compiled_model_breaks_graph_at_layer(cell: str) -> None:
     """One before the layer. What comes after runs as it is; from torch 2.15 on it is a graph too."""
     model = Before(masked(cell, batch_first=True))
     counter = CompileCounterWithBackend("eager")
@@ -97,7 +97,7 @@ def test_the_graphs_around_it(cell: str) -> None:
 @pytest.mark.skipif(
     "reason" not in inspect.signature(torch.compiler.disable).parameters, reason="torch shows no reason"
 )
-def test_the_report_of_a_break_has_a_reason_and_a_cure() -> None:
+def test_graph_break_report_names_reason_and_cure() -> None:
     breaks = torch._dynamo.utils.counters["graph_break"]
     breaks.clear()
     torch.compile(Before(masked("gru", batch_first=True)), backend="eager")(torch.randn(3, 6, INPUT), [6, 0, 2])
@@ -108,7 +108,7 @@ def test_the_report_of_a_break_has_a_reason_and_a_cure() -> None:
         assert "torch._dynamo.config.allow_rnn = True" in text
 
 
-def test_a_release_that_takes_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiler_disable_works_without_reason_argument(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.compiler, "disable", lambda function, recursive=True: (function, recursive))
     assert _torch.left_to_run(len) == (len, True)
 
@@ -124,7 +124,7 @@ class BySuper(MaskedGRU):
 
 
 @pytest.mark.parametrize("kind", [ByName, BySuper])
-def test_a_subclass_as_it_is(kind: type[MaskedGRU]) -> None:
+def test_compiled_subclass_matches_eager(kind: type[MaskedGRU]) -> None:
     if kind is BySuper and not torch_before("2.15"):
         pytest.skip("torch 2.15's Dynamo fails on super() in any subclass of nn.RNNBase; docs/versions.md")
     layer = kind(INPUT, 3, batch_first=True)
@@ -133,7 +133,7 @@ def test_a_subclass_as_it_is(kind: type[MaskedGRU]) -> None:
 
 
 @pytest.mark.usefixtures("allow_rnn")
-def test_a_subclass_in_one_graph() -> None:
+def test_compiled_subclass_makes_one_graph() -> None:
     layer = BySuper(INPUT, 3, batch_first=True)
     x, lengths = torch.randn(3, 6, INPUT), torch.tensor([6, 0, 2])
     close([torch.compile(layer, backend="eager", fullgraph=True)(x, lengths)], [layer(x, lengths)])
@@ -162,7 +162,7 @@ def options(given: str, batch: int, steps: int) -> dict[str, Any]:
     ],
 )
 @pytest.mark.usefixtures("allow_rnn")
-def test_one_graph_for_every_size(cell: str, compiler: str, given: str, with_hx: bool) -> None:
+def test_compiled_layer_reuses_graph_for_every_size(cell: str, compiler: str, given: str, with_hx: bool) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True)
     counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
@@ -177,7 +177,7 @@ def test_one_graph_for_every_size(cell: str, compiler: str, given: str, with_hx:
 
 @pytest.mark.parametrize("anew", [False, True])
 @pytest.mark.usefixtures("allow_rnn")
-def test_a_gradient_that_is_computed_anew_has_every_digit(cell: str, anew: bool) -> None:
+def test_recomputed_gradient_keeps_float32_precision(cell: str, anew: bool) -> None:
     """Of few steps: the kernel runs once more in the gradient, and in float32."""
     layer = masked(cell, batch_first=True)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
@@ -189,7 +189,7 @@ def test_a_gradient_that_is_computed_anew_has_every_digit(cell: str, anew: bool)
 
 
 @pytest.mark.usefixtures("allow_rnn")
-def test_what_was_saved_is_not_computed_anew(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_backward_reuses_saved_values(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise AssertionError("the layer is run once more")
 
@@ -200,7 +200,7 @@ def test_what_was_saved_is_not_computed_anew(cell: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("allow_rnn")
-def test_the_initial_states_gradient_with_resets(cell: str) -> None:
+def test_hx_gradient_is_right_with_resets(cell: str) -> None:
     """Of a row that drops it, of one that does not, and of one without steps."""
     layer = masked(cell, bidirectional=True, batch_first=True)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
@@ -220,7 +220,7 @@ def test_the_initial_states_gradient_with_resets(cell: str) -> None:
 @pytest.mark.slow_but("gru")
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 @pytest.mark.usefixtures("allow_rnn")
-def test_static_shapes_and_no_gradient(cell: str) -> None:
+def test_static_shapes_compile_for_inference(cell: str) -> None:
     layer = masked(cell, bidirectional=True, batch_first=True)
     compiled = torch.compile(layer, fullgraph=True)
     x, _, _ = arguments(layer, 3, 6)
@@ -232,7 +232,7 @@ def test_static_shapes_and_no_gradient(cell: str) -> None:
 
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 @pytest.mark.usefixtures("allow_rnn")
-def test_a_list_of_lengths_and_time_first(cell: str) -> None:
+def test_list_lengths_compile_with_time_first(cell: str) -> None:
     layer = masked(cell, bidirectional=True)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = torch.randn(6, 3, INPUT)
@@ -243,7 +243,7 @@ def test_a_list_of_lengths_and_time_first(cell: str) -> None:
 @pytest.mark.slow_but("gru")
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 @pytest.mark.usefixtures("allow_rnn")
-def test_lists_and_ints_that_change_from_call_to_call(cell: str) -> None:
+def test_changing_list_lengths_recompile_once(cell: str) -> None:
     """Once for the first, once for every other: 0 and 1 are no special lengths."""
     layer = masked(cell, batch_first=True)
     counter = CompileCounterWithBackend("aot_eager")
@@ -260,7 +260,7 @@ def test_lists_and_ints_that_change_from_call_to_call(cell: str) -> None:
 
 @pytest.mark.parametrize("lengths", [[2.7, 3.0, 1.9], [3, 2.0, 1], [True, False, True], 2.5], ids=str)
 @pytest.mark.usefixtures("allow_rnn")
-def test_lengths_that_are_no_integers_are_refused(lengths: Any) -> None:
+def test_non_integer_lengths_are_refused_when_compiling(lengths: Any) -> None:
     """As in eager mode: nothing is truncated on the way into a graph."""
     layer = masked("gru", batch_first=True)
     x = torch.randn(3, 6, INPUT) if isinstance(lengths, list) else torch.randn(6, INPUT)
@@ -271,7 +271,7 @@ def test_lengths_that_are_no_integers_are_refused(lengths: Any) -> None:
 
 
 @pytest.mark.parametrize("lengths", [None, [6, 2, 5]], ids=str)
-def test_a_gradient_follows_what_its_forward_ran(lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operator_backward_follows_its_forward(lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What would be chosen by then does not count: only one of the two has saved anything."""
     layer = masked("lstm", batch_first=True)
     x, weights, states = torch.randn(3, 6, INPUT), list(layer.parameters()), [torch.zeros(1, 3, 3)] * 2
@@ -284,7 +284,7 @@ def test_a_gradient_follows_what_its_forward_ran(lengths: list[int] | None, monk
         close(list(torch.autograd.grad(results[0].square().sum(), weights)), list(expected))
 
 
-def test_the_operator_computes_in_its_tensors_dtype(cell: str) -> None:
+def test_operator_keeps_dtype_under_autocast(cell: str) -> None:
     """Also where it is called under autocast, as a graph that was compiled under autocast is."""
     layer = masked(cell, batch_first=True)
     x, states = torch.randn(3, 6, INPUT), random_states(layer, 3, torch.float32)
@@ -298,7 +298,7 @@ def test_the_operator_computes_in_its_tensors_dtype(cell: str) -> None:
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("lengths", [None, [6, 2, 5]], ids=str)
-def test_the_operator_runs_the_kernel_that_eager_runs(
+def test_operator_runs_same_kernel_as_eager(
     bidirectional: bool, lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """oneDNN's LSTM, once more for the gradient."""
@@ -325,7 +325,7 @@ def test_the_operator_runs_the_kernel_that_eager_runs(
 
 @pytest.mark.parametrize("steps", [1, 3, 9])
 @pytest.mark.parametrize("given", ["neither", "full", "lengths", "resets", "no reset"])
-def test_the_operator_gives_eagers_bits(cell: str, steps: int, given: str) -> None:
+def test_operator_matches_eager_bit_for_bit(cell: str, steps: int, given: str) -> None:
     """The same plan, choice and loops: output, last states and every gradient."""
     layer = masked(cell, bidirectional=True, batch_first=True, flatten_hidden=False)
     x, states = torch.randn(3, steps, INPUT, requires_grad=True), random_states(layer, 3, torch.float32)
@@ -349,7 +349,7 @@ def test_the_operator_gives_eagers_bits(cell: str, steps: int, given: str) -> No
 @pytest.mark.slow_but("gru")
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 @pytest.mark.usefixtures("allow_rnn")
-def test_inside_a_model(cell: str) -> None:
+def test_model_with_layer_compiles_and_trains(cell: str) -> None:
     class Model(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -380,7 +380,7 @@ def test_inside_a_model(cell: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("allow_rnn")
-def test_compiling_does_not_grow_with_the_length() -> None:
+def test_compile_work_is_independent_of_length() -> None:
     """Neither the graph nor what Python does to make it."""
     nodes, calls = [], []
     for steps in (10, 10, 1000):  # the first one fills caches
@@ -405,7 +405,7 @@ def test_compiling_does_not_grow_with_the_length() -> None:
 @pytest.mark.parametrize("length", [7, -1])
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 @pytest.mark.usefixtures("allow_rnn")
-def test_a_length_out_of_range_is_refused_when_it_runs(cell: str, length: int) -> None:
+def test_length_out_of_range_is_refused_at_run_time(cell: str, length: int) -> None:
     layer = masked(cell, batch_first=True)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = torch.randn(3, 6, INPUT)
@@ -415,7 +415,7 @@ def test_a_length_out_of_range_is_refused_when_it_runs(cell: str, length: int) -
 
 
 @pytest.mark.parametrize("with_resets", [False, True])
-def test_the_device_forms_gradient_has_every_digit(cell: str, with_resets: bool) -> None:
+def test_device_backward_keeps_float32_precision(cell: str, with_resets: bool) -> None:
     """What runs on an accelerator, run here."""
     layer = masked(cell)
     x, states = torch.randn(6, 3, INPUT), random_states(layer, 3, torch.float32)
@@ -437,7 +437,7 @@ def test_the_device_forms_gradient_has_every_digit(cell: str, with_resets: bool)
 
 
 @pytest.mark.parametrize("cell", [*ONE_STATE_AND_TWO, "rnn-tanh"])  # which saves no buffer
-def test_the_operator_keeps_torchs_rules(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operator_passes_opcheck(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Schema, fake kernel, gradient registration and tracing, by PyTorch's own checker."""
     # Not by oneDNN's LSTM: the checker compares the whole reserve, which that kernel does not write.
     monkeypatch.setattr(kernels, "has_onednn", lambda: False)
@@ -461,7 +461,7 @@ def test_the_operator_keeps_torchs_rules(cell: str, monkeypatch: pytest.MonkeyPa
 @pytest.mark.slow_but("gru")
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 @pytest.mark.usefixtures("allow_rnn")
-def test_the_same_lengths_in_another_layout(cell: str) -> None:
+def test_same_lengths_compile_in_both_layouts(cell: str) -> None:
     lengths = torch.tensor([3, 1, 2])
     for batch_first in (False, True):
         layer = masked(cell, bidirectional=True, batch_first=batch_first)
@@ -475,7 +475,7 @@ def test_the_same_lengths_in_another_layout(cell: str) -> None:
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("lengths", [None, [4, 2, 2], [0, 0, 0]], ids=str)
 @pytest.mark.parametrize("anew", [False, True])
-def test_results_of_the_operators_share_no_memory(
+def test_operator_results_share_no_memory(
     cell: str, bidirectional: bool, lengths: list[int] | None, anew: bool
 ) -> None:
     layer = masked(cell, bidirectional=bidirectional)
@@ -494,7 +494,7 @@ def test_results_of_the_operators_share_no_memory(
 
 @pytest.mark.parametrize(("batch", "steps"), [(3, 0), (0, 5)])
 @pytest.mark.usefixtures("allow_rnn")
-def test_an_empty_batch(cell: str, batch: int, steps: int) -> None:
+def test_empty_batch_compiles_and_trains(cell: str, batch: int, steps: int) -> None:
     layer = masked(cell, batch_first=True)
     x = torch.randn(batch, steps, INPUT, requires_grad=True)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)

@@ -104,7 +104,7 @@ def run(layer: Any, form: str, kind: str, x: Tensor, states: tuple[Tensor, ...],
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 @pytest.mark.parametrize("options", [{"num_layers": 2, "bidirectional": True}, {"bias": False}], ids=str)
-def test_a_state_of_any_layout(cell: str, form: str, options: dict[str, Any]) -> None:
+def test_hx_of_any_layout_is_accepted(cell: str, form: str, options: dict[str, Any]) -> None:
     """The flattened state that the layer returned, an expanded one, and others, in each form of a call."""
     batch_first = FORMS[form][0] == "padded"
     enforced = form == "empty-rows" and options.get("num_layers") == 2
@@ -119,7 +119,7 @@ def test_a_state_of_any_layout(cell: str, form: str, options: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("options", every(batch_first=[True, False], bias=[True, False]), ids=str)
-def test_every_cell(cell: str, options: dict[str, Any]) -> None:
+def test_streamed_state_matches_cpu_for_every_cell(cell: str, options: dict[str, Any]) -> None:
     """Stacked, in both layouts: values, gradients, and a state that is fed back as it came."""
     layer = masked(cell, num_layers=2, bidirectional=True, backend="scan", **options).double()
     there, x = copy.deepcopy(layer).to(DEVICE), torch.randn(STEPS, BATCH, INPUT, dtype=torch.float64)
@@ -141,7 +141,7 @@ def test_every_cell(cell: str, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("given", [{}, {"lengths": LENGTHS}, {"mask": HOLES}], ids=str)
-def test_dropout_with_a_flattened_state(cell: str, given: dict[str, Any]) -> None:
+def test_dropout_is_redrawn_alike_with_flattened_hx(cell: str, given: dict[str, Any]) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, dropout=0.5).to(DEVICE)
     x = torch.randn(BATCH, STEPS, INPUT).to(DEVICE).requires_grad_()
     hx = as_hx([h.transpose(0, 1).flatten(1).to(DEVICE) for h in random_states(layer, BATCH, torch.float32)])
@@ -154,7 +154,7 @@ def test_dropout_with_a_flattened_state(cell: str, given: dict[str, Any]) -> Non
         again.sum().backward()
 
 
-def test_the_kernel_is_strict() -> None:
+def test_strict_kernel_refuses_what_cudnn_refuses() -> None:
     kernel, layer = kernels.KERNELS["GRU"], plain("gru", num_layers=2).to(DEVICE)
     chunk = list(kernels.flatten_for_cudnn(list(layer.parameters())))
     x, h = torch.randn(STEPS, BATCH, INPUT).to(DEVICE).requires_grad_(), torch.zeros(2, BATCH, 3).to(DEVICE)

@@ -103,7 +103,7 @@ def home(run: Run) -> Run:
 
 @pytest.mark.parametrize("case", CALLS, ids=lambda case: "-".join(map(str, case)))
 @pytest.mark.parametrize("cell", [*ONE_STATE_AND_TWO, "rnn-tanh"])
-def test_each_form_of_a_call(cell: str, backend: str, case: Any) -> None:
+def test_every_call_form_matches_oracle(cell: str, backend: str, case: Any) -> None:
     form, layers, bidirectional, batch_first, hx = case
     options = {"num_layers": layers, "bidirectional": bidirectional, "batch_first": batch_first}
     layer = masked(cell, backend=backend, **options).double()
@@ -167,7 +167,7 @@ def layer(cell: str, backend: str) -> Any:
 
 
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
-def test_unbatched_and_empty_input(layer: Any) -> None:
+def test_unbatched_and_empty_input_match_cpu(layer: Any) -> None:
     there = copy.deepcopy(layer).to(DEVICE)
     for name, (shape, given) in EDGES.items():
         x = torch.randn(shape, dtype=torch.float64)
@@ -179,7 +179,7 @@ def test_unbatched_and_empty_input(layer: Any) -> None:
         assert_agree(found, expected, name)
 
 
-def test_packed_and_nested_input(layer: Any) -> None:
+def test_packed_and_nested_input_match_cpu(layer: Any) -> None:
     there = copy.deepcopy(layer).to(DEVICE)
     lengths, x = torch.tensor([3, 5, 1, 4]), torch.randn(4, STEPS, INPUT, dtype=torch.float64)
 
@@ -197,7 +197,7 @@ def test_packed_and_nested_input(layer: Any) -> None:
         assert_agree(run(there, DEVICE, form), run(layer, "cpu", form), form)
 
 
-def test_second_derivatives(layer: Any) -> None:
+def test_second_derivatives_match_cpu(layer: Any) -> None:
     there = copy.deepcopy(layer).to(DEVICE)
     x, lengths = torch.randn(2, 3, INPUT, dtype=torch.float64), torch.tensor([3, 1])
 
@@ -210,7 +210,7 @@ def test_second_derivatives(layer: Any) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_what_waits(cell: str, form: str) -> None:
+def test_device_ops_wait_only_where_documented(cell: str, form: str) -> None:
     """Nothing, forward and backward, but for `packed`, which has to read lengths that are on the device.
 
     What the host knows is copied to the device: the lengths or the mask, or the two indices that `packed` makes of
@@ -227,7 +227,7 @@ def test_what_waits(cell: str, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", WITH_RESETS)
-def test_what_waits_with_resets(cell: str, form: str, ran: list[str]) -> None:
+def test_resets_wait_only_where_documented(cell: str, form: str, ran: list[str]) -> None:
     """`auto` cuts rows at their resets on the host, which has to read what is on the device; `scan` reads nothing."""
     for backend in ("auto", "scan"):
         layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=backend).to(DEVICE)
@@ -244,7 +244,7 @@ def test_what_waits_with_resets(cell: str, form: str, ran: list[str]) -> None:
     assert ran == ["packed", "scan"]
 
 
-def test_rows_may_be_padded(cell: str, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_pads_rows_unless_mostly_padding(cell: str, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a kernel runs all steps at once; but not those that are nearly all padding."""
     monkeypatch.setattr(_dispatch, "runs_all_steps_at_once", lambda *_: True)
     layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True).double()
@@ -264,7 +264,7 @@ def test_rows_may_be_padded(cell: str, ran: list[str], monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("backend", WAITS)
-def test_lengths_that_the_device_refuses(backend: str) -> None:
+def test_wrong_lengths_on_device_raise_without_waiting(backend: str) -> None:
     layer = masked("gru", batch_first=True, backend=backend, enforce_sorted=True).to(DEVICE)
     x = torch.randn(2, STEPS, INPUT).to(DEVICE)
     for lengths, fault in (([STEPS + 1, 1], "out of range"), ([1, -1], "out of range"), ([1, 2], "must decrease")):
@@ -277,7 +277,7 @@ def test_lengths_that_the_device_refuses(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", WAITS)
-def test_a_device_without_an_assertion(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_without_async_assert_reads_lengths(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on MPS and XPU: lengths are read there, and an error names the element."""
 
     def lacking(*_: Any) -> None:
@@ -310,7 +310,7 @@ def _captured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_captured")
 @pytest.mark.parametrize("form", [*FORMS, *WITH_RESETS])
-def test_while_a_graph_is_recorded(cell: str, backend: str, form: str) -> None:
+def test_graph_capture_refuses_host_values(cell: str, backend: str, form: str) -> None:
     """What has to come from the host is refused in words, and nothing waits."""
     layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=backend)
     there, given = copy.deepcopy(layer).to(DEVICE), {**FORMS, **WITH_RESETS}[form]
@@ -330,7 +330,7 @@ def test_while_a_graph_is_recorded(cell: str, backend: str, form: str) -> None:
 
 
 @pytest.mark.usefixtures("_captured")
-def test_rows_while_a_graph_is_recorded() -> None:
+def test_graph_capture_takes_packed_and_refuses_nested() -> None:
     layer = masked("gru", bidirectional=True)
     there, x = copy.deepcopy(layer).to(DEVICE), torch.randn(STEPS, 3, INPUT)
     rows = pack_padded_sequence(x, torch.tensor([3, 5, 1]), enforce_sorted=False)
@@ -347,7 +347,7 @@ def test_rows_while_a_graph_is_recorded() -> None:
             there(nested)
 
 
-def test_recording_is_asked_of_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capture_check_asks_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
     current = [0]
 
     @contextmanager
@@ -367,7 +367,9 @@ def test_recording_is_asked_of_the_tensors_device(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(("most", "more"), [(128, 192), (256, 384)])
-def test_what_auto_takes_on_cudnn(most: int, more: int, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_uses_padded_within_cudnn_limits(
+    most: int, more: int, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`padded` where PyTorch has cuDNN run all steps at once: by dtype, size, and gradient. Dropout counts as one."""
     with_cudnn(monkeypatch, lambda x: isinstance(x, SimulatedTensor))
     cell = "gru" if most == 128 else "rnn-tanh"
@@ -383,7 +385,7 @@ def test_what_auto_takes_on_cudnn(most: int, more: int, ran: list[str], monkeypa
     assert taken(8, torch.float64) == taken(8, torch.float64, learns=False) == "packed"
 
 
-def test_input_on_the_cpu(backend: str) -> None:
+def test_lengths_follow_input_device_but_hx_does_not(backend: str) -> None:
     """Lengths and masks follow the input; the input and hx follow nothing."""
     layer = masked("gru", batch_first=True, backend=backend)
     x = torch.randn(4, STEPS, INPUT)
@@ -405,7 +407,7 @@ def test_input_on_the_cpu(backend: str) -> None:
         layer(x, lengths=LENGTHS)
 
 
-def test_the_device_is_strict() -> None:
+def test_simulated_device_refuses_mixing_and_notes_waits() -> None:
     x, i = torch.randn(3, 2), torch.tensor([0, 2])
     there, mask, at = x.to(DEVICE), (x > 0).to(DEVICE), i.to(DEVICE)
     for mixing in (
@@ -445,7 +447,7 @@ def test_the_device_is_strict() -> None:
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
-def test_torchs_own_layers_run_fused(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_layers_run_fused_cells_on_device(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
     for name, kernel in FUSED.items():
         monkeypatch.setitem(FUSED, name, lambda *a, name=name, kernel=kernel: (ran.append(name), kernel(*a))[1])

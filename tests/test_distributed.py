@@ -29,7 +29,7 @@ LENGTHS = [([5, 2, 0], [9, 1, 4]), ([3, 3, 1], [0, 0, 0]), ([0, 0, 0], [7, 7, 2]
 
 @pytest.mark.slow_but("ddp")
 @pytest.mark.parametrize("wrapper", ["ddp", pytest.param("fsdp", marks=needs_torch("2.9", "fully_shard on a CPU"))])
-def test_as_one_process(wrapper: str, tmp_path: Path) -> None:
+def test_two_processes_learn_same_weights_as_one(wrapper: str, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(work, (wrapper, str(tmp_path / "meet")), nprocs=WORLD)
 
 

@@ -58,9 +58,7 @@ def results_and_gradients(layer: Any, x: Tensor, states: tuple[Tensor, ...] | No
 @pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("has_state", [False, True])
-def test_it_is_what_plain_ops_give(
-    cell: str, given: str, options: dict[str, Any], has_state: bool, ran: list[str]
-) -> None:
+def test_few_steps_match_scan(cell: str, given: str, options: dict[str, Any], has_state: bool, ran: list[str]) -> None:
     """`scan` is held to the oracle elsewhere. Rows without a step hold garbage in the input, NaN in the state too."""
     steps, more = GIVEN[given]
     layer = masked(cell, **options).double()
@@ -81,7 +79,7 @@ def test_it_is_what_plain_ops_give(
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_without_lengths_it_is_torchs_bit_for_bit(cell: str, options: dict[str, Any], ran: list[str]) -> None:
+def test_few_steps_equal_torch_bit_for_bit(cell: str, options: dict[str, Any], ran: list[str]) -> None:
     ours = masked(cell, **{**options, "flatten_hidden": False})
     theirs = plain(cell, **{name: value for name, value in options.items() if name != "flatten_hidden"})
     theirs.load_state_dict(ours.state_dict())
@@ -91,7 +89,7 @@ def test_without_lengths_it_is_torchs_bit_for_bit(cell: str, options: dict[str, 
     assert ran == ["padded"]
 
 
-def test_a_flat_state_goes_in(cell: str, ran: list[str]) -> None:
+def test_flattened_hx_is_fed_back_step_by_step(cell: str, ran: list[str]) -> None:
     layer = masked(cell, num_layers=2)
     x = torch.randn(3, N, INPUT)
     whole, last = layer(x)
@@ -104,7 +102,7 @@ def test_a_flat_state_goes_in(cell: str, ran: list[str]) -> None:
     assert ran == ["padded"] * 4
 
 
-def test_dropout_is_drawn_as_torch_draws_it(cell: str, ran: list[str]) -> None:
+def test_dropout_is_drawn_like_torchs(cell: str, ran: list[str]) -> None:
     ours = masked(cell, num_layers=2, dropout=0.5, flatten_hidden=False)
     theirs = plain(cell, num_layers=2, dropout=0.5)
     theirs.load_state_dict(ours.state_dict())
@@ -143,7 +141,7 @@ WAYS: dict[str, tuple[Any, dict[str, Any], bool]] = {
 
 
 @pytest.mark.parametrize("form", WAYS)
-def test_which_calls_take_the_short_way(cell: str, form: str) -> None:
+def test_fast_path_takes_only_fitting_calls(cell: str, form: str) -> None:
     x, given, short = WAYS[form]
     layer = masked(cell, batch_first=form == "nested")
     if form == "another device":
@@ -156,7 +154,7 @@ def test_which_calls_take_the_short_way(cell: str, form: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["packed", "padded", "bptt", "scan"])
-def test_a_forced_backend_runs(cell: str, name: str, ran: list[str]) -> None:
+def test_forced_backend_runs(cell: str, name: str, ran: list[str]) -> None:
     masked(cell, backend=name)(X)
     assert ran == [name]
 
@@ -182,13 +180,13 @@ def changed(cell: str, how: str) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("how", ["parametrized", "pruned", "plain", "replaced"])
-def test_weights_that_are_computed(cell: str, how: str, ran: list[str]) -> None:
+def test_computed_weights_are_used(cell: str, how: str, ran: list[str]) -> None:
     layer, expected = changed(cell, how)
     torch.testing.assert_close(layer(X)[0], expected(X)[0])
     assert ran == ["padded"] * 2
 
 
-def test_a_subclass_may_have_more_parameters(cell: str, ran: list[str]) -> None:
+def test_subclass_with_more_parameters_runs(cell: str, ran: list[str]) -> None:
     layer = masked(cell)
     expected = layer(X)[0]
     layer.scale = nn.Parameter(torch.ones(1))
@@ -198,7 +196,7 @@ def test_a_subclass_may_have_more_parameters(cell: str, ran: list[str]) -> None:
     assert ran == ["padded"] * 3
 
 
-def test_transforms(cell: str, ran: list[str]) -> None:
+def test_transforms_of_one_step_run(cell: str, ran: list[str]) -> None:
     """Of one step: the gradient of each sample, and a derivative forward."""
     layer = masked(cell)
     x = torch.randn(3, 1, 1, INPUT)
@@ -216,7 +214,7 @@ def test_transforms(cell: str, ran: list[str]) -> None:
         assert torch.autograd.forward_ad.unpack_dual(layer(x[0], dual_state)[0]).tangent is not None
 
 
-def test_autocast(cell: str, ran: list[str]) -> None:
+def test_autocast_uses_padded_where_cpu_has_kernel(cell: str, ran: list[str]) -> None:
     """Whose kernels this CPU may lack."""
     with torch.autocast("cpu", torch.bfloat16):
         output, _ = masked(cell)(X)
@@ -237,12 +235,12 @@ def test_autocast(cell: str, ran: list[str]) -> None:
         (X[:1], None, {"resets": torch.ones(1, 2, dtype=torch.bool)}, "resets has shape"),
     ],
 )
-def test_errors(x: Tensor, hx: Any, given: dict[str, Any], error: str) -> None:
+def test_wrong_arguments_are_refused(x: Tensor, hx: Any, given: dict[str, Any], error: str) -> None:
     with pytest.raises((ValueError, RuntimeError), match=error):
         masked("gru")(x, hx, **given)
 
 
-def test_the_order_that_was_promised() -> None:
+def test_enforce_sorted_refuses_unsorted_lengths() -> None:
     layer = masked("gru", enforce_sorted=True)
     layer(X[:1], lengths=[1, 1, 0, 0])
     with pytest.raises(ValueError, match=r"lengths\[2\] = 1 is longer than lengths\[1\] = 0"):
@@ -250,7 +248,7 @@ def test_the_order_that_was_promised() -> None:
 
 
 @pytest.mark.parametrize("with_lengths", [False, True])
-def test_what_the_caller_changes_later(cell: str, with_lengths: bool) -> None:
+def test_gradient_ignores_later_changes_by_caller(cell: str, with_lengths: bool) -> None:
     """Buffers of resets and lengths, changed in place before the gradient is asked for."""
     layer = masked(cell)
     states = [h.requires_grad_() for h in random_states(layer, N, torch.float32)]

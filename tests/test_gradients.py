@@ -34,7 +34,9 @@ def functional(layer: Any, batch: int, steps: int, **given: Any) -> tuple[Any, l
 
 @pytest.mark.parametrize("options", [{"bidirectional": True}, {"bias": False}], ids=str)
 @pytest.mark.parametrize("given", [{}, {"lengths": [2, 0, 3]}], ids=str)
-def test_gradcheck(cell: str, backend: str, options: dict[str, Any], given: dict[str, Any]) -> None:
+def test_first_derivatives_pass_gradcheck(
+    cell: str, backend: str, options: dict[str, Any], given: dict[str, Any]
+) -> None:
     layer = masked(cell, 2, 2, backend=backend, batch_first=True, **options) if cell != "lstm-proj" else None
     layer = (layer or masked(cell, 2, 3, backend=backend, batch_first=True, **options)).double()
     layer.input_size = 2
@@ -49,13 +51,15 @@ def _small(layer: Any, **given: Any) -> tuple[Any, list[Tensor]]:
 
 
 @pytest.mark.parametrize(("bidirectional", "given"), [(True, {"lengths": [2, 0, 3]}), (False, {})], ids=str)
-def test_gradgradcheck(cell: str, backend: str, bidirectional: bool, given: dict[str, Any]) -> None:
+def test_second_derivatives_pass_gradgradcheck(
+    cell: str, backend: str, bidirectional: bool, given: dict[str, Any]
+) -> None:
     layer = masked(cell, 2, 3, backend=backend, batch_first=True, bidirectional=bidirectional).double()
     run, inputs = _small(layer, **given)
     assert gradgradcheck(run, inputs, check_batched_grad=True, fast_mode=True)
 
 
-def test_second_derivatives_are_those_of_scan(cell: str, backend: str) -> None:
+def test_gradient_penalty_matches_scan(cell: str, backend: str) -> None:
     """A gradient penalty: the loss holds a gradient, and is differentiated by the weights."""
     layer = masked(cell, num_layers=2, bidirectional=True, backend="scan", batch_first=True).double()
     x = torch.randn(3, 4, INPUT, dtype=torch.float64, requires_grad=True)
@@ -72,7 +76,7 @@ def test_second_derivatives_are_those_of_scan(cell: str, backend: str) -> None:
         torch.testing.assert_close(found, expected)
 
 
-def test_a_gradient_does_not_run_through_one_input_into_another(backend: str) -> None:
+def test_gradient_counts_once_if_input_depends_on_weight(backend: str) -> None:
     """The input is made from a weight: its gradient counts once, along each of its paths."""
     layer = MaskedGRU(3, 3, backend=backend).double()
     base = torch.randn(4, 2, 3, dtype=torch.float64)
@@ -88,7 +92,7 @@ def test_a_gradient_does_not_run_through_one_input_into_another(backend: str) ->
     assert gradgradcheck(loss, [w])
 
 
-def test_gradients_of_a_batch_at_once(cell: str, backend: str) -> None:
+def test_batched_gradients_match_single_ones(cell: str, backend: str) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, backend=backend, batch_first=True).double()
     x = torch.randn(3, 4, INPUT, dtype=torch.float64, requires_grad=True)
     output, _ = layer(x, lengths=[3, 0, 4])
@@ -101,7 +105,7 @@ def test_gradients_of_a_batch_at_once(cell: str, backend: str) -> None:
             torch.testing.assert_close(a[k], b)
 
 
-def test_a_retained_graph_gives_the_same_twice(cell: str, backend: str) -> None:
+def test_retained_graph_gives_same_gradients_twice(cell: str, backend: str) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, backend=backend)
     output, last = layer(torch.randn(5, 3, INPUT), lengths=[5, 0, 2])
     loss = output.square().sum() + sum(h.sum() for h in as_tuple(last))
@@ -111,7 +115,7 @@ def test_a_retained_graph_gives_the_same_twice(cell: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["weight_ih_l0", "weight_hh_l0", "x"])
-def test_a_stale_tensor_is_noticed(cell: str, backend: str, what: str) -> None:
+def test_inplace_change_of_saved_tensor_is_refused(cell: str, backend: str, what: str) -> None:
     layer = masked(cell, backend=backend)
     x = torch.randn(5, 3, INPUT, requires_grad=True)
     output, _ = layer(x, lengths=None)
@@ -126,7 +130,7 @@ def test_a_stale_tensor_is_noticed(cell: str, backend: str, what: str) -> None:
     ("backend", "given"),
     [(name, {"lengths": [5, 1, 3]}) for name in BACKENDS] + [("bptt", {}), ("scan", {})],
 )
-def test_an_output_may_be_changed_in_place(cell: str, backend: str, given: dict[str, Any]) -> None:
+def test_inplace_output_change_keeps_gradient(cell: str, backend: str, given: dict[str, Any]) -> None:
     layer = masked(cell, backend=backend)
     x = torch.randn(5, 3, INPUT)
     expected = torch.autograd.grad(layer(x, **given)[0].mul(2).sum(), list(layer.parameters()))
@@ -135,7 +139,7 @@ def test_an_output_may_be_changed_in_place(cell: str, backend: str, given: dict[
         torch.testing.assert_close(a, b)
 
 
-def test_through_the_state_alone(cell: str, backend: str) -> None:
+def test_gradient_through_last_state_matches_scan(cell: str, backend: str) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, backend=backend).double()
     scan = masked(cell, num_layers=2, bidirectional=True, backend="scan").double()
     scan.load_state_dict(layer.state_dict())
@@ -155,7 +159,7 @@ def test_through_the_state_alone(cell: str, backend: str) -> None:
         torch.testing.assert_close(found, expected)
 
 
-def test_nothing_is_kept_when_no_gradient_is_wanted(cell: str, backend: str) -> None:
+def test_no_grad_call_records_no_graph(cell: str, backend: str) -> None:
     layer = masked(cell, backend=backend)
     x = torch.randn(5, 3, INPUT, requires_grad=True)
     with torch.no_grad():
@@ -166,7 +170,7 @@ def test_nothing_is_kept_when_no_gradient_is_wanted(cell: str, backend: str) -> 
         assert torch.equal(layer(x, lengths=[5, 0, 2])[0], output)
 
 
-def test_checkpointing(cell: str, backend: str) -> None:
+def test_checkpoint_gives_same_gradients(cell: str, backend: str) -> None:
     from torch.utils.checkpoint import checkpoint
 
     layer = masked(cell, num_layers=2, backend=backend)
@@ -183,7 +187,7 @@ def test_checkpointing(cell: str, backend: str) -> None:
 )
 @pytest.mark.parametrize("given", ["lengths", "mask", "neither"])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_reentrant_checkpointing_draws_the_same_dropout(
+def test_reentrant_checkpoint_draws_same_dropout(
     cell: str, backend: str, sizes: tuple[int, int, int], given: str, frozen: bool
 ) -> None:
     """The first pass runs without gradients, the second with: both must choose alike and draw alike."""
@@ -214,7 +218,7 @@ def test_reentrant_checkpointing_draws_the_same_dropout(
 
 @pytest.mark.parametrize("given", ["neither", "full", "lengths", "mask"])
 @pytest.mark.parametrize("options", every(bidirectional=[False, True], batch_first=[False, True]), ids=str)
-def test_results_and_gradients_lie_as_torchs(cell: str, given: str, options: dict[str, Any]) -> None:
+def test_results_and_gradients_are_contiguous_like_torchs(cell: str, given: str, options: dict[str, Any]) -> None:
     """Contiguous wherever torch.nn's are, so that `view` works where it worked."""
     lengths: dict[str, Any] = {"lengths": torch.tensor([2, 0, 5])}
     lengths = {"full": {"lengths": [5, 5, 5]}, "lengths": lengths, "neither": {}}.get(given, {})
@@ -240,7 +244,7 @@ def test_results_and_gradients_lie_as_torchs(cell: str, given: str, options: dic
                 assert found.is_contiguous() or not theirs[name].is_contiguous(), (backend, name, found.stride())
 
 
-def test_saved_tensors_may_be_changed_where_torch_allows_it(cell: str, backend: str) -> None:
+def test_gradient_holds_under_allow_mutation_on_saved_tensors(cell: str, backend: str) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, backend=backend)
     x = torch.randn(5, 3, INPUT)
     expected = torch.autograd.grad(layer(x, lengths=[5, 1, 3])[0].square().sum(), list(layer.parameters()))
@@ -253,7 +257,7 @@ def test_saved_tensors_may_be_changed_where_torch_allows_it(cell: str, backend: 
 
 @pytest.mark.parametrize("kernel", ["packed", "padded"])
 @pytest.mark.parametrize("given", [{}, {"lengths": [3, 0, 4]}], ids=str)
-def test_a_kernel_that_differentiates_once(
+def test_kernel_without_double_backward_has_second_derivatives(
     cell: str, kernel: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its backward has none of its own, as cuDNN's has none; and it is as strict."""
@@ -305,7 +309,7 @@ class Elements(TorchDispatchMode):
 
 @pytest.mark.parametrize("backend", ["padded", "bptt", "scan"])  # torch's packed kernel's does grow, as the square
 @pytest.mark.parametrize("given", [{}, {"lengths": True}, {"mask": True}, {"resets": True}], ids=str)
-def test_the_work_grows_no_faster_than_the_steps(cell: str, backend: str, given: dict[str, Any]) -> None:
+def test_work_grows_linearly_with_steps(cell: str, backend: str, given: dict[str, Any]) -> None:
     layer = masked(cell, bidirectional=True, backend=backend)
 
     def work(steps: int) -> int:
@@ -320,7 +324,7 @@ def test_the_work_grows_no_faster_than_the_steps(cell: str, backend: str, given:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_weights_in_one_chunk(cell: str, bias: bool) -> None:
+def test_flattened_weights_form_one_chunk(cell: str, bias: bool) -> None:
     """As cuDNN wants those of a layer: matrices, then biases, from the start of their memory on."""
     layer = masked(cell, bidirectional=True, bias=bias)
     own = list(layer.parameters())
@@ -353,7 +357,7 @@ def test_weights_in_one_chunk(cell: str, bias: bool) -> None:
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("given", [{}, {"lengths": [5, 2, 0]}, {"lengths": [5, 5, 5]}], ids=str)
-def test_an_output_that_is_changed_in_place(
+def test_inplace_output_change_is_right_or_refused(
     cell: str, backend: str, batch_first: bool, dtype: torch.dtype, given: dict[str, Any]
 ) -> None:
     """The gradient is right, or autograd refuses: no saved value changes without its knowing."""
@@ -378,7 +382,7 @@ def test_an_output_that_is_changed_in_place(
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("steps", [1, 4, 9])
 @pytest.mark.parametrize("given", [{}, {"lengths": [1, 1, 0]}, {"lengths": "full"}, {"mask": True}], ids=str)
-def test_auto_returns_no_view_on_a_cpu(cell: str, batch_first: bool, steps: int, given: dict[str, Any]) -> None:
+def test_auto_returns_no_view_on_cpu(cell: str, batch_first: bool, steps: int, given: dict[str, Any]) -> None:
     """fully_shard loses the gradients of a view that is changed in place. Where nn.LSTM returns one, so does this."""
     layer = masked(cell, batch_first=batch_first)
     x = torch.randn(3, steps, INPUT) if batch_first else torch.randn(steps, 3, INPUT)
@@ -392,7 +396,7 @@ def test_auto_returns_no_view_on_a_cpu(cell: str, batch_first: bool, steps: int,
 
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
 @pytest.mark.parametrize("marks", ["lengths", "mask"])
-def test_the_state_of_a_row_without_steps_reaches_nothing(cell: str, backend: str, marks: str, garbage: float) -> None:
+def test_state_of_empty_row_stays_isolated(cell: str, backend: str, marks: str, garbage: float) -> None:
     """It comes out as it went in."""
     layer = masked(cell, num_layers=2, bidirectional=True, flatten_hidden=False, backend=backend)
     lengths = torch.tensor([5, 0, 2])
@@ -412,7 +416,7 @@ def test_the_state_of_a_row_without_steps_reaches_nothing(cell: str, backend: st
 
 
 @pytest.mark.parametrize("frozen", ["weights", "input", "nothing"])
-def test_what_nobody_wants_is_not_computed(cell: str, frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unneeded_gradients_are_not_computed(cell: str, frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = masked(cell, backend="bptt").double().requires_grad_(frozen != "weights")
     x = torch.randn(5, 3, INPUT, dtype=torch.float64, requires_grad=frozen != "input")
     wanted = []

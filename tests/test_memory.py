@@ -462,7 +462,7 @@ def faults() -> dict[tuple[str, str], str]:
 
 
 @pytest.mark.parametrize("name", POINTS)
-def test_no_tensor_is_trusted(name: str, cell: str, faults: dict[tuple[str, str], str]) -> None:
+def test_unusual_tensors_give_right_values_or_errors(name: str, cell: str, faults: dict[tuple[str, str], str]) -> None:
     fault = faults.get((name, cell))
     assert fault is None, fault
 
@@ -477,7 +477,7 @@ def trespasses() -> dict[int, str]:
     return guarded.run_cases(GUARDED)
 
 
-def test_memory_beside_a_tensor_is_not_touched(cell: str, trespasses: dict[int, str]) -> None:
+def test_memory_beside_tensors_is_not_touched(cell: str, trespasses: dict[int, str]) -> None:
     """By the loops of `bptt`, in their own tensors and in the caller's, whose values are those of `scan`."""
     mine = {k: case for k, case in enumerate(GUARDED) if case["cell"] == cell}
     faults = {k: (case, trespasses[k]) for k, case in mine.items() if k in trespasses}
@@ -485,7 +485,7 @@ def test_memory_beside_a_tensor_is_not_touched(cell: str, trespasses: dict[int, 
 
 
 @pytest.mark.parametrize("side", guarded.SIDES)
-def test_the_guard_can_fail(side: str) -> None:
+def test_guard_page_ends_process_on_trespass(side: str) -> None:
     """One number further, read or written, ends the process."""
     cases = [{"trespass": how, "side": side, "dtype": dtype} for how, dtype in (("read", "float32"), ("write", "bool"))]
     found = guarded.run_apart(guarded.__file__, cases, deaths=len(cases))
@@ -493,7 +493,7 @@ def test_the_guard_can_fail(side: str) -> None:
     assert all("ended with -" in fault for fault in found.values()), found
 
 
-def test_cases_meet() -> None:
+def test_guarded_cases_cover_cells_forms_and_sides() -> None:
     """Each cell meets each form on each side."""
     met = Counter((case["cell"], case["form"], case["side"]) for case in GUARDED)
     assert set(met.values()) == {2}

@@ -86,7 +86,7 @@ def check_each(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_an_array_that_is_too_short(cell: str, bidirectional: bool, check_each: Callable[..., None]) -> None:
+def test_short_array_is_refused(cell: str, bidirectional: bool, check_each: Callable[..., None]) -> None:
     def check(record: Record) -> None:
         assert len(record.arrays) > 9
         for name in record.arrays:
@@ -98,7 +98,7 @@ def test_an_array_that_is_too_short(cell: str, bidirectional: bool, check_each: 
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_an_array_that_is_not_there(cell: str, bidirectional: bool, check_each: Callable[..., None]) -> None:
+def test_missing_array_is_refused(cell: str, bidirectional: bool, check_each: Callable[..., None]) -> None:
     def check(record: Record) -> None:
         for name in record.arrays:
             if name not in OPTIONAL and name != "gradients0_w_hh":  # which asks for all of them
@@ -108,7 +108,7 @@ def test_an_array_that_is_not_there(cell: str, bidirectional: bool, check_each: 
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_sizes_that_do_not_fit_each_other(cell: str, bidirectional: bool, check_each: Callable[..., None]) -> None:
+def test_mismatched_sizes_are_refused(cell: str, bidirectional: bool, check_each: Callable[..., None]) -> None:
     def check(record: Record) -> None:
         sizes = ("batch", "sequences", "steps", "rows", "inputs", "hidden", "fed_back")
         for name in (*sizes, "x_row", *(n for n in ("output_row", "d_output_row") if n in record.numbers)):
@@ -127,7 +127,7 @@ def test_sizes_that_do_not_fit_each_other(cell: str, bidirectional: bool, check_
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_tables_that_point_elsewhere(cell: str, bidirectional: bool, check_each: Callable[..., None]) -> None:
+def test_tables_pointing_outside_are_refused(cell: str, bidirectional: bool, check_each: Callable[..., None]) -> None:
     def check(record: Record) -> None:
         rows, steps = record["rows"], record["steps"]
         for value in (-1, 24, 1 << 31, 1 << 62, -(1 << 62)):
@@ -145,7 +145,7 @@ def test_tables_that_point_elsewhere(cell: str, bidirectional: bool, check_each:
     check_each(cell, bidirectional, check)
 
 
-def test_a_kind_of_cpu_that_this_is_not(check_each: Callable[..., None]) -> None:
+def test_unsupported_cpu_level_is_refused(check_each: Callable[..., None]) -> None:
     found = library.find()
     assert isinstance(found, library.Library)
 

@@ -41,7 +41,7 @@ def errors(run: Any, truth: Any) -> tuple[float, float]:
 @pytest.mark.parametrize(
     ("backends", "bidirectional"), [(BACKENDS, True), (("bptt",), False)]
 )  # two directions are a batch of two there, and elsewhere one after the other
-def test_error_against_torchs_own(
+def test_error_stays_near_torchs_own(
     cell: str, backends: tuple[str, ...], dtype: torch.dtype, bidirectional: bool
 ) -> None:
     sizes = {"bidirectional": bidirectional, "batch_first": True}
@@ -66,7 +66,7 @@ def test_error_against_torchs_own(
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_lengths_in_float32(cell: str, backend: str, bidirectional: bool) -> None:
+def test_lengths_in_float32_match_oracle(cell: str, backend: str, bidirectional: bool) -> None:
     """Whose kernels are others than float64's: oneDNN's among them."""
     for hidden in (3, 300):
         layer = masked(cell, INPUT, hidden, bidirectional=bidirectional, batch_first=True, backend=backend)
@@ -80,7 +80,7 @@ def test_lengths_in_float32(cell: str, backend: str, bidirectional: bool) -> Non
         assert max(errors(found, truth)) < 1e-5
 
 
-def test_second_derivatives_in_float32(cell: str, backend: str) -> None:
+def test_second_derivatives_in_float32_match_scan(cell: str, backend: str) -> None:
     layer = masked(cell, backend=backend, bidirectional=True)
     x = torch.randn(6, 3, INPUT, requires_grad=True)
 
@@ -97,7 +97,7 @@ def test_second_derivatives_in_float32(cell: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_results_keep_the_inputs_dtype(cell: str, backend: str, dtype: torch.dtype) -> None:
+def test_results_keep_input_dtype(cell: str, backend: str, dtype: torch.dtype) -> None:
     layer = masked(cell, backend=backend, num_layers=2, bidirectional=True).to(dtype)
     x = torch.randn(5, 3, INPUT).to(dtype).requires_grad_()
     output, last = layer(x, lengths=[5, 0, 2])
@@ -118,7 +118,7 @@ def test_results_keep_the_inputs_dtype(cell: str, backend: str, dtype: torch.dty
     ),
     ids=str,
 )
-def test_autocast(cell: str, backend: str, case: dict[str, Any]) -> None:
+def test_autocast_matches_torch_dtypes(cell: str, backend: str, case: dict[str, Any]) -> None:
     """The dtypes that torch.nn returns, and values as near the truth as its own."""
     ours, theirs = masked(cell, flatten_hidden=False, backend=backend), plain(cell)
     theirs.load_state_dict(ours.state_dict())
@@ -149,7 +149,9 @@ def test_autocast(cell: str, backend: str, case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("kind", ["native", "ops"])
-def test_a_backward_under_autocast(cell: str, bidirectional: bool, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backward_under_autocast_is_unchanged(
+    cell: str, bidirectional: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is the backward that runs outside, bit for bit, over several chunks too; so is the operator's."""
     if kind == "ops":
         monkeypatch.setattr(library, "find", lambda: "left out here")
@@ -196,7 +198,7 @@ def test_large_values_saturate(cell: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_relu_that_grows_over_padding(backend: str, autocast: bool) -> None:
+def test_growing_relu_state_stays_finite_over_padding(backend: str, autocast: bool) -> None:
     """Its state would reach infinity there, and the weights' gradients 0 · inf = NaN."""
     layer = masked("rnn-relu", backend=backend, bidirectional=True)
     with torch.no_grad():

@@ -71,7 +71,7 @@ def counts_of(name: str, learns: bool) -> Counts:
         ("one step, lengths", False, Counts(44, 44, 13, 31)),
     ],
 )
-def test_an_eager_call_runs_little_python(name: str, learns: bool, most: Counts) -> None:
+def test_eager_call_runs_little_python(name: str, learns: bool, most: Counts) -> None:
     """A few calls more are allowed for what other tests have loaded into this process."""
     found = counts_of(name, learns)
     assert all(a <= b for a, b in zip(found, most, strict=True)), found

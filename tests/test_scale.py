@@ -92,7 +92,7 @@ def their_run(layer: Any, x: Tensor, states: Any, pulled: Any, dtype: torch.dtyp
 @pytest.mark.parametrize("what", ["input and state", "weight", "gradient"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_each_element(cell: str, dtype: torch.dtype, what: str, bidirectional: bool) -> None:
+def test_each_element_stays_near_torchs_error(cell: str, dtype: torch.dtype, what: str, bidirectional: bool) -> None:
     for scale in SCALES:
         ours, theirs, x, states, pulled = problem(cell, dtype, scale, what, bidirectional=bidirectional)
         truth = their_run(theirs, x, states, pulled, torch.float64)
@@ -105,7 +105,7 @@ def test_each_element(cell: str, dtype: torch.dtype, what: str, bidirectional: b
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_float64_against_float64(cell: str, backend: str, scale: float) -> None:
+def test_float64_matches_torch_at_every_scale(cell: str, backend: str, scale: float) -> None:
     """No wider type says what is right, but two ways of computing it differ by rounding alone."""
     ours, theirs, x, states, pulled = problem(cell, torch.float64, scale, "input and state", backend=backend)
     expected = their_run(theirs, x, states, pulled, torch.float64)
@@ -115,7 +115,7 @@ def test_float64_against_float64(cell: str, backend: str, scale: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_state_that_decays(cell: str, backend: str, dtype: torch.dtype) -> None:
+def test_decaying_state_keeps_its_digits(cell: str, backend: str, dtype: torch.dtype) -> None:
     """After the input has stopped: what is left of it after 60 steps has its digits still."""
     layer = masked(cell, INPUT, HIDDEN, batch_first=True, bias=False, backend=backend)
     for parameter in layer.parameters():
@@ -135,7 +135,7 @@ def test_a_state_that_decays(cell: str, backend: str, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_most_digits_at_every_scale(cell: str, backend: str, dtype: torch.dtype) -> None:
+def test_median_error_stays_near_torchs(cell: str, backend: str, dtype: torch.dtype) -> None:
     """Where terms cancel an element's error has no bound; most elements' have."""
     for scale in (1.0, 1e-3, 1e-6):
         ours = masked(cell, INPUT, HIDDEN, batch_first=True, bidirectional=True, bias=False, backend=backend).to(dtype)

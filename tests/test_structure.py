@@ -69,7 +69,7 @@ def test_imports_go_down(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
-def test_a_file_can_be_read_at_a_sitting(module: str) -> None:
+def test_file_has_at_most_350_lines(module: str) -> None:
     assert len(MODULES[module].read_text().splitlines()) <= 350
 
 
@@ -78,7 +78,7 @@ OF_TORCH = {"__init__"}
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
-def test_a_function_can_be_read_at_a_glance(module: str) -> None:
+def test_function_is_short_and_takes_few_arguments(module: str) -> None:
     """At most 60 lines, and at most eight arguments: a tuple holds what belongs together."""
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -89,7 +89,7 @@ def test_a_function_can_be_read_at_a_glance(module: str) -> None:
             assert node.end_lineno - node.lineno < 60, node.name
 
 
-def test_a_file_name_stands_once() -> None:
+def test_file_name_is_unique() -> None:
     """In the repository, but for the names that Python and GitHub give a meaning to."""
     root = Path(__file__).parent.parent
     folders = ("masked_rnn", "tests", "benchmarks", "examples", "docs")
@@ -105,7 +105,7 @@ TESTS = [path for path in Path(__file__).parent.rglob("*.py") if path.name != "m
 
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
-def test_no_test_reads_a_clock(path: Path) -> None:
+def test_tests_read_no_clock(path: Path) -> None:
     """On a busy machine it would fail: speed is measured in benchmarks/."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
@@ -113,12 +113,12 @@ def test_no_test_reads_a_clock(path: Path) -> None:
             assert called not in CLOCKS, f"line {node.lineno}"
 
 
-def test_hypothesis_reads_no_clock_either() -> None:
+def test_hypothesis_reads_no_clock() -> None:
     assert settings().deadline is None
     assert HealthCheck.too_slow in settings().suppress_health_check
 
 
-def test_one_module_asks_for_addresses() -> None:
+def test_one_module_reads_addresses() -> None:
     """`_memory.py` checks a tensor before it gives its address away."""
     asking = {module for module, path in MODULES.items() if "data_ptr" in path.read_text()}
     assert asking == {"_memory"}

@@ -42,7 +42,9 @@ def _is_mask(index: Any) -> bool:
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("given", ["lengths", "mask", "neither"])
-def test_no_op_waits(cell: str, bidirectional: bool, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padded_backend_never_waits(
+    cell: str, bidirectional: bool, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layer = masked(cell, num_layers=2, bidirectional=bidirectional, batch_first=True, backend="padded")
     x = torch.randn(3, 6, INPUT, requires_grad=True)
     values = {"lengths": torch.tensor([6, 0, 2]), "mask": torch.rand(3, 6) > 0.5, "neither": None}
@@ -56,7 +58,7 @@ def test_no_op_waits(cell: str, bidirectional: bool, given: str, monkeypatch: py
     assert x.grad is not None
 
 
-def test_the_mode_refuses_what_waits() -> None:
+def test_no_waiting_mode_refuses_waiting_ops() -> None:
     x = torch.randn(3)
     for waiting in (lambda: x.sum().item(), lambda: x.nonzero(), lambda: x[x > 0], lambda: bool(x.any())):
         with NoWaiting(), pytest.raises(AssertionError, match="waits for the device"):

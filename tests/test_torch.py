@@ -195,11 +195,11 @@ def found() -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_without(name: str, found: dict[str, str]) -> None:
+def test_layer_is_right_without_private_name(name: str, found: dict[str, str]) -> None:
     assert not found[name], found[name]
 
 
-def test_one_file_owns_them() -> None:
+def test_private_names_stand_in_one_file() -> None:
     """No other file reads a private name of torch."""
     private = re.compile(r"\btorch(?:\.\w+)*\._\w+|\bops\.(?:aten|mkldnn)\b")
     for path in SOURCE.rglob("*.py"):

@@ -62,7 +62,7 @@ def draw_layer(draw: st.DrawFn, cell: str) -> Any:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_calls_that_are_right(cell: str, loops: str) -> None:
+def test_right_calls_match_oracle(cell: str, loops: str) -> None:
     @settings(max_examples=CALLS, **COMMON)
     @given(st.data(), st.integers(0, 2**32 - 1))
     def run(data: st.DataObject, seed: int) -> None:
@@ -162,7 +162,7 @@ WRONG: list[Any] = [
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_calls_that_are_wrong(cell: str) -> None:
+def test_wrong_calls_raise_documented_errors(cell: str) -> None:
     @settings(max_examples=max(1, CALLS // 4), **COMMON)
     @given(st.data())
     def run(data: st.DataObject) -> None:
@@ -180,7 +180,7 @@ def test_calls_that_are_wrong(cell: str) -> None:
 
 
 @pytest.mark.parametrize("part", range(8))
-def test_memory_beside_a_tensor_is_not_touched(part: int) -> None:
+def test_memory_beside_tensors_is_not_touched(part: int) -> None:
     cases = guarded.random_cases(CALLS // 4, seed=1 + part)
     faults = guarded.run_cases(cases)
     assert not faults, {k: (cases[k], fault) for k, fault in faults.items()}
@@ -221,7 +221,7 @@ def train_for_long(_: int, path: str) -> None:
     Path(path).write_text(json.dumps(peaks))
 
 
-def test_the_oracle_can_fail() -> None:
+def test_comparison_notices_state_through_padding() -> None:
     """The comparison sees a state that runs through padding."""
     layer = masked("gru", batch_first=True).double()
     x, mask = torch.randn(2, 4, INPUT, dtype=torch.float64), torch.tensor([[1, 1, 0, 0], [1] * 4]).bool()

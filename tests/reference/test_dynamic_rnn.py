@@ -131,7 +131,7 @@ def test_layer_with_padding_and_lengths_equals_no_padding(kind, backend, bidirec
 
 
 @pytest.mark.parametrize("kind", ["GRU", "classic GRU", "LSTM", "RNN"])
-def test_reproduction_with_padding_and_lengths_equals_each_row_alone(kind):
+def test_reproduction_equals_each_row_alone(kind):
     rng = np.random.default_rng(4)
     (cell_fw, fw), (cell_bw, bw) = random_cell(kind, rng), random_cell(kind, rng)
     x = rng.normal(size=(N, T, I))
@@ -147,7 +147,7 @@ def test_reproduction_with_padding_and_lengths_equals_each_row_alone(kind):
                 assert_allclose(h[n : n + 1], expected_h, **CLOSE)
 
 
-def test_reproduction_by_hand():
+def test_reproduction_matches_hand_computed_sums():
     """A cell that sums what it reads, so that every number can be checked by eye."""
 
     def running_sum(x, state):
@@ -163,14 +163,14 @@ def test_reproduction_by_hand():
     assert_array_equal(states[1][0][:, 0], [107, 224, 300])
 
 
-def test_reverse_sequence_by_hand():
+def test_reverse_sequence_matches_hand_computed_rows():
     x = np.arange(1.0, 10).reshape(3, 3, 1)
     assert_array_equal(reverse_sequence(x, [3, 2, 0])[..., 0], [[3, 2, 1], [5, 4, 6], [7, 8, 9]])
     assert_array_equal(reverse_sequence(x, None)[..., 0], [[3, 2, 1], [6, 5, 4], [9, 8, 7]])
 
 
 @pytest.mark.parametrize("scale", [0, 1])
-def test_the_two_gru_forms_agree_only_without_recurrent_weights(scale):
+def test_gru_forms_agree_only_without_recurrent_weights(scale):
     rng = np.random.default_rng(5)
     W_ih, W_hh = rng.normal(size=(3 * H, I)), scale * rng.normal(size=(3 * H, H))
     b_ih = rng.normal(size=3 * H)

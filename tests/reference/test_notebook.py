@@ -130,7 +130,7 @@ RUNS = {
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize("column", range(3), ids=INPUTS)
 @pytest.mark.parametrize("system", TABLES)
-def test_table(system, column, run):
+def test_printed_table_is_reproduced(system, column, run):
     table = TABLES[system]
     steps, lengths = list(INPUTS.values())[column]
     x = np.eye(4)[IDS[:steps]][None]

@@ -293,7 +293,7 @@ def classic(tf):
     return Classic(output, last, alone, weights)
 
 
-def test_tensorflow_with_padding_and_lengths_equals_each_row_alone(classic):
+def test_tensorflow_equals_each_row_alone(classic):
     _, lengths, hx = classic_problem()
     alone = iter(classic.alone)
     for n, length in enumerate(lengths):
