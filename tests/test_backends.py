@@ -1,4 +1,4 @@
-"""Which backend runs a call, and why."""
+"""Tests which backend runs a call, and why."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_auto_trains_on_bptt_on_cpu(cell: str, form: str, ran: list[str]) -> Non
     assert ran[1:] == ["bptt"]
 
 
-# (cell, batch, hidden, lengths, whether gradients are wanted, what runs); 20 steps.
+# (cell, batch, hidden, lengths, whether gradients are wanted, the backend that runs); 20 steps.
 FULL, HALF, ONE = "none", "half", "one long"
 CHOICES = [
     ("gru", 1, 8, FULL, False, "bptt"),
@@ -62,7 +62,7 @@ CHOICES = [
     # N * width < 1400 + 1.6 * half of it
     ("lstm", 54, 128, HALF, False, "padded"),
     ("lstm", 55, 128, HALF, False, "bptt"),
-    # The same work, most of it padding; and a small layer, whose rows cost as much as 16 wide.
+    # The same work, but most of it is padding. Then a small layer, whose rows cost as much as 16 wide.
     ("lstm", 54, 128, ONE, False, "bptt"),
     ("lstm", 512, 4, ONE, False, "bptt"),
     ("lstm", 512, 4, ONE, True, "bptt"),
@@ -79,7 +79,7 @@ CHOICES = [
 def test_auto_prefers_lstm_kernel_for_small_full_batches(
     batch: int, hidden: int, expected: str, learns: bool, ran: list[str]
 ) -> None:
-    """T * N * width < 10,000, where every step is real"""
+    """The kernel is faster if T * N * width < 10,000 and every step is real."""
     expected = expected if torch.backends.mkldnn.is_available() else "bptt"
     layer, x = masked("lstm", INPUT, hidden), torch.randn(20, batch, INPUT)
     with torch.set_grad_enabled(learns):
@@ -91,7 +91,7 @@ def test_auto_prefers_lstm_kernel_for_small_full_batches(
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="without oneDNN")
 def test_autocast_keeps_lstm_kernel_for_full_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our own loops have not its precision."""
+    """Our own loops do not have the precision of the kernel."""
     monkeypatch.setattr(kernels, "lstm_kernel_runs", lambda *_: True)
     call = open_call(masked("lstm", INPUT, 64), torch.randn(20, 8, INPUT), None, None, None, None)
     native = library.runs(torch.float32)
@@ -162,7 +162,7 @@ def test_forced_backend_runs(cell: str, backend: str, form: str, ran: list[str])
 
 @pytest.mark.parametrize("at_once", [False, True])
 def test_auto_chooses_backend_on_gpu(at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On an accelerator: by where the lengths lie, and whether a kernel runs all steps of a padded batch at once."""
+    """`auto` follows the device of the lengths, and whether a kernel runs all steps of a padded batch at once."""
     capturing = False
     monkeypatch.setattr(_dispatch, "runs_all_steps_at_once", lambda *_: at_once)
     there, here = (SimpleNamespace(device=SimpleNamespace(type=name)) for name in ("xpu", "cpu"))
@@ -186,7 +186,7 @@ def test_auto_chooses_backend_on_gpu(at_once: bool, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("mode", ["is_traced", "is_transformed", "is_recorded", "is_fake", ""])
 def test_pinned_memory_is_used_only_in_eager_calls(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph that is recorded would read it at each replay."""
+    """A recorded graph would read the pinned memory at each replay."""
     there: Any = SimpleNamespace(type="cuda")
     host: Any = SimpleNamespace(is_cpu=True, to=lambda device, **_: "moved")
     pinned: Any = SimpleNamespace(copy_=lambda _: SimpleNamespace(to=lambda device, non_blocking: "pinned"))
@@ -201,7 +201,7 @@ def test_pinned_memory_is_used_only_in_eager_calls(mode: str, monkeypatch: pytes
 
 @pytest.mark.parametrize("name", ["GRU", "LSTM", "RNN"])
 def test_cudnn_runs_all_steps_within_size_limit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in PyTorch's `get_algo`: never in float64, and in backward for smaller layers than in forward."""
+    """The limits are PyTorch's, in `get_algo`: never in float64, and in backward for smaller layers than in forward."""
     mode = name if name != "RNN" else "RNN_TANH"
     assert not kernels.runs_all_steps_at_once(mode, X, 8, 0, False)
     monkeypatch.setattr(kernels, "runs_cudnn", lambda _x: True)
@@ -243,7 +243,7 @@ def test_backend_registry_lists_each_by_name() -> None:
 def test_autocast_falls_back_without_lstm_kernel(
     dtype: torch.dtype, given: dict[str, Any], ran: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`auto` runs whatever the CPU; a forced kernel that it lacks is refused."""
+    """`auto` runs on every CPU. A forced backend is refused if the CPU lacks its kernel."""
     layer = masked("lstm", batch_first=True)
     with torch.autocast("cpu", dtype):
         output, (h, _) = layer(X, **given)
@@ -279,7 +279,7 @@ def _asks_anew() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_asks_anew")
 def test_lstm_kernel_probe_is_right_in_any_mode() -> None:
-    """The answer is kept for good: a mode in which nothing is computed must not give it."""
+    """The answer is cached for good, so it must not come from a mode in which nothing is computed."""
     for case in product((torch.bfloat16, torch.float16), (False, True), (1, 2)):
 
         def ask(case: Any = case) -> bool:
@@ -298,11 +298,11 @@ def test_lstm_kernel_probe_is_right_in_any_mode() -> None:
 
 
 def played_lstm(inference: bool, training: bool) -> Any:
-    """The kernel of a CPU whose oneDNN has some of its forms under autocast, and no others."""
+    """Returns the kernel of a CPU whose oneDNN has only some of its forms under autocast."""
     kernel = _torch.KERNELS["LSTM"]
 
     def run(x: Tensor, hx: Any, *more: Any) -> Any:
-        if isinstance(hx, Tensor) or not torch.is_autocast_enabled("cpu"):  # packed rows do not go to oneDNN
+        if isinstance(hx, Tensor) or not torch.is_autocast_enabled("cpu"):  # oneDNN does not run packed rows
             return kernel(x, hx, *more)
         if not (training if torch.is_grad_enabled() else inference):
             raise RuntimeError("could not create a primitive descriptor for the LSTM forward propagation primitive")
@@ -329,7 +329,7 @@ def test_autocast_adapts_to_onednn_kernels_of_cpu(
     ran: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A kernel for both, for inference alone, or for none: what `auto` takes runs, and what is forced says why not."""
+    """The CPU has a kernel for both, for inference, or for none. `auto` runs; a forced backend gives its reason."""
     monkeypatch.setitem(_torch.KERNELS, "LSTM", played_lstm(inference, training))
     options = {"num_layers": 2, "bidirectional": True, "batch_first": True, "dropout": dropout}
     layer = masked("lstm", **options)
@@ -341,7 +341,7 @@ def test_autocast_adapts_to_onednn_kernels_of_cpu(
             output, _ = layer(x, **given)
             assert output.dtype == dtype
             if not given:
-                # Where dropout is drawn, a pass without gradients must choose as the one with them.
+                # With dropout, a pass without gradients must choose the same backend as one with gradients.
                 assert ran[-1] == ("padded" if (training if dropout else there) else "bptt")
             for layer.backend in ("padded", *(() if given else ("packed",))):
                 if there:

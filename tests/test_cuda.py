@@ -1,4 +1,4 @@
-"""On CUDA, where PyTorch's kernels are cuDNN's: values, waits, capture, autocast and second derivatives."""
+"""Tests on CUDA, where PyTorch's kernels are cuDNN's: values, waits, capture, autocast and second derivatives."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LENGTHS = [3, 4, 0, 1]
 HOLES = torch.tensor([[0, 0, 1, 0, 1], [1, 0, 1, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
 RESETS = torch.tensor([[0, 1, 0, 0, 1], [1, 0, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 1, 0]], dtype=torch.bool)
 NONE = torch.zeros(4, STEPS, dtype=torch.bool)
-FORMS = {  # what is given, and what it means
+FORMS = {  # the arguments, and the mask that they mean
     "list": ({"lengths": LENGTHS}, prefix_mask(LENGTHS, STEPS)),
     "host": ({"lengths": torch.tensor(LENGTHS)}, prefix_mask(LENGTHS, STEPS)),
     "device": ({"lengths": torch.tensor(LENGTHS)}, prefix_mask(LENGTHS, STEPS)),
@@ -57,7 +57,7 @@ FORMS = {  # what is given, and what it means
 
 @pytest.fixture(autouse=True)
 def _every_digit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No TensorFloat-32, which cuDNN's RNNs take by default."""
+    """Turns off TensorFloat-32, which cuDNN's RNNs use by default."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
@@ -103,7 +103,7 @@ def test_cuda_matches_float64_oracle(
                 assert not padded[~mask].any()
 
 
-# The form of input, how many steps, and what is given.
+# The form of input, the number of steps, and the arguments.
 STREAMS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "whole": ("padded", STEPS, {}),
     "list": ("padded", STEPS, {"lengths": LENGTHS}),
@@ -127,7 +127,7 @@ STREAMS: dict[str, tuple[str, int, dict[str, Any]]] = {
 
 
 def arranged(form: str, x: Tensor) -> Any:
-    """x (N, T, I) in a form of input."""
+    """Brings x (N, T, I) into a form of input."""
     lengths = [3, 5, 1, 2] if form in ("packed-unsorted", "nested") else [5, 3, 2, 1]
     rows = [row[:n] for row, n in zip(x, lengths, strict=True)]
     if form.startswith("packed"):
@@ -251,13 +251,13 @@ def test_autocast_matches_torch_dtypes_and_oracle(
     wanted = {"x": x, **{f"hx[{s}]": h for s, h in enumerate(states)}, **dict(layer.named_parameters())}
     cast = [c.to("cuda", t.dtype) for c, t in zip(pulled, (output, *lasts), strict=True)]
     found = home(Run(output, lasts).pull_back(cast, wanted))
-    # Gradients of weights add up over steps and rows.
+    # Gradients of weights, and their errors, add up over steps and rows.
     assert_same(Run(found.output, found.states), expected, atol)
     assert_same(found, expected, 10 * atol)
 
 
 def test_second_derivatives_match_cpu(cell: str, backend: str) -> None:
-    """cuDNN's backward has none of its own."""
+    """cuDNN's backward has no derivative of its own."""
     layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=backend).double()
 
     def penalty(own: Any, device: str) -> list[Tensor]:
@@ -317,7 +317,7 @@ def test_dropout_is_redrawn_alike_by_checkpoint(cell: str, backend: str) -> None
         return [leaf.grad, *(p.grad for p in layer.parameters())]
 
     expected = gradients(run)
-    for use_reentrant in (False, True):  # the latter runs once without gradients, and once with
+    for use_reentrant in (False, True):  # True runs once without gradients, and once with them
         again = partial(checkpoint, run, use_reentrant=use_reentrant)
         for a, b in zip(gradients(again), expected, strict=True):
             torch.testing.assert_close(a, b)
@@ -326,7 +326,6 @@ def test_dropout_is_redrawn_alike_by_checkpoint(cell: str, backend: str) -> None
 
 @pytest.mark.parametrize("form", ["packed", "nested"])
 def test_packed_and_nested_input_match_cpu(cell: str, backend: str, form: str) -> None:
-    """A PackedSequence, and a nested tensor."""
     layer = masked(cell, num_layers=2, bidirectional=True, backend=backend).double()
     rows = [torch.randn(n, INPUT, dtype=torch.float64) for n in (3, 5, 1)]
 
@@ -348,7 +347,7 @@ def test_packed_and_nested_input_match_cpu(cell: str, backend: str, form: str) -
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # the compiler's own trial
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # from a trial of the compiler
 def test_compiled_layer_matches_eager(cell: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`reduce-overhead` records a CUDA graph."""
     monkeypatch.setattr(torch._dynamo.config, "allow_rnn", True)
@@ -367,7 +366,7 @@ def test_compiled_layer_matches_eager(cell: str, mode: str, monkeypatch: pytest.
 
 
 def test_length_out_of_range_fails_device_assertion() -> None:
-    """By an assertion that ends the process's use of it, so in a process of its own."""
+    """The assertion makes the device unusable for its process, so the call runs in a process of its own."""
     code = (
         "import torch, masked_rnn\n"
         "gru = masked_rnn.MaskedGRU(2, 2, batch_first=True).cuda()\n"

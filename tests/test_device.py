@@ -1,4 +1,4 @@
-"""On a device that is not the CPU: what is computed there, and what waits for it."""
+"""Tests on a device that is not the CPU: results, and ops that wait for the device."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ CALLS = [  # the form, num_layers, bidirectional, batch_first, hx
     ("device-resets-alone", 1, True, True, "whole"),
 ]
 UP = ["upload"]
-WAITS = {  # with lengths on the host, a mask on the host, and either on the device
+WAITS = {  # for lengths on the host, a mask on the host, and either on the device
     "auto": (2 * UP, UP, []),
-    # A mask goes there and back.
+    # A mask is copied to the device and back.
     "packed": (2 * UP, [*UP, "_to_copy", *2 * UP], ["_to_copy", *2 * UP]),
     "padded": (UP, UP, []),
     "scan": (UP, UP, []),
@@ -95,7 +95,7 @@ def to(device: Any, value: Any) -> Any:
 
 
 def home(run: Run) -> Run:
-    """The run on the CPU; all of it has to be on the device."""
+    """Moves a run to the CPU. All of it has to be on the device."""
     tensors = [run.output, *run.states, *run.gradients.values()]
     assert all(isinstance(t, SimulatedTensor) for t in tensors)
     return Run(run.output.cpu(), tuple(to("cpu", run.states)), to("cpu", run.gradients))
@@ -141,7 +141,7 @@ EDGES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 
 
 def outcome(layer: Any, x: Any, leaf: Tensor, **given: Any) -> list[Tensor]:
-    """The output, the last states and the gradients, on the CPU; all of them have to be where the leaf is."""
+    """Returns the output, last states and gradients on the CPU. All of them have to be on the leaf's device."""
     output, last = layer(x, **given)
     if isinstance(output, PackedSequence):
         output, _ = pad_packed_sequence(output, layer.batch_first)
@@ -211,10 +211,10 @@ def test_second_derivatives_match_cpu(layer: Any) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_device_ops_wait_only_where_documented(cell: str, form: str) -> None:
-    """Nothing, forward and backward, but for `packed`, which has to read lengths that are on the device.
+    """No op waits, forward or backward, except in `packed`, which has to read lengths that are on the device.
 
-    What the host knows is copied to the device: the lengths or the mask, or the two indices that `packed` makes of
-    them. That waits too, if only for the copy.
+    Lengths or a mask on the host are copied to the device, or the two indices that `packed` makes of them. The copy
+    waits too, but only for itself.
     """
     for backend in WAITS:
         layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=backend).to(DEVICE)
@@ -228,14 +228,14 @@ def test_device_ops_wait_only_where_documented(cell: str, form: str) -> None:
 
 @pytest.mark.parametrize("form", WITH_RESETS)
 def test_resets_wait_only_where_documented(cell: str, form: str, ran: list[str]) -> None:
-    """`auto` cuts rows at their resets on the host, which has to read what is on the device; `scan` reads nothing."""
+    """`auto` cuts rows at their resets on the host, which has to read tensors of the device. `scan` reads nothing."""
     for backend in ("auto", "scan"):
         layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=backend).to(DEVICE)
         x = torch.randn(4, STEPS, INPUT).to(DEVICE).requires_grad_()
         with watching() as waits:
             output, last = layer(x, **WITH_RESETS[form])
             (output.sum() + sum(h.sum() for h in as_tuple(last))).backward()
-        # A mask goes there first.
+        # A mask is copied to the device first.
         assert ("_to_copy" in waits) == (
             backend == "auto" and (form.startswith("device") or form == "host-resets-mask")
         )
@@ -245,7 +245,7 @@ def test_resets_wait_only_where_documented(cell: str, form: str, ran: list[str])
 
 
 def test_auto_pads_rows_unless_mostly_padding(cell: str, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a kernel runs all steps at once; but not those that are nearly all padding."""
+    """Rows are padded if a kernel runs all steps at once, unless they would be nearly all padding."""
     monkeypatch.setattr(_dispatch, "runs_all_steps_at_once", lambda *_: True)
     layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True).double()
     there, x = copy.deepcopy(layer).to(DEVICE), torch.randn(16, 30, INPUT, dtype=torch.float64)
@@ -270,7 +270,7 @@ def test_wrong_lengths_on_device_raise_without_waiting(backend: str) -> None:
     for lengths, fault in (([STEPS + 1, 1], "out of range"), ([1, -1], "out of range"), ([1, 2], "must decrease")):
         with watching() as waits, pytest.raises(RuntimeError, match=fault):
             layer(x, lengths=torch.tensor(lengths).to(DEVICE))
-        assert waits == ["upload"]  # the test's own
+        assert waits == ["upload"]  # of the test's own lengths
         with watching() as waits, pytest.raises(ValueError, match=r"lengths"):
             layer(x, lengths=lengths)
         assert not waits
@@ -278,7 +278,7 @@ def test_wrong_lengths_on_device_raise_without_waiting(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", WAITS)
 def test_device_without_async_assert_reads_lengths(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on MPS and XPU: lengths are read there, and an error names the element."""
+    """As on MPS and XPU, lengths are read from the device, and an error names the element."""
 
     def lacking(*_: Any) -> None:
         raise NotImplementedError("The operator 'aten::_assert_async.msg' is not implemented for this device")
@@ -303,7 +303,7 @@ def test_device_without_async_assert_reads_lengths(backend: str, monkeypatch: py
 
 @pytest.fixture
 def _captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph is being recorded there: what waits, or is copied from the host, would end the recording."""
+    """Makes the device record a graph. A wait, or a copy from the host, would end the recording."""
     for module in (context, _torch):
         monkeypatch.setattr(module, "is_capturing", lambda device: device.type == DEVICE.type)
 
@@ -311,7 +311,7 @@ def _captured(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_captured")
 @pytest.mark.parametrize("form", [*FORMS, *WITH_RESETS])
 def test_graph_capture_refuses_host_values(cell: str, backend: str, form: str) -> None:
-    """What has to come from the host is refused in words, and nothing waits."""
+    """A call that needs values from the host is refused with the reason. Other calls run and never wait."""
     layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=backend)
     there, given = copy.deepcopy(layer).to(DEVICE), {**FORMS, **WITH_RESETS}[form]
     x = torch.randn(4, STEPS, INPUT)
@@ -370,7 +370,7 @@ def test_capture_check_asks_tensors_device(monkeypatch: pytest.MonkeyPatch) -> N
 def test_auto_uses_padded_within_cudnn_limits(
     most: int, more: int, ran: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`padded` where PyTorch has cuDNN run all steps at once: by dtype, size, and gradient. Dropout counts as one."""
+    """`auto` takes `padded` if cuDNN runs all steps at once, by dtype, size and gradient. Dropout counts as one."""
     with_cudnn(monkeypatch, lambda x: isinstance(x, SimulatedTensor))
     cell = "gru" if most == 128 else "rnn-tanh"
 
@@ -386,7 +386,7 @@ def test_auto_uses_padded_within_cudnn_limits(
 
 
 def test_lengths_follow_input_device_but_hx_does_not(backend: str) -> None:
-    """Lengths and masks follow the input; the input and hx follow nothing."""
+    """Lengths and masks are moved to the input's device. The input and hx are not moved."""
     layer = masked("gru", batch_first=True, backend=backend)
     x = torch.randn(4, STEPS, INPUT)
     forms = {**FORMS, **WITH_RESETS}

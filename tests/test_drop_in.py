@@ -1,4 +1,4 @@
-"""The layer where code has torch.nn's: module protocol, weights, checkpoints, subclassing, threads."""
+"""The layer in place of torch.nn's: module protocol, weights, checkpoints, subclassing, threads."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_converted_layer_shares_parameters(cell: str) -> None:
 
 
 def test_converted_layer_keeps_h_n_layout(cell: str) -> None:
-    """`h_n[-1]` is the top layer's state where torch.nn's layer stood; flattened it is the last sequence's."""
+    """`h_n[-1]` stays the top layer's state, as in torch.nn's layer. If flattened, it would be the last sequence's."""
     theirs = plain(cell, num_layers=2, batch_first=True)
     ours = FROM[CELLS[cell][0]](theirs)
     assert ours.flatten_hidden is False
@@ -184,7 +184,7 @@ def test_converted_layer_keeps_computed_weights(cell: str, how: str) -> None:
 
 
 def test_converted_pruned_layer_leaves_out_extra_module() -> None:
-    """The other is no weight of the recurrence."""
+    """The other module holds no weight of the recurrence."""
     theirs = nn.GRU(INPUT, 3, batch_first=True)
     theirs.extra = nn.BatchNorm1d(2)
     prune.random_unstructured(theirs, "weight_ih_l0", 0.5)
@@ -236,7 +236,7 @@ def test_frozen_layer_still_passes_gradient_to_input(cell: str, backend: str) ->
 
 
 class Tagger(MaskedGRU):
-    """A model that is the layer, with a forward of its own."""
+    """A model that subclasses the layer, with a forward of its own."""
 
     def __init__(self, classes: int) -> None:
         super().__init__(INPUT, 3, batch_first=True, bidirectional=True)
@@ -326,7 +326,7 @@ def test_parametrized_weights_are_used() -> None:
 
 
 def test_dropout_acts_only_between_layers(cell: str, backend: str) -> None:
-    """As torch.nn's in distribution: kept values are scaled; none before the first layer or after the last."""
+    """Kept values are scaled, as in torch.nn. There is no dropout before the first layer or after the last."""
     layer = masked(cell, num_layers=2, dropout=0.5, backend=backend, batch_first=True)
     lengths = [2, 6, 0]
     torch.manual_seed(5)
@@ -351,7 +351,7 @@ def test_dropout_acts_only_between_layers(cell: str, backend: str) -> None:
 
 
 def test_dropout_keeps_the_mean(backend: str) -> None:
-    """Over many draws, what the second layer reads keeps its mean."""
+    """Over many draws, the second layer's input keeps its mean."""
     layer = MaskedRNN(1, 1, 2, nonlinearity="relu", dropout=0.25, bias=False, backend=backend)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -380,7 +380,7 @@ def test_signature_adds_three_options_to_torchs(kind: Any) -> None:
 
 
 def test_device_and_dtype_keep_documented_positions() -> None:
-    """torch.nn takes what stands in `device`'s place in a GRU or an RNN for a `proj_size`."""
+    """In a GRU or an RNN, torch.nn reads a positional `device` as `proj_size`."""
     for layer in (
         MaskedGRU(4, 3, 2, True, False, 0.0, True, "meta", torch.float64),
         MaskedLSTM(4, 3, 2, True, False, 0.0, True, 2, "meta", torch.float64),

@@ -1,4 +1,4 @@
-"""Wrong input: the right type, the element, both values and the cure, before anything is computed."""
+"""Wrong input raises the right type, and names the element, both values and the cure, before anything is computed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LENGTHS: list[tuple[Any, type[Exception], str]] = [
     (torch.tensor(3), ValueError, r"lengths must have one dimension.*Expected shape \(3,\)"),
     ([[1], [2], [3]], ValueError, r"lengths must have one dimension, but lengths\[0\] is \[1\]"),
     (torch.tensor([1.0, 2.0, 3.0]), TypeError, r"dtype is torch\.float32.*Use lengths\.long\(\)\.$"),
-    # No hint where following it gives a wrong result.
+    # There is no hint if following it would give a wrong result.
     (torch.tensor([1.5, 2.0, 3.0]), TypeError, r"dtype is torch\.float32.*integer dtype\.$"),
     (torch.tensor([1.0, torch.nan, 3.0]), TypeError, r"dtype is torch\.float32.*integer dtype\.$"),
     (
@@ -76,7 +76,7 @@ def test_wrong_lengths_are_refused(lengths: Any, kind: type[Exception], words: s
 
 
 def test_checks_run_for_every_cell_and_backend(cell: str, backend: str) -> None:
-    """The checks stand before the choice: what they refuse is tried with one cell here."""
+    """The checks run before the choice of a backend, so the other tests of this file try one cell."""
     layer = masked(cell, batch_first=True, backend=backend)
     with pytest.raises(ValueError, match=r"lengths\[1\] = 7, but the input has only 6 time steps"):
         layer(X, lengths=[6, 7, 2])
@@ -124,7 +124,7 @@ def test_mask_of_wrong_shape_or_type_is_refused(mask: Any, kind: type[Exception]
 @pytest.mark.parametrize("name", ["mask", "resets"])
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_marks_with_trailing_dimension_suggest_squeeze(name: str, batch_first: bool) -> None:
-    """As TorchRL's `is_init`."""
+    """TorchRL's `is_init` has such a dimension."""
     layer = masked("gru", batch_first=batch_first)
     x, marks = (X, MASK) if batch_first else (X.transpose(0, 1), MASK.t())
     for input, own in ((x, marks), (X[0], MASK[0])):
@@ -138,7 +138,7 @@ def test_marks_with_trailing_dimension_suggest_squeeze(name: str, batch_first: b
     [
         (MASK.long(), r"torch\.int64\. Use mask\.bool\(\)\.$"),
         (MASK.float(), r"torch\.float32\. Use mask\.bool\(\)\.$"),
-        (torch.where(MASK, 0.0, -torch.inf), r"dtype is torch\.float32\.$"),  # all 0: all real, or nothing
+        (torch.where(MASK, 0.0, -torch.inf), r"dtype is torch\.float32\.$"),  # all 0 may mean all real, or nothing
         (MASK.long() * 0, r"torch\.int64\. Use mask\.bool\(\)\.$"),
         (torch.tensor([[0.0, -torch.inf] * 3] * 3), r"added to scores, 0 at real steps: use mask == 0\.$"),
         (torch.rand(3, 6) + 1.5, r"dtype is torch\.float32\.$"),
@@ -154,7 +154,7 @@ LIKE_LENGTHS = [[3, 1, 2], (3, 1, 2), torch.tensor([3, 1, 2]), np.array([3, 1, 2
 
 @pytest.mark.parametrize("lengths", LIKE_LENGTHS, ids=str)
 def test_lengths_passed_as_hx_are_refused(lengths: Any, cell: str) -> None:
-    """`gru(x, lengths)`, as one would write it."""
+    """Users may write `gru(x, lengths)`."""
     words = r"the second argument, hx, is the initial state, but got whole numbers.*pass lengths=\.\.\."
     layer = masked(cell, batch_first=True)
     with pytest.raises(TypeError, match=words):
@@ -200,7 +200,7 @@ def test_packed_and_nested_input_refuse_lengths_and_mask(given: dict[str, Any]) 
 def test_packed_sequence_with_wrong_fields_is_refused(
     cell: str, rows: int, sizes: list[int], order: list[int] | None, words: str
 ) -> None:
-    """Its constructor checks nothing: the native loops would read past its memory."""
+    """The constructor of PackedSequence checks nothing, so the native loops would read past its memory."""
     places = None if order is None else torch.tensor(order)
     packed = PackedSequence(torch.zeros(rows, INPUT), torch.tensor(sizes), places, places)
     with pytest.raises(ValueError, match=f"a PackedSequence's {words}. Make it by"):
@@ -258,7 +258,7 @@ def packed(data: Tensor, order: list[int] | None = None) -> PackedSequence:
 
 
 def states(layer: Any, *shape: int | None) -> Any:
-    """hx of this shape, None standing for each state's own width."""
+    """Returns hx of this shape. None stands for each state's own width."""
     widths = [layer.proj_size or layer.hidden_size, layer.hidden_size][: 2 if layer.mode == "LSTM" else 1]
     made = [torch.zeros([w if n is None else n for n in shape]) for w in widths]
     return made[0] if len(made) == 1 else tuple(made)
@@ -298,7 +298,7 @@ REFUSED: dict[str, tuple[Any, tuple[int | None, ...] | None]] = {
 
 
 def refused_by_torch(layer: Any, x: Any, hx: Any) -> Exception:
-    """Its error, in the words of the torch that is installed."""
+    """Returns torch's error, in the words of the installed release."""
     if isinstance(x, PackedSequence) and layer.mode == "LSTM":
         # nn.LSTM has this check, and does not call it for a PackedSequence.
         hx = states(layer, 1, 3, None) if hx is None else hx
@@ -339,7 +339,7 @@ def test_wrong_cell_state_is_refused_in_torchs_words(x: Any, cell: str) -> None:
     h, c = states(layer, 1, 3, None)
     expected = refused_by_torch(theirs, x, (h, c[:, :2]))
     assert str(refused(layer, x, (h, c[:, :2]))).startswith(str(expected))
-    # A flattened state is right: the other one is named.
+    # A flattened h is right, so the error names c.
     assert str(refused(layer, x, (h.flatten(0, 1), c[:, :2]))).startswith(str(expected))
     if isinstance(x, Tensor):
         both = masked(cell, batch_first=True, bidirectional=True)
@@ -404,7 +404,7 @@ def test_error_leaves_random_state_unchanged() -> None:
 
 
 def test_hx_of_other_dtype_is_named_in_error(cell: str) -> None:
-    """torch says what its kernel stumbles over: ours names hx."""
+    """torch's error is the one of its kernel. Ours names hx."""
     layer = masked(cell, batch_first=True)
     hx = states(layer.double(), 1, 3, None)
     refused_by_torch(plain(cell, batch_first=True).double(), X.double(), hx)

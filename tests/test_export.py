@@ -120,6 +120,7 @@ def test_exported_layer_trains(cell: str) -> None:
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
     output = exported(x, lengths)[0]
-    found = torch.autograd.grad(output.mul_(2).square().sum(), parameters)  # in place, as it is allowed on any layer's
+    # An in-place change is allowed, as on any layer's output.
+    found = torch.autograd.grad(output.mul_(2).square().sum(), parameters)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, 4 * b)

@@ -1,4 +1,4 @@
-"""Calls of few steps: PyTorch's kernel over the padded batch runs them, without a choice."""
+"""Calls of few steps run PyTorch's kernel over the padded batch, without a choice of the backend."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def laid(layer: Any, x: Tensor, given: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """x (N, T, I) and marks (N,) of one step, as the layer wants them."""
+    """Brings x (N, T, I) and marks (N,) of one step into the layer's layout."""
     given = {name: value if name == "lengths" else value.unsqueeze(1) for name, value in given.items()}
     if layer.batch_first:
         return x, given
@@ -59,7 +59,7 @@ def results_and_gradients(layer: Any, x: Tensor, states: tuple[Tensor, ...] | No
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("has_state", [False, True])
 def test_few_steps_match_scan(cell: str, given: str, options: dict[str, Any], has_state: bool, ran: list[str]) -> None:
-    """`scan` is held to the oracle elsewhere. Rows without a step hold garbage in the input, NaN in the state too."""
+    """Other tests compare `scan` with the oracle. Rows without a step hold NaN in the input, and in the state too."""
     steps, more = GIVEN[given]
     layer = masked(cell, **options).double()
     x = torch.randn(N, steps, INPUT, dtype=torch.float64)
@@ -160,7 +160,7 @@ def test_forced_backend_runs(cell: str, name: str, ran: list[str]) -> None:
 
 
 def changed(cell: str, how: str) -> tuple[Any, Any]:
-    """A layer whose weights are not its list's, and one whose parameters are what they come to."""
+    """Returns a layer with computed or replaced weights, and one whose parameters are the resulting weights."""
     layer = masked(cell)
     if how == "parametrized":
         parametrizations.weight_norm(layer, "weight_hh_l0")
@@ -169,7 +169,7 @@ def changed(cell: str, how: str) -> tuple[Any, Any]:
         prune.random_unstructured(layer, "weight_ih_l0", 0.5)
         prune.random_unstructured(layer, "weight_hh_l0", 0.5)
     elif how == "plain":
-        for name in list(layer._parameters):  # as a replica of DataParallel has them
+        for name in list(layer._parameters):  # as in a replica of DataParallel
             layer.__dict__[name] = layer._parameters.pop(name).data + 1
     else:
         layer._parameters["weight_hh_l0"] = nn.Parameter(layer.weight_hh_l0 + 1)  # as functional_call does
@@ -197,7 +197,7 @@ def test_subclass_with_more_parameters_runs(cell: str, ran: list[str]) -> None:
 
 
 def test_transforms_of_one_step_run(cell: str, ran: list[str]) -> None:
-    """Of one step: the gradient of each sample, and a derivative forward."""
+    """Covers per-sample gradients and forward-mode derivatives of one step."""
     layer = masked(cell)
     x = torch.randn(3, 1, 1, INPUT)
     each = torch.func.vmap(torch.func.grad(lambda x: layer(x)[0].sum()))(x)
@@ -215,7 +215,7 @@ def test_transforms_of_one_step_run(cell: str, ran: list[str]) -> None:
 
 
 def test_autocast_uses_padded_where_cpu_has_kernel(cell: str, ran: list[str]) -> None:
-    """Whose kernels this CPU may lack."""
+    """The CPU may lack the LSTM kernel for autocast."""
     with torch.autocast("cpu", torch.bfloat16):
         output, _ = masked(cell)(X)
     assert ran == ["bptt" if cell == "lstm" and not lstm_kernel_runs(torch.bfloat16, True, 1) else "padded"]
@@ -249,7 +249,7 @@ def test_enforce_sorted_refuses_unsorted_lengths() -> None:
 
 @pytest.mark.parametrize("with_lengths", [False, True])
 def test_gradient_ignores_later_changes_by_caller(cell: str, with_lengths: bool) -> None:
-    """Buffers of resets and lengths, changed in place before the gradient is asked for."""
+    """The caller changes its buffers of resets and lengths in place before it asks for the gradient."""
     layer = masked(cell)
     states = [h.requires_grad_() for h in random_states(layer, N, torch.float32)]
     resets, lengths = torch.tensor([[True, False, True, False]]), SOME.clone()

@@ -89,7 +89,7 @@ def test_last_state_is_flattened_layer_by_layer(layer: Any, x: Tensor) -> None:
 
 @pytest.mark.parametrize("flatten_hidden", [False, True])
 def test_returned_state_continues_sequence(cell: str, backend: str, x: Tensor, flatten_hidden: bool) -> None:
-    """Two halves of a sequence, the state handed on, are the whole."""
+    """Two halves of a sequence, with the state passed on, give what the whole gives."""
     layer = masked(cell, num_layers=2, backend=backend, batch_first=True, flatten_hidden=flatten_hidden).double()
     whole, last = layer(x, lengths=[4, 6, 3, 5])
     first, state = layer(x[:, :3], lengths=[3, 3, 3, 3])
@@ -228,7 +228,7 @@ def test_enforce_sorted_skips_sorting(
 
 
 def test_packed_sequence_accepts_int32_indices(cell: str, backend: str) -> None:
-    """torch.nn takes any that can index."""
+    """torch.nn takes any integers that can index."""
     packed = pack_sequence([torch.randn(n, INPUT) for n in (2, 4, 1)], enforce_sorted=False)
     places = (packed.sorted_indices.int(), packed.unsorted_indices.int())
     layer = masked(cell, backend=backend)
@@ -238,7 +238,7 @@ def test_packed_sequence_accepts_int32_indices(cell: str, backend: str) -> None:
 
 
 def test_row_plan_matches_pack_sequence() -> None:
-    """Rows run in the order in which `pack_sequence` lays them."""
+    """Rows run in the order of `pack_sequence`."""
     from masked_rnn._plan import plan_rows
 
     x = torch.randn(4, 6, INPUT)
@@ -251,7 +251,7 @@ def test_row_plan_matches_pack_sequence() -> None:
 
 @pytest.mark.parametrize("form", ["tensor", "list", "mask", "nested", "packed"])
 def test_default_device_changes_nothing(cell: str, backend: str, form: str) -> None:
-    """Lengths stay where they are, and so does what is made from them."""
+    """Lengths, and tensors made from them, stay on their device."""
     layer = masked(cell, backend=backend, batch_first=True)
     x, lengths = torch.randn(3, 5, INPUT), torch.tensor([3, 5, 1])
     mask = torch.arange(5) < lengths.unsqueeze(1)
@@ -272,7 +272,7 @@ def test_default_device_changes_nothing(cell: str, backend: str, form: str) -> N
 
 @pytest.mark.parametrize("given", ["lengths", "mask", "resets"])
 def test_given_tensors_stay_resizable_after_call(cell: str, backend: str, given: str) -> None:
-    """As fully_shard does with weights; `Tensor.numpy` would keep their storage from it for good."""
+    """`Tensor.numpy` would prevent every later resize of the storage, which fully_shard needs for weights."""
     layer = masked(cell, batch_first=True, backend=backend)
     x = torch.randn(3, 5, INPUT, requires_grad=True)
     marks = torch.rand(3, 5) < 0.6
@@ -284,7 +284,7 @@ def test_given_tensors_stay_resizable_after_call(cell: str, backend: str, given:
 
 
 def test_packed_sequence_with_empty_last_step_runs(cell: str, backend: str) -> None:
-    """`torch.nn`'s layers take it."""
+    """`torch.nn`'s layers take such a sequence."""
     layer = masked(cell, backend=backend)
     data = torch.randn(3, INPUT)
     output, last = layer(PackedSequence(data, torch.tensor([2, 1, 0])))

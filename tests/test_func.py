@@ -30,7 +30,7 @@ def score(results: Any) -> Tensor:
 
 @pytest.mark.parametrize("batched", [False, True])
 def test_per_sample_gradients_match_each_sample_alone(layer: Any, x: Tensor, batched: bool) -> None:
-    """Lengths are vmapped too; garbage in padding stays out."""
+    """Lengths are vmapped too. Garbage in padding must not reach the gradients."""
     weights = dict(layer.named_parameters())
     dirty = torch.where(torch.arange(5).unsqueeze(1) < LENGTHS.view(-1, 1, 1), x, torch.nan)
 
@@ -63,7 +63,7 @@ def test_per_sample_gradients_work_with_resets(layer: Any, x: Tensor) -> None:
 
 
 def test_vmapped_step_takes_resets(layer: Any, x: Tensor) -> None:
-    """As an ensemble acts."""
+    """An ensemble that acts step by step makes such calls."""
     _, state = layer(x)
     resets = torch.tensor([True, False, True, False])
 

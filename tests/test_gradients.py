@@ -1,4 +1,4 @@
-"""First and second derivatives, batched gradients, and what autograd promises of every op."""
+"""First and second derivatives, batched gradients, and promises that autograd makes for every op."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from masked_rnn._backends import bptt, kernels
 
 
 def functional(layer: Any, batch: int, steps: int, **given: Any) -> tuple[Any, list[Tensor]]:
-    """The call as a function of x, the states and the parameters, and some values of them."""
+    """Returns the call as a function of x, the states and the parameters, and some values of them."""
     parameters = dict(layer.named_parameters())
     states = random_states(layer, batch)
     inputs = [torch.randn(batch, steps, INPUT, dtype=torch.float64), *states, *parameters.values()]
@@ -60,7 +60,7 @@ def test_second_derivatives_pass_gradgradcheck(
 
 
 def test_gradient_penalty_matches_scan(cell: str, backend: str) -> None:
-    """A gradient penalty: the loss holds a gradient, and is differentiated by the weights."""
+    """In a gradient penalty, the loss contains a gradient, and is differentiated by the weights."""
     layer = masked(cell, num_layers=2, bidirectional=True, backend="scan", batch_first=True).double()
     x = torch.randn(3, 4, INPUT, dtype=torch.float64, requires_grad=True)
 
@@ -77,7 +77,7 @@ def test_gradient_penalty_matches_scan(cell: str, backend: str) -> None:
 
 
 def test_gradient_counts_once_if_input_depends_on_weight(backend: str) -> None:
-    """The input is made from a weight: its gradient counts once, along each of its paths."""
+    """The input is computed from a weight, whose gradient must count once along each of its paths."""
     layer = MaskedGRU(3, 3, backend=backend).double()
     base = torch.randn(4, 2, 3, dtype=torch.float64)
 
@@ -125,7 +125,7 @@ def test_inplace_change_of_saved_tensor_is_refused(cell: str, backend: str, what
         output.sum().backward()
 
 
-# Without lengths, `packed` and `padded` are torch.nn's kernel itself, and some keep the output that they return.
+# Without lengths, `packed` and `padded` are torch.nn's kernel itself, and some kernels save the output they return.
 @pytest.mark.parametrize(
     ("backend", "given"),
     [(name, {"lengths": [5, 1, 3]}) for name in BACKENDS] + [("bptt", {}), ("scan", {})],
@@ -190,7 +190,7 @@ def test_checkpoint_gives_same_gradients(cell: str, backend: str) -> None:
 def test_reentrant_checkpoint_draws_same_dropout(
     cell: str, backend: str, sizes: tuple[int, int, int], given: str, frozen: bool
 ) -> None:
-    """The first pass runs without gradients, the second with: both must choose alike and draw alike."""
+    """The first pass runs without gradients, the second with them. Both must choose and draw the same."""
     from torch.utils.checkpoint import checkpoint
 
     batch, steps, hidden = sizes
@@ -219,7 +219,7 @@ def test_reentrant_checkpoint_draws_same_dropout(
 @pytest.mark.parametrize("given", ["neither", "full", "lengths", "mask"])
 @pytest.mark.parametrize("options", every(bidirectional=[False, True], batch_first=[False, True]), ids=str)
 def test_results_and_gradients_are_contiguous_like_torchs(cell: str, given: str, options: dict[str, Any]) -> None:
-    """Contiguous wherever torch.nn's are, so that `view` works where it worked."""
+    """They are contiguous wherever torch.nn's are, so that `view` works wherever it worked."""
     lengths: dict[str, Any] = {"lengths": torch.tensor([2, 0, 5])}
     lengths = {"full": {"lengths": [5, 5, 5]}, "lengths": lengths, "neither": {}}.get(given, {})
     if given == "mask":
@@ -260,7 +260,7 @@ def test_gradient_holds_under_allow_mutation_on_saved_tensors(cell: str, backend
 def test_kernel_without_double_backward_has_second_derivatives(
     cell: str, kernel: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its backward has none of its own, as cuDNN's has none; and it is as strict."""
+    """Like cuDNN, the kernel has a backward that can't be differentiated, and it is as strict."""
     layer = masked(cell, num_layers=2, bidirectional=True, backend=kernel, batch_first=True, dropout=0.0).double()
     x = torch.randn(3, 4, INPUT, dtype=torch.float64, requires_grad=True)
 
@@ -296,7 +296,7 @@ def test_kernel_without_double_backward_has_second_derivatives(
 
 
 class Elements(TorchDispatchMode):
-    """Counts those that ops return."""
+    """Counts the elements that ops return."""
 
     total = 0
 
@@ -307,7 +307,7 @@ class Elements(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("backend", ["padded", "bptt", "scan"])  # torch's packed kernel's does grow, as the square
+@pytest.mark.parametrize("backend", ["padded", "bptt", "scan"])  # the work of torch's packed kernel grows as the square
 @pytest.mark.parametrize("given", [{}, {"lengths": True}, {"mask": True}, {"resets": True}], ids=str)
 def test_work_grows_linearly_with_steps(cell: str, backend: str, given: dict[str, Any]) -> None:
     layer = masked(cell, bidirectional=True, backend=backend)
@@ -325,7 +325,7 @@ def test_work_grows_linearly_with_steps(cell: str, backend: str, given: dict[str
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_flattened_weights_form_one_chunk(cell: str, bias: bool) -> None:
-    """As cuDNN wants those of a layer: matrices, then biases, from the start of their memory on."""
+    """cuDNN wants a layer's weights in this order: matrices, then biases, from the start of their memory on."""
     layer = masked(cell, bidirectional=True, bias=bias)
     own = list(layer.parameters())
     chunk = kernels.flatten_for_cudnn(own)
@@ -339,7 +339,7 @@ def test_flattened_weights_form_one_chunk(cell: str, bias: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(chunk, own, strict=True))
     assert kernels.flatten_for_cudnn(chunk) is chunk
     half = len(chunk) // 2
-    for part in (chunk[:half], chunk[half:]):  # in memory that goes on, or has begun before
+    for part in (chunk[:half], chunk[half:]):  # their memory goes on, or began before
         again = kernels.flatten_for_cudnn(part)
         assert again[0].storage_offset() == 0
         assert again is not part
@@ -360,7 +360,7 @@ def test_flattened_weights_form_one_chunk(cell: str, bias: bool) -> None:
 def test_inplace_output_change_is_right_or_refused(
     cell: str, backend: str, batch_first: bool, dtype: torch.dtype, given: dict[str, Any]
 ) -> None:
-    """The gradient is right, or autograd refuses: no saved value changes without its knowing."""
+    """The gradient is right, or autograd raises an error. No saved value may change unnoticed."""
     layer = masked(cell, batch_first=batch_first, backend=backend).to(dtype)
     x = torch.randn(3, 5, INPUT, dtype=dtype) if batch_first else torch.randn(5, 3, INPUT, dtype=dtype)
 
@@ -383,7 +383,7 @@ def test_inplace_output_change_is_right_or_refused(
 @pytest.mark.parametrize("steps", [1, 4, 9])
 @pytest.mark.parametrize("given", [{}, {"lengths": [1, 1, 0]}, {"lengths": "full"}, {"mask": True}], ids=str)
 def test_auto_returns_no_view_on_cpu(cell: str, batch_first: bool, steps: int, given: dict[str, Any]) -> None:
-    """fully_shard loses the gradients of a view that is changed in place. Where nn.LSTM returns one, so does this."""
+    """fully_shard loses the gradients of a view that is changed in place. Only where nn.LSTM returns one, this may."""
     layer = masked(cell, batch_first=batch_first)
     x = torch.randn(3, steps, INPUT) if batch_first else torch.randn(steps, 3, INPUT)
     if "mask" in given:
@@ -397,7 +397,7 @@ def test_auto_returns_no_view_on_cpu(cell: str, batch_first: bool, steps: int, g
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
 @pytest.mark.parametrize("marks", ["lengths", "mask"])
 def test_state_of_empty_row_stays_isolated(cell: str, backend: str, marks: str, garbage: float) -> None:
-    """It comes out as it went in."""
+    """The state comes out unchanged."""
     layer = masked(cell, num_layers=2, bidirectional=True, flatten_hidden=False, backend=backend)
     lengths = torch.tensor([5, 0, 2])
     given = {"lengths": lengths} if marks == "lengths" else {"mask": torch.arange(5).unsqueeze(1) < lengths}

@@ -1,4 +1,4 @@
-"""The native loops' library is found and checked, or what is wrong with it is said in words and PyTorch's ops run."""
+"""The native loops' library is found and checked. If it can't be used, the reason is given, and PyTorch's ops run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class Function:
-    """As ctypes has one: attributes can be set."""
+    """Replaces a function of ctypes, whose attributes can be set."""
 
     def __init__(self, result: Any) -> None:
         self.result = result
@@ -32,7 +32,7 @@ class Function:
 
 
 class FakeLibrary:
-    """A library for a CPU that has the first `levels` kinds."""
+    """Replaces the library, on a CPU that supports the first `levels` kinds."""
 
     def __init__(self, digest: str, interface: int = library.INTERFACE, levels: int = 3) -> None:
         self.masked_rnn_interface = Function(interface)
@@ -44,7 +44,7 @@ class FakeLibrary:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An installed `bptt`, with a library and its sources."""
+    """Makes the folder of an installed `bptt`, with a library and its sources."""
     (tmp_path / "native").mkdir()
     (tmp_path / "native" / "loops.cpp").write_text("int one;")
     (tmp_path / "native" / "loops.h").write_text("extern int one;")
@@ -55,7 +55,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 find: Callable[[], library.Library | str] = library.find.__wrapped__
-"""As the first call of a process does."""
+"""Looks for the library without the cache, as the first call of a process does."""
 
 
 def load(monkeypatch: pytest.MonkeyPatch, **facts: Any) -> None:
@@ -108,7 +108,7 @@ def test_changed_sources_ask_for_reinstall(change: str, folder: Path, monkeypatc
 
 
 def test_library_loads_without_sources(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a wheel has it."""
+    """A wheel has no sources."""
     load(monkeypatch, digest="of sources that stayed elsewhere")
     shutil.rmtree(folder / "native")
     assert isinstance(find(), library.Library)
@@ -184,6 +184,6 @@ def test_command_prints_env_info() -> None:
     told = dict(line.split(maxsplit=1) for line in run.stdout.splitlines())
     expected = {name: str(value) for name, value in masked_rnn.get_env_info()._asdict().items()}
     expected |= {"loops": "ops", "why_not_native": f"{library.VARIABLE}=none asks for the loops of PyTorch's ops"}
-    for name in ("loops_capability", "threads"):  # a process has its own
+    for name in ("loops_capability", "threads"):  # each process has its own
         expected.pop(name), told.pop(name, None)
     assert told == expected

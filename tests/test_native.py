@@ -1,4 +1,4 @@
-"""The native loops give what the loops of PyTorch's ops give: every cell, kind of CPU, size, direction and dtype."""
+"""The native loops match the loops of PyTorch's ops, for every cell, kind of CPU, size, direction and dtype."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DTYPES = (torch.float32, torch.float64)
 
 @pytest.fixture(params=levels())
 def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: Any) -> str:
-    """Each kind of CPU in turn."""
+    """Runs the loops of each kind of CPU in turn."""
     if request.param == "avx512 played":
         chosen = play_avx512(tmp_path_factory.getbasetemp())
     else:
@@ -89,7 +89,7 @@ EDGES = (*range(1, 18), 31, 32, 33, 63, 64, 65)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("level")
 def test_sizes_at_tile_edges_match_loops_of_ops(cell: str, dtype: torch.dtype) -> None:
-    """Each size as hidden size, as input size and as the number of sequences, and of projections."""
+    """Covers each size as hidden size, as input size, as the number of sequences, and as projection size."""
     for k, hidden in enumerate(EDGES):
         if cell == "lstm-proj" and hidden == 1:
             continue
@@ -175,7 +175,7 @@ def test_native_loops_run(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_threads_share_work_reproducibly(
     cell: str, bidirectional: bool, own: bool, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They share the work, and the same run gives the same bits."""
+    """Threads share the work, and the same run gives the same bits."""
     if own:
         use_own_threads(monkeypatch)
     layer = make(cell, 10, 20, bidirectional=bidirectional)
@@ -242,13 +242,13 @@ def test_nan_and_inf_come_out_as_from_torch(cell: str, value: float, dtype: torc
 
 
 def test_negated_and_expanded_views_match_loops_of_ops(cell: str) -> None:
-    """Negated and expanded views, of the input and of the gradient."""
+    """Covers negated and expanded views of the input and of the gradient."""
     layer = masked(cell, 5, 6, backend="bptt")
     base = torch.randn(7, 3, 5, dtype=torch.complex64)
     inputs = [base.conj().imag, base.real, torch.randn(1, 1, 5).expand(7, 3, 5)]
     ones: list[list[Tensor]] = []
     one = masked(cell, 1, 3 if cell == "lstm-proj" else 1, backend="bptt")
-    # Contiguous, though its number lies there with the other sign.
+    # It is contiguous, but its memory holds the number with the other sign.
     negated = base[:1, :1, :1].conj().imag
     width = one(negated)[0].size(-1)
     assert negated.is_neg()
@@ -293,7 +293,7 @@ def test_saved_tensors_may_return_in_other_layout(cell: str) -> None:
 
 @needs_native
 def test_weights_in_other_layout_run_natively(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a parametrization or a hook may give them."""
+    """A parametrization or a hook may give such weights."""
     layer, x = make(cell, 5, 6, bidirectional=True), torch.randn(3, 7, 5, requires_grad=True)
     for name, weight in list(layer.named_parameters()):
         if weight.dim() == 2:
@@ -310,11 +310,11 @@ def test_weights_in_other_layout_run_natively(cell: str, monkeypatch: pytest.Mon
 @needs_native
 @pytest.mark.usefixtures("level")
 def test_results_hold_with_denormals_flushed(cell: str) -> None:
-    """Comparisons of numbers next to 0 mean something else then."""
+    """Comparisons of numbers close to 0 mean something else if denormals are flushed."""
     layer, x = make(cell, 5, 20), torch.randn(3, 7, 5, requires_grad=True)
     states = random_states(layer, 3, torch.float32)
     expected = train(layer, x, states, lengths=[7, 2, 4])
-    if torch.set_flush_denormal(True):  # else this CPU computes with denormals only
+    if torch.set_flush_denormal(True):  # False if this CPU can only compute with denormals
         try:
             assert_close(train(layer, x, states, lengths=[7, 2, 4]), expected)
         finally:
@@ -323,7 +323,7 @@ def test_results_hold_with_denormals_flushed(cell: str) -> None:
 
 @cache
 def arguments_and_truth(name: str, dtype: torch.dtype) -> tuple[Tensor, np.ndarray[Any, Any]]:
-    """Numbers of every size, and the function's values there, rounded once."""
+    """Returns numbers of every size, and the function's values there, rounded once."""
     generator = torch.Generator().manual_seed(3)
     least = -45 if dtype == torch.float32 else -323
     scales = 10.0 ** torch.arange(least, 3, dtype=torch.float64)
@@ -343,14 +343,14 @@ def arguments_and_truth(name: str, dtype: torch.dtype) -> tuple[Tensor, np.ndarr
 @pytest.mark.parametrize("name", ["sigmoid", "tanh"])
 @pytest.mark.usefixtures("level")
 def test_activations_are_right_to_two_ulps(name: str, dtype: torch.dtype) -> None:
-    """By the LSTM's g gate alone: c' = σ(∞) tanh(a) + σ(-∞) c; or its o gate: h' = σ(a) tanh(c') where c' is large."""
+    """Uses the LSTM's g gate alone: c' = σ(∞) tanh(a) + σ(-∞) c; or its o gate: h' = σ(a) tanh(c') for a large c'."""
     a, truth = arguments_and_truth(name, dtype)
     layer = masked("lstm", 1, 1, backend="bptt", flatten_hidden=False).to(dtype)
     with torch.no_grad():
         for p in layer.parameters():
             p.zero_()
         layer.weight_ih_l0[3 if name == "sigmoid" else 2] = 1
-        # Of i, f, g, o.
+        # The biases of i, f, g, o.
         layer.bias_ih_l0.copy_(torch.tensor([0.0, 2000, 0, 0] if name == "sigmoid" else [2000.0, -2000, 0, 0]))
         c = torch.full((1, len(a), 1), 100.0, dtype=dtype)
         h, c = layer(a.view(1, -1, 1), (torch.zeros_like(c), c))[1]

@@ -1,4 +1,4 @@
-"""The native loops' threads live through interrupts, forks and workers."""
+"""The native loops' threads survive interrupts, forks and workers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not
 
 
 def test_expected_loops_run() -> None:
-    """`.ci/run` says what it installed."""
+    """`.ci/run` sets the variable to the loops that it installed."""
     expected = os.environ.get("MASKED_RNN_EXPECT_LOOPS")
     assert expected in (None, "ops" if isinstance(found, str) else "native"), found
 
@@ -43,7 +43,7 @@ assert os.waitpid(child, 0)[1] == 0
 @needs_native
 @forks
 def test_layer_first_used_after_fork_runs() -> None:
-    """The parent's threads of OpenMP are not there in the child, and nothing had been loaded before."""
+    """The child has none of the parent's OpenMP threads, and the library was not loaded before."""
     run_python("""
 import os, signal, torch
 torch.set_num_threads(2)
@@ -64,7 +64,7 @@ assert os.waitpid(child, 0)[1] == 0
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no such timer")
 @pytest.mark.parametrize("own", [False, True])
 def test_interrupts_leave_process_healthy(own: bool) -> None:
-    """They come at any time: before a call, within it, after it."""
+    """Interrupts come at any time: before a call, within it, after it."""
     run_python(f"""
 import random, signal, torch
 import pytest

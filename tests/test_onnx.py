@@ -1,4 +1,4 @@
-"""ONNX: one node a layer, with sequence_lens; in ONNX Runtime what the layer gives in PyTorch."""
+"""ONNX: each layer is one node with sequence_lens. ONNX Runtime gives what the layer gives in PyTorch."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def compare(path: Any, layers: list[Any], given: str, arguments: tuple[Any, ...]
     ids=str,
 )
 def test_onnx_runtime_matches_layer(case: dict[str, Any], tmp_path: Any, ran: list[str]) -> None:
-    """Every cell, side by side in one model."""
+    """One model has a layer of every cell."""
     options = {"num_layers": case["layers"], "bidirectional": case["bidirectional"], "batch_first": case["batch_first"]}
     layers = [masked(cell, **options) for cell in NODES]
 
@@ -132,7 +132,7 @@ def test_resets_are_refused_with_reason() -> None:
 
 @pytest.mark.slow
 def test_projection_exports_through_scan(tmp_path: Any) -> None:
-    """For any batch, and as many steps as the example has."""
+    """The export takes any batch, and as many steps as the example has."""
     layers = [masked("lstm-proj", num_layers=2, bidirectional=True, batch_first=True, backend="scan")]
     batch = Dim("batch")
     program = torch.onnx.export(

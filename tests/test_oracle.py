@@ -1,4 +1,4 @@
-"""Every backend, over the full grid, against each sequence alone: outputs, last states and every gradient."""
+"""Compares every backend, over the full grid, with each sequence alone: outputs, last states and every gradient."""
 
 from __future__ import annotations
 

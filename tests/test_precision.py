@@ -40,7 +40,7 @@ def errors(run: Any, truth: Any) -> tuple[float, float]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("backends", "bidirectional"), [(BACKENDS, True), (("bptt",), False)]
-)  # two directions are a batch of two there, and elsewhere one after the other
+)  # `bptt` runs two directions as a batch of two, the others one after the other
 def test_error_stays_near_torchs_own(
     cell: str, backends: tuple[str, ...], dtype: torch.dtype, bidirectional: bool
 ) -> None:
@@ -67,7 +67,7 @@ def test_error_stays_near_torchs_own(
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_lengths_in_float32_match_oracle(cell: str, backend: str, bidirectional: bool) -> None:
-    """Whose kernels are others than float64's: oneDNN's among them."""
+    """float32 has other kernels than float64, oneDNN's among them."""
     for hidden in (3, 300):
         layer = masked(cell, INPUT, hidden, bidirectional=bidirectional, batch_first=True, backend=backend)
         lengths = [3, 9, 0, 1]
@@ -119,14 +119,14 @@ def test_results_keep_input_dtype(cell: str, backend: str, dtype: torch.dtype) -
     ids=str,
 )
 def test_autocast_matches_torch_dtypes(cell: str, backend: str, case: dict[str, Any]) -> None:
-    """The dtypes that torch.nn returns, and values as near the truth as its own."""
+    """The dtypes are those that torch.nn returns, and the values are as near the truth as its own."""
     ours, theirs = masked(cell, flatten_hidden=False, backend=backend), plain(cell)
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(5, 3, INPUT).to(case["x"])
     hx = None if case["hx"] is None else as_hx([h.to(case["hx"]) for h in random_states(ours, 3)])
     truth, _ = ours.float()(x.float(), _float(hx), **case["given"])
     packs = backend == "packed" and bool(case["given"])
-    # oneDNN's LSTM: which dtypes it has under autocast hangs on the CPU.
+    # The dtypes of oneDNN's LSTM under autocast depend on the CPU.
     lacking = cell == "lstm" and not packs and not lstm_kernel_runs(torch.bfloat16, True, 1)
     with torch.autocast("cpu", torch.bfloat16):
         if lacking and backend in ("packed", "padded"):
@@ -152,7 +152,7 @@ def test_autocast_matches_torch_dtypes(cell: str, backend: str, case: dict[str, 
 def test_backward_under_autocast_is_unchanged(
     cell: str, bidirectional: bool, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is the backward that runs outside, bit for bit, over several chunks too; so is the operator's."""
+    """The backward gives the same bits as outside of autocast, over several chunks too. So does the operator's."""
     if kind == "ops":
         monkeypatch.setattr(library, "find", lambda: "left out here")
         monkeypatch.setattr(loops, "CHUNK_BYTES", 300)
@@ -184,7 +184,7 @@ def _float(hx: Any) -> Any:
 
 
 def test_large_values_saturate(cell: str, backend: str) -> None:
-    """tanh and the gates at their ends give finite outputs and gradients."""
+    """Saturated tanh and gates give finite outputs and gradients."""
     layer = masked(cell, backend=backend, bidirectional=True)
     if layer.mode == "RNN_RELU":
         return
@@ -199,7 +199,7 @@ def test_large_values_saturate(cell: str, backend: str) -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_growing_relu_state_stays_finite_over_padding(backend: str, autocast: bool) -> None:
-    """Its state would reach infinity there, and the weights' gradients 0 · inf = NaN."""
+    """Over padding, the state would reach infinity, and the weights' gradients 0 · inf = NaN."""
     layer = masked("rnn-relu", backend=backend, bidirectional=True)
     with torch.no_grad():
         for name, p in layer.named_parameters():

@@ -1,4 +1,4 @@
-"""What changes nothing: more padding, another order of the batch, garbage in padding, splitting the batch."""
+"""Changes that must not matter: more padding, another order of the batch, garbage in padding, splitting the batch."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_prefix_mask_equals_lengths(case: tuple[Any, Tensor, Tensor]) -> None:
 @SETTINGS
 @given(cases(layers=st.just(1), both_ways=st.just(True)))
 def test_reversed_sequences_swap_directions(case: tuple[Any, Tensor, Tensor]) -> None:
-    """Sequences reversed in themselves, the directions' weights exchanged: so are the outputs."""
+    """If sequences are reversed and the directions' weights exchanged, the outputs are reversed and exchanged."""
     layer, x, lengths = case
     swapped = masked_like(layer)
     turned = x.clone()

@@ -1,4 +1,4 @@
-"""What README and docstrings show, run as shown."""
+"""Runs the code in README, pages and docstrings as it is shown there."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ NEEDS = {
     "captum": (("captum",), "'.[recipes]'", "MASKED_RNN_REQUIRE_RECIPES"),
     "safetensors": (("safetensors",), "'.[recipes]'", "MASKED_RNN_REQUIRE_RECIPES"),
 }
-"""By what a block imports: the packages it needs, what pip installs them by, and the variable that makes their lack a
-failure."""
+"""For each import in a block: the packages it needs, pip's argument for them, and the variable that makes a missing one
+a failure."""
 
 
 @pytest.mark.parametrize("code", BLOCKS)
@@ -71,7 +71,7 @@ def test_code_blocks_run(code: str, tmp_path: Path) -> None:
 
 
 def run_as_main(code: str, sent: Connection, folder: Path) -> None:
-    """As `python block.py` does, in a process that has torch and the package loaded, and in `folder`."""
+    """Runs code as `python block.py` does, in `folder`, in a process that has torch and the package loaded."""
     try:
         os.chdir(folder)
         main, path = ModuleType("__main__"), folder / "block.py"

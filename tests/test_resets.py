@@ -54,7 +54,7 @@ def marks(rows: Any) -> Tensor:
 
 
 def given_for(real: Any) -> tuple[dict[str, Any], Tensor]:
-    """The arguments that say which steps are real, and their mask."""
+    """Returns the arguments that mark the real steps, and their mask."""
     if real is None:
         return {}, torch.ones(4, STEPS, dtype=torch.bool)
     if isinstance(real[0], list):
@@ -83,7 +83,7 @@ def test_resets_match_each_segment_alone(cell: str, options: dict[str, Any], ran
 
 def test_gradients_do_not_cross_resets(cell: str, backend: str) -> None:
     layer = masked(cell, backend=backend, batch_first=True).double()
-    layer.bias_ih_l0.data.fill_(1.0)  # a ReLU that is awake
+    layer.bias_ih_l0.data.fill_(1.0)  # keeps the ReLU active
     x = torch.randn(2, STEPS, INPUT, dtype=torch.float64, requires_grad=True)
     states = [h.requires_grad_() for h in random_states(layer, 2)]
     output, _ = layer(x, as_hx(states), resets=marks([[0, 0, 0, 1, 0, 0], [1, 0, 0, 0, 0, 0]]))
@@ -98,7 +98,7 @@ def test_gradients_do_not_cross_resets(cell: str, backend: str) -> None:
 
 
 def test_nan_state_is_dropped_at_reset(cell: str, backend: str) -> None:
-    """What was before a reset counts for nothing, whatever it was."""
+    """The state before a reset has no effect, whatever it was."""
     layer = masked(cell, backend=backend, batch_first=True).double()
     x = torch.randn(2, STEPS, INPUT, dtype=torch.float64)
     resets = marks([[0, 0, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0]])
@@ -141,7 +141,7 @@ def test_resets_without_steps_return_hx(cell: str, backend: str, batch: int, ste
 
 @pytest.mark.parametrize("options", GRID, ids=str)
 def test_one_step_with_resets_matches_oracle(cell: str, backend: str, options: dict[str, Any]) -> None:
-    """As while acting: nothing to cut, but the state that is handed in may be dropped."""
+    """A policy that acts makes such calls. There is nothing to cut, but the given state may be dropped."""
     layer = masked(cell, backend=backend, **options).double()
     resets = marks([[1], [0], [1], [0]])
     for arguments in ({}, {"lengths": [1, 1, 0, 0]}, {"mask": marks([[1], [1], [0], [0]])}):
@@ -179,7 +179,7 @@ def test_resets_match_oracle_in_each_dtype(cell: str, backend: str, dtype: torch
 
 
 def test_autocast_with_resets_keeps_dtypes_and_values(cell: str, backend: str) -> None:
-    """The same results and dtypes as without resets, where there are none."""
+    """A row without resets has the results and dtypes of a call without resets."""
     layer = masked(cell, backend=backend, batch_first=True)
     x, resets = torch.randn(2, STEPS, INPUT), marks([[0, 0, 1, 0, 0, 0], [0] * STEPS])
     with torch.autocast("cpu", torch.bfloat16):
@@ -232,7 +232,7 @@ def test_second_derivatives_with_resets_pass_gradgradcheck(cell: str, backend: s
 def test_resets_nowhere_change_nothing(case: tuple[Any, Tensor, Tensor], seed: int) -> None:
     layer, x, lengths = case
     resets = torch.zeros(x.shape[:2], dtype=torch.bool)
-    # At padding alone, at the end, neither.
+    # Resets at padding steps alone, at the end, change nothing either.
     resets = resets | (torch.arange(x.size(1)) >= lengths.unsqueeze(1)) if seed % 2 else resets
     close(layer(x, lengths=lengths, resets=resets), layer(x, lengths=lengths))
 
@@ -335,7 +335,7 @@ def test_result_may_be_changed_in_place(cell: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_gradient_ignores_later_change_of_resets(cell: str, backend: str, steps: int) -> None:
-    """As one buffer that is filled while acting does."""
+    """A policy that acts may fill one buffer of resets again and again."""
     layer = masked(cell, backend=backend, batch_first=True).double()
     x, state = torch.randn(2, 3 * steps, INPUT, dtype=torch.float64), None
     buffer, outputs = torch.zeros(2, steps, dtype=torch.bool), []
@@ -362,7 +362,7 @@ def test_resets_passed_as_hx_are_refused() -> None:
 
 
 def test_auto_uses_bptt_for_resets_on_cpu(ran: list[str]) -> None:
-    """Also where PyTorch's kernel would run without resets: it would have to pad the segments."""
+    """PyTorch's kernel does not run even where it would without resets, because it would have to pad the segments."""
     resets = marks([[0, 0, 1], [0, 1, 0]])
     for cell in CELLS:
         masked(cell, batch_first=True)(torch.randn(2, 3, INPUT), resets=resets)
@@ -370,7 +370,7 @@ def test_auto_uses_bptt_for_resets_on_cpu(ran: list[str]) -> None:
 
 
 def test_packed_backend_needs_no_padded_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Segments come packed, though no lengths are given: oneDNN's LSTM under autocast is not asked for."""
+    """Segments are packed even if no lengths are given, so oneDNN's LSTM under autocast is not needed."""
     monkeypatch.setattr(kernels, "lstm_kernel_runs", lambda *_: False)
     layer, x = masked("lstm", backend="packed", batch_first=True), torch.randn(2, 3, INPUT)
     with torch.autocast("cpu", torch.bfloat16):
@@ -382,7 +382,7 @@ def test_packed_backend_needs_no_padded_kernel(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 def test_resets_without_values_run_or_are_refused(cell: str, backend: str) -> None:
-    """On the meta device, and recorded by make_fx: followed step by step, or refused."""
+    """On the meta device and under make_fx, resets are followed step by step, or refused."""
     layer = masked(cell, backend=backend, batch_first=True)
     x, resets = torch.randn(2, 3, INPUT), marks([[0, 0, 1], [0, 1, 0]])
 

@@ -36,7 +36,7 @@ def test_readme_section_stands_on_one_page() -> None:
     ]
     assert sorted([*placed, "More"]) == sorted(
         hooks.sections((ROOT / "README.md").read_text())
-    )  # the navigation is More
+    )  # the site has its navigation instead of More
 
 
 def test_page_has_one_title_and_all_headings() -> None:
@@ -59,7 +59,7 @@ def test_links_work_on_the_site() -> None:
     assert linked("[a](../README.md#speed)", "docs/resets.md") == "[a](speed.md#speed)"
     assert linked("[a](../benchmarks/plot.py)", "docs/bptt.md") == "`benchmarks/plot.py`"
     assert linked("[a](LICENSE)", repository="https://host/a/") == "[a](https://host/a/blob/main/LICENSE)"
-    assert linked("[a](#nowhere)") == "[a](index.md#nowhere)"  # for mkdocs to refuse
+    assert linked("[a](#nowhere)") == "[a](index.md#nowhere)"  # mkdocs refuses it
     with pytest.raises(FileNotFoundError, match="README"):
         linked("[a](nothing.py)")
     assert linked("[a](https://b/c.md)") == "[a](https://b/c.md)"

@@ -1,4 +1,4 @@
-"""`padded`, with lengths on the device, waits for nothing: no op on its way needs a value on the host."""
+"""`padded` does not wait if lengths are on the device: none of its ops needs a value on the host."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_padded_backend_never_waits(
     values = {"lengths": torch.tensor([6, 0, 2]), "mask": torch.rand(3, 6) > 0.5, "neither": None}
     for module in (lengths, inputs, call):
         monkeypatch.setattr(module, "is_on_host", lambda _t: False)
-    for reading in ("tolist", "numpy"):  # which pass by the dispatcher
+    for reading in ("tolist", "numpy"):  # these bypass the dispatcher
         monkeypatch.setattr(Tensor, reading, lambda *_, name=reading: pytest.fail(f"{name} waits for the device"))
     with NoWaiting():
         output, _ = layer(x, **({} if given == "neither" else {given: values[given]}))

@@ -1,4 +1,4 @@
-"""Every name of torch that is private, or not in every release, taken away: the layer is still right."""
+"""The layer stays right without any one of the names of torch that are private, or not in every release."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ NAMES = (
     "_maybe_max_seqlen",
 )
 
-# One process that has torch and not the package forks one for each name. There `_torch` sees torch without the name,
-# and torch itself is whole.
+# A process that has imported torch, but not the package, forks once for each name. In the fork, `_torch` sees torch
+# without the name, while torch itself is whole.
 SCRIPT = """
 import json, os, sys, traceback, types
 from pathlib import Path
@@ -151,7 +151,7 @@ def check():
     assert getattr(_torch.torch, "_assert_async", None) is None
 
 
-# What is loaded at the first use of it, loaded once.
+# Loads, once for all forks, what torch loads at its first use.
 gru, one = torch.nn.GRU(1, 1), torch.zeros(1, 1, 1)
 make_fx(lambda x: gru(x)[0])(one)
 with FakeTensorMode():

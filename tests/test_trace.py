@@ -1,4 +1,4 @@
-"""Where values are not there, or an example's: torch.jit.trace, ONNX by it, torch.fx, make_fx, fake tensors."""
+"""Calls without values, or with those of an example: torch.jit.trace, ONNX by it, torch.fx, make_fx, fake tensors."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def arguments(layer: Any, given: str, batch: int, steps: int, full: bool) -> tup
 @pytest.mark.parametrize(("bidirectional", "batch_first"), [(True, True), (False, False)])
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 def test_traced_layer_takes_other_lengths(cell: str, given: str, bidirectional: bool, batch_first: bool) -> None:
-    """Whatever the example's were: none shorter than T, which otherwise count as none, or some; or one step."""
+    """The example's lengths may all be T, which otherwise count as no lengths, or shorter; or T may be 1."""
     layer = masked(cell, num_layers=2, bidirectional=bidirectional, batch_first=batch_first)
     model = Model(layer, given)
     for steps, full in ((5, True), (5, False), (1, True)):
@@ -169,10 +169,10 @@ def test_fake_tensors_without_steps_run(cell: str, given: str, batch: int, steps
 @pytest.mark.parametrize("given", ["lengths", "list", "mask", "packed", "neither", "unbatched"])
 @pytest.mark.parametrize(
     ("cell", "name"),
-    [*itertools.product(ONE_STATE_AND_TWO, ("auto", *BACKENDS)), ("lstm", "auto"), ("lstm", "padded")],  # oneDNN's
+    [*itertools.product(ONE_STATE_AND_TWO, ("auto", *BACKENDS)), ("lstm", "auto"), ("lstm", "padded")],  # oneDNN's LSTM
 )
 def test_fake_tensors_give_shapes_or_reason(cell: str, given: str, name: str) -> None:
-    """Shapes without values, there and back; a backend that needs values says so."""
+    """Forward and backward need shapes only. A backend that needs values is refused with the reason."""
     with FakeTensorMode():
         layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=name)
         x = torch.randn(3, 5, INPUT, requires_grad=True)
@@ -185,7 +185,7 @@ def test_fake_tensors_give_shapes_or_reason(cell: str, given: str, name: str) ->
             rows = torch.randn(8, INPUT, requires_grad=True)
             order = torch.tensor([0, 1, 2])
             input = PackedSequence(rows, torch.tensor([3, 2, 1, 1, 1]), order, order)
-        # Packed rows: torch.nn's own kernel reads their number at each step.
+        # torch.nn's own kernel reads the number of packed rows at each step.
         refuses = given == "packed" or (name in ("packed", "bptt") and given in ("lengths", "list", "mask"))
         if refuses:
             with pytest.raises(ValueError, match="it reads lengths, which have no values here"):

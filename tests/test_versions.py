@@ -1,4 +1,4 @@
-"""What docs/versions.md says to use instead of what is not supported, where no other file runs it."""
+"""Replacements that docs/versions.md names for unsupported features, unless another file runs them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_table_row_names_its_tests() -> None:
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
 @pytest.mark.parametrize("cell", ["gru", "lstm", "rnn-tanh"])
 def test_int8_quantization_shrinks_only_lstm(cell: str, options: dict[str, Any], tmp_path: Path) -> None:
-    """An LSTM, after `quant_pre_process`; a GRU or RNN stays as it is."""
+    """An LSTM becomes smaller, after `quant_pre_process`. A GRU or RNN stays unchanged."""
     whole, ready, small = (str(tmp_path / name) for name in ("model.onnx", "ready.onnx", "int8.onnx"))
     model = Model(masked(cell, 32, 64, batch_first=True, **options)).eval()
     x, lengths = torch.randn(4, 7, 32), torch.tensor([7, 3, 0, 5])
@@ -75,7 +75,7 @@ def test_int8_quantization_shrinks_only_lstm(cell: str, options: dict[str, Any],
 
 @pytest.mark.slow
 def test_aot_inductor_runs_without_package(tmp_path: Path) -> None:
-    """A process that knows nothing of the package."""
+    """The process does not import the package."""
     model = Model(masked("gru", batch_first=True, backend="scan")).eval()
     x, lengths = torch.randn(3, 2, INPUT), torch.tensor([2, 0, 1])
     path = str(tmp_path / "model.pt2")
@@ -135,7 +135,7 @@ def test_versions_log_keeps_every_release(tmp_path: Path) -> None:
             stderr=subprocess.STDOUT,
             check=False,
         )
-    assert done.returncode == 1  # that of the one in the middle
+    assert done.returncode == 1  # the exit status of the one in the middle
     expected = []
     for name in ("2.6.0", "2.9.1", "2.13.0"):
         expected += [f"a test of {name}", f"12 passed on {name}", f"torch {name}, Python 3.11: 12 passed on {name}"]

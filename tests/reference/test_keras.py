@@ -1,4 +1,4 @@
-"""from_keras against Keras itself: outputs, states and masks; and what it refuses.
+"""Compares from_keras with Keras itself: outputs, states, masks and refusals.
 
 Keras 3 runs on the backend that KERAS_BACKEND names, TensorFlow by default. Skipped where Keras is missing;
 MASKED_RNN_REQUIRE_TENSORFLOW=1 makes that a failure.
@@ -14,7 +14,7 @@ import torch
 
 from masked_rnn import MaskedGRU, MaskedLSTM, MaskedRNN
 
-# Keras's own, of what it calls.
+# Keras's own warnings, about functions that it calls.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -39,12 +39,12 @@ def keras(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what TensorFlow and what it imports find in each other
+            warnings.simplefilter("ignore")  # TensorFlow and its dependencies warn of each other
             yield importlib.import_module(request.param)
 
 
 def built(keras, kind, bidirectional=False, features=I, **options):
-    """A Keras layer that returns all, its weights random, biases too."""
+    """Returns a Keras layer that returns sequences and states. Its weights and biases are random."""
     layer = getattr(keras.layers, kind)(H, return_sequences=True, return_state=True, **options)
     if bidirectional:
         layer = keras.layers.Bidirectional(layer)
@@ -70,7 +70,7 @@ def test_outputs_and_states_match_keras(keras, kind, bidirectional, use_bias, ma
     real = None if MASKS[mask] is None else np.array(MASKS[mask], bool)
     output, *states = map(as_array, layer(x, mask=real))
     found, last = ours(torch.from_numpy(x), mask=None if real is None else torch.from_numpy(real))
-    shown = np.ones((N, T), bool) if real is None else real  # Keras repeats the output before at a masked step
+    shown = np.ones((N, T), bool) if real is None else real  # Keras repeats the previous output at a masked step
     np.testing.assert_allclose(as_array(found)[shown], output[shown], atol=1e-5)
     lasts = last if isinstance(last, tuple) else (last,)
     each = len(lasts)
