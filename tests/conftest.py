@@ -5,11 +5,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from oracle import BACKENDS, CELLS, which_ran
+from support.oracle import BACKENDS, CELLS, which_ran
 
-# The tensors here are tiny: a second thread only gets in the way.
+# The tensors here are tiny, so a second thread only costs time.
 torch.set_num_threads(1)
-# A busy machine is no failure.
+# A slow run on a busy machine is not a failure.
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
 

@@ -1,4 +1,4 @@
-"""Mutation testing: one fault after another is put into the package; which does the suite see?
+"""Mutation testing: puts one fault after another into the package, and reports which ones the suite notices.
 
     python -m pip install -e ".[test,mutants]"
     python tests/mutants.py                             # every mutant of every file: days
@@ -6,12 +6,13 @@
     python tests/mutants.py masked_rnn/_plan.py         # every mutant of one file
     python tests/mutants.py --again --seconds 600       # those that survived, against more of the suite
 
-Mutants are cosmic-ray's: another operator, comparison, number, keyword or exception, a decorator or a loop left out. Of
-the many that replace one operator, one is drawn. Those that change annotations, overloads or `strict=` alone are none.
+cosmic-ray makes the mutants: another operator, comparison, number, keyword or exception, a decorator or a loop left
+out. Of the many that replace one operator, one is drawn. A change of annotations, overloads or `strict=` alone does not
+count.
 
-Each mutant is run against the tests that pass through its line (pytest-cov notes that first, in one run of the suite):
-one case of each test function first, then a second of each, until one fails. A mutant that hangs is killed. Results go
-to build/mutants/results.jsonl, and what is there is not run again. Works where processes fork (Linux, macOS).
+Each mutant runs against the tests that pass through its line. pytest-cov records them first, in one run of the suite.
+One case of each test function runs first, then a second of each, until one fails. A mutant that hangs is killed.
+Results go to build/mutants/results.jsonl. A mutant with a result is not run again. Processes must fork (Linux, macOS).
 
 The native loops are C++ and have no mutants.
 """
@@ -42,9 +43,9 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "mutants"
 COVERAGE, DURATIONS, RESULTS = BUILD / "coverage", BUILD / "durations.json", BUILD / "results.jsonl"
 LIBRARY = [str(path.relative_to(ROOT)) for path in (ROOT / "masked_rnn/_backends/bptt").glob("_native.*")]
-"""The native loops, where they were built: git ignores them."""
+"""The compiled native loops, if there are any. git ignores them."""
 BROKEN, NO_TESTS = 99, 5
-"""A run that ends with one is this script's failure, not a mutant's: with its own code, or pytest's."""
+"""Exit statuses of a failure of this script, not of a mutant: its own, and pytest's."""
 
 
 @dataclass
@@ -54,10 +55,10 @@ class Mutant:
     occurrence: int
     line: int
     source: str
-    """what the file was, as a digest"""
+    """digest of the unchanged file"""
     diff: str = ""
     verdict: str = ""
-    """killed, survived, or no test: none passes through the line"""
+    """killed, survived, or no test (none passes through the line)"""
     seconds: float = 0.0
 
     @property
@@ -88,7 +89,7 @@ def main() -> None:
         if args.again:
             queue = [m for m in results.values() if m.verdict != "killed" and m.file in files]
         else:
-            # One of each file in turn, so that it can be stopped at any time.
+            # Files take turns, so that the script can be stopped at any time.
             turns = zip_longest(*(draw_mutants(file, args.sample, args.seed) for file in files))
             queue = [m for turn in turns for m in turn if m and m.key not in results]
         run_all(queue, args.seconds, args.jobs, results)
@@ -98,7 +99,7 @@ def main() -> None:
 def read_results() -> dict[tuple[str, str, int, str], Mutant]:
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
     mutants = [Mutant(**json.loads(line)) for line in lines]
-    # The latest line counts, and none of a file that has changed since.
+    # The latest line of a mutant counts. Lines of files that have changed since are left out.
     return {m.key: m for m in mutants if (ROOT / m.file).exists() and m.source == digest(m.file)}
 
 
@@ -106,7 +107,7 @@ def digest(file: str) -> str:
     return hashlib.sha256((ROOT / file).read_bytes()).hexdigest()[:12]
 
 
-# Which mutants there are
+# Drawing mutants
 
 
 def draw_mutants(file: str, count: int | None, seed: int) -> list[Mutant]:
@@ -119,7 +120,7 @@ def draw_mutants(file: str, count: int | None, seed: int) -> list[Mutant]:
     nodes = list(ast_nodes(get_ast(source)))
     for name in operator_names():
         kind = name.split("_")[0]
-        if kind in ("core/VariableReplacer", "core/VariableInserter"):  # need to be told a variable
+        if kind in ("core/VariableReplacer", "core/VariableInserter"):  # these need the name of a variable
             continue
         positions = [position for node in nodes for position in get_operator(name)().mutation_positions(node)]
         for occurrence, (start, end) in enumerate(positions):
@@ -145,7 +146,7 @@ def draw_mutants(file: str, count: int | None, seed: int) -> list[Mutant]:
 
 
 class _WhatRuns(ast.NodeTransformer):
-    """Without annotations and overloads, which only type checkers read, and `strict=`, which asserts."""
+    """Removes annotations and overloads, which only type checkers read, and `strict=`, which asserts."""
 
     def visit_arg(self, node: ast.arg) -> ast.arg:
         node.annotation = None
@@ -159,7 +160,7 @@ class _WhatRuns(ast.NodeTransformer):
         if ast.unparse(node.body[-1]) == "...":
             return None
         node.returns = None
-        # PyTorch calls an autograd.Function's by its class, for which it makes no difference.
+        # PyTorch calls the methods of an autograd.Function through its class, where staticmethod makes no difference.
         node.decorator_list = [d for d in node.decorator_list if ast.unparse(d) != "staticmethod"]
         self.generic_visit(node)
         return node
@@ -178,11 +179,11 @@ def what_runs(source: str) -> str:
     return ast.dump(_WhatRuns().visit(ast.parse(source)))
 
 
-# Which tests a mutant meets
+# Choosing tests
 
 
 class Durations:
-    """A plugin of pytest: how long each test that passes lasts, with what its file has to set up first."""
+    """A pytest plugin that records how long each passing test takes, with the setup of its file."""
 
     def __init__(self) -> None:
         self.own: dict[str, float] = {}
@@ -203,7 +204,7 @@ def observe(jobs: int, tests: list[str]) -> None:
     print("one run of the suite, to see which test passes through which line", flush=True)
     import pytest
 
-    if pid := os.fork():  # this process must not have imported the package
+    if pid := os.fork():  # a child imports the package; this process must not
         os.waitpid(pid, 0)
         return
     os.environ["COVERAGE_FILE"] = str(COVERAGE)
@@ -218,7 +219,7 @@ def observe(jobs: int, tests: list[str]) -> None:
 
 
 class Tests:
-    """Which tests pass through a line, one case of each function first."""
+    """Finds the tests that pass through a line, one case of each function first."""
 
     def __init__(self) -> None:
         from coverage import CoverageData
@@ -231,7 +232,7 @@ class Tests:
         lines = self.data.contexts_by_lineno(str(ROOT / mutant.file))
         of_line = {c.split("|")[0] for c in lines.get(mutant.line, []) if c}
         of_file = {c.split("|")[0] for contexts in lines.values() for c in contexts if c}
-        # What runs when the file is imported can matter to any test.
+        # Code that runs when the file is imported can affect any test.
         found = of_line & set(self.seconds) or (set(self.seconds) if of_file else set())
         ordered = self.in_turns(found, random.Random(str(mutant.key)))
         chosen, total = [], 0.0
@@ -243,7 +244,7 @@ class Tests:
         return chosen
 
     def in_turns(self, tests: set[str], draw: random.Random) -> list[str]:
-        """One case of each test function, then a second of each, …: the quickest first in each turn."""
+        """Orders one case of each test function first, then a second of each, …; the quickest first in each turn."""
         functions: dict[str, list[str]] = defaultdict(list)
         for test in draw.sample(sorted(tests), len(tests)):
             functions[test.split("[")[0]].append(test)
@@ -252,7 +253,7 @@ class Tests:
 
 
 class InOrder:
-    """A plugin of pytest: these tests alone, in this order."""
+    """A pytest plugin that runs only these tests, in this order."""
 
     def __init__(self, tests: list[str]) -> None:
         self.place = {test: place for place, test in enumerate(tests)}
@@ -261,11 +262,11 @@ class InOrder:
         items[:] = sorted((i for i in items if i.nodeid in self.place), key=lambda item: self.place[item.nodeid])
 
 
-# A mutant's run
+# Running mutants
 
 
 def run_all(queue: list[Mutant], seconds: float, jobs: int, results: dict[tuple[str, str, int, str], Mutant]) -> None:
-    # What every run needs is imported once, here; a run is a fork of this process. Not masked_rnn.
+    # Imports once what every run needs, because a run is a fork of this process. masked_rnn must not be imported.
     import onnx  # noqa: F401
     import onnxruntime  # noqa: F401
     import pytest  # noqa: F401
@@ -352,7 +353,7 @@ def run(mutant: Mutant | None, folder: Path, chosen: list[str], number: int) -> 
         target = folder / mutant.file
         operator = get_operator(mutant.operator)()
         target.write_text(MutationVisitor.mutate_code(target.read_text(), operator, mutant.occurrence))
-        os.utime(target, (number, number))  # no bytecode of another mutant is of this time
+        os.utime(target, (number, number))  # no other mutant's bytecode has this time
     enter(folder)
     files = sorted({test.split("::")[0] for test in chosen})
     return pytest.main(
@@ -362,7 +363,7 @@ def run(mutant: Mutant | None, folder: Path, chosen: list[str], number: int) -> 
 
 
 def enter(tree: Path) -> None:
-    """The package is that of this tree from here on, in processes that are started as well."""
+    """Makes this tree's package the one that is imported, also in processes started from here on."""
     os.chdir(tree)
     os.environ["PYTHONPATH"] = str(tree)
     os.environ["MASKED_RNN_EXPECT_LOOPS"] = "native" if LIBRARY else "ops"

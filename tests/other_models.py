@@ -3,9 +3,10 @@
     pip install sb3-contrib gluonts lightning neuralforecast pytorch-forecasting skorch
     python tests/other_models.py
 
-Not part of the suite. Each model is trained from one seed in three processes: with torch.nn's layer, with ours, and
-with torch.nn's after one rounding of its initial weights. The parameters after training are compared. Ours may differ
-from torch.nn's by at most ten times as much as the rounding changes. A library that is not installed is left out.
+This script is not part of the suite. Each model is trained from one seed in three processes: with torch.nn's layer,
+with ours, and with torch.nn's after one rounding of its initial weights. The parameters after training are compared.
+Ours may differ from torch.nn's by at most ten times the change that the rounding makes. A library that is not installed
+is left out.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ import masked_rnn
 
 KINDS = ("GRU", "LSTM", "RNN")
 ALLOWED = 10
-"""Times the difference that a rounding makes."""
+"""The allowed difference, in multiples of the change that a rounding makes."""
 
 
 def put_in_place(layers: str) -> None:
-    """Replace torch.nn's classes, before a library is imported."""
+    """Replaces torch.nn's classes before a library is imported."""
     for kind in KINDS:
         base: Any = getattr(nn, kind)
         if layers == "ours":
@@ -56,7 +57,7 @@ def waves(series: int, steps: int) -> np.ndarray:
 
 
 def sb3_contrib() -> nn.Module:
-    """A recurrent policy (LSTM) by PPO."""
+    """Trains a recurrent policy (LSTM) by PPO."""
     from sb3_contrib import RecurrentPPO
 
     model = RecurrentPPO("MlpLstmPolicy", "CartPole-v1", n_steps=64, batch_size=64, n_epochs=4, seed=0, device="cpu")
@@ -64,7 +65,7 @@ def sb3_contrib() -> nn.Module:
 
 
 def gluonts() -> nn.Module:
-    """DeepAR (LSTM)."""
+    """Trains DeepAR (LSTM)."""
     from gluonts.dataset.common import ListDataset
     from gluonts.torch import DeepAREstimator
     from lightning.pytorch import seed_everything
@@ -78,7 +79,7 @@ def gluonts() -> nn.Module:
 
 
 def neuralforecast() -> nn.Module:
-    """Its model GRU."""
+    """Trains its model GRU."""
     import pandas as pd
     from neuralforecast import NeuralForecast
     from neuralforecast.models import GRU
@@ -93,7 +94,7 @@ def neuralforecast() -> nn.Module:
 
 
 def pytorch_forecasting() -> nn.Module:
-    """Its RecurrentNetwork (GRU), over series of different length."""
+    """Trains its RecurrentNetwork (GRU) over series of different length."""
     import lightning
     import pandas as pd
     from pytorch_forecasting import RecurrentNetwork, TimeSeriesDataSet
@@ -118,7 +119,7 @@ def pytorch_forecasting() -> nn.Module:
 
 
 def skorch() -> nn.Module:
-    """A classifier of last states (RNN)."""
+    """Trains a classifier of last states (RNN)."""
     from skorch import NeuralNetClassifier
 
     class Classifier(nn.Module):
@@ -146,7 +147,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def train(library: str, layers: str, path: Path) -> None:
-    """In a process of its own: writes the parameters after training."""
+    """Trains in a process of its own, and writes the parameters after training."""
     put_in_place(layers)
     torch.set_num_threads(1)
     model = MODELS[library]()

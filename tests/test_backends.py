@@ -1,4 +1,4 @@
-"""Which backend runs a call, and why."""
+"""Tests which backend runs a call, and why."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import BACKENDS, INPUT, masked, plain
+from support.oracle import BACKENDS, INPUT, masked, plain
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -37,7 +37,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("form", CALLS)
-def test_on_the_cpu_bptt_trains(cell: str, form: str, ran: list[str]) -> None:
+def test_auto_trains_on_bptt_on_cpu(cell: str, form: str, ran: list[str]) -> None:
     x, given = CALLS[form]
     masked(cell, batch_first=True)(x, **given)
     suits = ("whole", "unbatched") if library.runs(torch.float32) else ("whole", "lengths", "unbatched")
@@ -48,7 +48,7 @@ def test_on_the_cpu_bptt_trains(cell: str, form: str, ran: list[str]) -> None:
     assert ran[1:] == ["bptt"]
 
 
-# (cell, batch, hidden, lengths, whether gradients are wanted, what runs); 20 steps.
+# (cell, batch, hidden, lengths, whether gradients are wanted, the backend that runs); 20 steps.
 FULL, HALF, ONE = "none", "half", "one long"
 CHOICES = [
     ("gru", 1, 8, FULL, False, "bptt"),
@@ -62,7 +62,7 @@ CHOICES = [
     # N * width < 1400 + 1.6 * half of it
     ("lstm", 54, 128, HALF, False, "padded"),
     ("lstm", 55, 128, HALF, False, "bptt"),
-    # The same work, most of it padding; and a small layer, whose rows cost as much as 16 wide.
+    # The same work, but most of it is padding. Then a small layer, whose rows cost as much as 16 wide.
     ("lstm", 54, 128, ONE, False, "bptt"),
     ("lstm", 512, 4, ONE, False, "bptt"),
     ("lstm", 512, 4, ONE, True, "bptt"),
@@ -76,10 +76,10 @@ CHOICES = [
     ("batch", "hidden", "expected"), [(7, 64, "padded"), (8, 64, "bptt"), (31, 4, "padded"), (32, 4, "bptt")]
 )
 @pytest.mark.parametrize("learns", [False, True])
-def test_where_torchs_kernel_is_faster_than_native_loops(
+def test_auto_prefers_lstm_kernel_for_small_full_batches(
     batch: int, hidden: int, expected: str, learns: bool, ran: list[str]
 ) -> None:
-    """T * N * width < 10,000, where every step is real"""
+    """The kernel is faster if T * N * width < 10,000 and every step is real."""
     expected = expected if torch.backends.mkldnn.is_available() else "bptt"
     layer, x = masked("lstm", INPUT, hidden), torch.randn(20, batch, INPUT)
     with torch.set_grad_enabled(learns):
@@ -90,8 +90,8 @@ def test_where_torchs_kernel_is_faster_than_native_loops(
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="without oneDNN")
-def test_autocast_keeps_the_kernel_of_a_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our own loops have not its precision."""
+def test_autocast_keeps_lstm_kernel_for_full_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our own loops do not have the precision of the kernel."""
     monkeypatch.setattr(kernels, "lstm_kernel_runs", lambda *_: True)
     call = open_call(masked("lstm", INPUT, 64), torch.randn(20, 8, INPUT), None, None, None, None)
     native = library.runs(torch.float32)
@@ -118,7 +118,7 @@ def test_autocast_keeps_the_kernel_of_a_whole_batch(monkeypatch: pytest.MonkeyPa
         (16, 4, 127, False, False, "bptt"),
     ],
 )
-def test_few_steps(
+def test_auto_uses_padded_for_few_steps(
     name: str, steps: int, batch: int, hidden: int, has_lengths: bool, learns: bool, expected: str, ran: list[str]
 ) -> None:
     layer = masked(name, INPUT, hidden)
@@ -130,7 +130,7 @@ def test_few_steps(
 
 
 @pytest.mark.parametrize(("name", "batch", "hidden", "given", "learns", "expected"), CHOICES)
-def test_where_torchs_kernel_is_faster(
+def test_auto_picks_faster_backend_without_native_loops(
     name: str,
     batch: int,
     hidden: int,
@@ -154,15 +154,15 @@ def test_where_torchs_kernel_is_faster(
 
 
 @pytest.mark.parametrize("form", CALLS)
-def test_a_forced_backend_runs(cell: str, backend: str, form: str, ran: list[str]) -> None:
+def test_forced_backend_runs(cell: str, backend: str, form: str, ran: list[str]) -> None:
     x, given = CALLS[form]
     masked(cell, batch_first=True, backend=backend)(x, **given)
     assert ran == [backend]
 
 
 @pytest.mark.parametrize("at_once", [False, True])
-def test_auto_on_gpu(at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On an accelerator: by where the lengths lie, and whether a kernel runs all steps of a padded batch at once."""
+def test_auto_chooses_backend_on_gpu(at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` follows the device of the lengths, and whether a kernel runs all steps of a padded batch at once."""
     capturing = False
     monkeypatch.setattr(_dispatch, "runs_all_steps_at_once", lambda *_: at_once)
     there, here = (SimpleNamespace(device=SimpleNamespace(type=name)) for name in ("xpu", "cpu"))
@@ -185,8 +185,8 @@ def test_auto_on_gpu(at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("mode", ["is_traced", "is_transformed", "is_recorded", "is_fake", ""])
-def test_pinned_memory_is_for_values_that_are_there(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph that is recorded would read it at each replay."""
+def test_pinned_memory_is_used_only_in_eager_calls(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recorded graph would read the pinned memory at each replay."""
     there: Any = SimpleNamespace(type="cuda")
     host: Any = SimpleNamespace(is_cpu=True, to=lambda device, **_: "moved")
     pinned: Any = SimpleNamespace(copy_=lambda _: SimpleNamespace(to=lambda device, non_blocking: "pinned"))
@@ -200,8 +200,8 @@ def test_pinned_memory_is_for_values_that_are_there(mode: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("name", ["GRU", "LSTM", "RNN"])
-def test_kernels_that_run_all_steps_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in PyTorch's `get_algo`: never in float64, and in backward for smaller layers than in forward."""
+def test_cudnn_runs_all_steps_within_size_limit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limits are PyTorch's, in `get_algo`: never in float64, and in backward for smaller layers than in forward."""
     mode = name if name != "RNN" else "RNN_TANH"
     assert not kernels.runs_all_steps_at_once(mode, X, 8, 0, False)
     monkeypatch.setattr(kernels, "runs_cudnn", lambda _x: True)
@@ -214,7 +214,7 @@ def test_kernels_that_run_all_steps_at_once(name: str, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "dual"])
-def test_under_a_transform_scan_runs(cell: str, transform: str, ran: list[str]) -> None:
+def test_auto_uses_scan_under_transforms(cell: str, transform: str, ran: list[str]) -> None:
     layer = masked(cell, batch_first=True)
 
     def loss(x: Any) -> Any:
@@ -232,7 +232,7 @@ def test_under_a_transform_scan_runs(cell: str, transform: str, ran: list[str]) 
     assert ran == ["scan"]
 
 
-def test_every_backend_answers_for_itself() -> None:
+def test_backend_registry_lists_each_by_name() -> None:
     assert tuple(_dispatch.BACKENDS) == BACKENDS
     for name, backend in _dispatch.BACKENDS.items():
         assert name in str(backend)
@@ -240,10 +240,10 @@ def test_every_backend_answers_for_itself() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("given", [{}, {"lengths": [6, 4, 1]}], ids=str)
-def test_autocast_where_the_cpu_lacks_the_kernel(
+def test_autocast_falls_back_without_lstm_kernel(
     dtype: torch.dtype, given: dict[str, Any], ran: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`auto` runs whatever the CPU; a forced kernel that it lacks is refused."""
+    """`auto` runs on every CPU. A forced backend is refused if the CPU lacks its kernel."""
     layer = masked("lstm", batch_first=True)
     with torch.autocast("cpu", dtype):
         output, (h, _) = layer(X, **given)
@@ -278,8 +278,8 @@ def _asks_anew() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_asks_anew")
-def test_what_a_cpu_lacks_is_found_out_under_any_mode() -> None:
-    """The answer is kept for good: a mode in which nothing is computed must not give it."""
+def test_lstm_kernel_probe_is_right_in_any_mode() -> None:
+    """The answer is cached for good, so it must not come from a mode in which nothing is computed."""
     for case in product((torch.bfloat16, torch.float16), (False, True), (1, 2)):
 
         def ask(case: Any = case) -> bool:
@@ -298,11 +298,11 @@ def test_what_a_cpu_lacks_is_found_out_under_any_mode() -> None:
 
 
 def played_lstm(inference: bool, training: bool) -> Any:
-    """The kernel of a CPU whose oneDNN has some of its forms under autocast, and no others."""
+    """Returns the kernel of a CPU whose oneDNN has only some of its forms under autocast."""
     kernel = _torch.KERNELS["LSTM"]
 
     def run(x: Tensor, hx: Any, *more: Any) -> Any:
-        if isinstance(hx, Tensor) or not torch.is_autocast_enabled("cpu"):  # packed rows do not go to oneDNN
+        if isinstance(hx, Tensor) or not torch.is_autocast_enabled("cpu"):  # oneDNN does not run packed rows
             return kernel(x, hx, *more)
         if not (training if torch.is_grad_enabled() else inference):
             raise RuntimeError("could not create a primitive descriptor for the LSTM forward propagation primitive")
@@ -320,7 +320,7 @@ def played_lstm(inference: bool, training: bool) -> Any:
 @pytest.mark.parametrize("given", [{}, {"lengths": [6, 4, 1]}, {"lengths": [1, 0, 1]}], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_on_each_kind_of_cpu(
+def test_autocast_adapts_to_onednn_kernels_of_cpu(
     dtype: torch.dtype,
     dropout: float,
     given: dict[str, Any],
@@ -329,7 +329,7 @@ def test_autocast_on_each_kind_of_cpu(
     ran: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A kernel for both, for inference alone, or for none: what `auto` takes runs, and what is forced says why not."""
+    """The CPU has a kernel for both, for inference, or for none. `auto` runs; a forced backend gives its reason."""
     monkeypatch.setitem(_torch.KERNELS, "LSTM", played_lstm(inference, training))
     options = {"num_layers": 2, "bidirectional": True, "batch_first": True, "dropout": dropout}
     layer = masked("lstm", **options)
@@ -341,7 +341,7 @@ def test_autocast_on_each_kind_of_cpu(
             output, _ = layer(x, **given)
             assert output.dtype == dtype
             if not given:
-                # Where dropout is drawn, a pass without gradients must choose as the one with them.
+                # With dropout, a pass without gradients must choose the same backend as one with gradients.
                 assert ran[-1] == ("padded" if (training if dropout else there) else "bptt")
             for layer.backend in ("padded", *(() if given else ("packed",))):
                 if there:
@@ -368,7 +368,7 @@ def test_autocast_on_each_kind_of_cpu(
     again.float().sum().backward()
 
 
-def test_full_lengths_are_no_lengths(cell: str) -> None:
+def test_full_lengths_count_as_no_lengths(cell: str) -> None:
     layer = masked(cell, batch_first=True)
     assert open_call(layer, X, None, [6, 6, 6], None, None).lengths is None
     assert open_call(layer, X, None, [6, 6, 5], None, None).lengths is not None

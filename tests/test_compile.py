@@ -1,4 +1,4 @@
-"""torch.compile: as it is, with the break that Dynamo imposes; with allow_rnn, one graph for every size."""
+"""torch.compile: by default with the graph break that Dynamo imposes, with allow_rnn in one graph for every size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import INPUT, ONE_STATE_AND_TWO, as_tuple, cotangents, masked, random_states, torch_before
+from support.oracle import INPUT, ONE_STATE_AND_TWO, as_tuple, cotangents, masked, random_states, torch_before
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -38,7 +38,7 @@ def allow_rnn() -> Iterator[None]:
 
 
 def run(function: Any, layer: Any, x: Tensor, hx: Any, pulled: list[Tensor], **given: Any) -> list[Tensor]:
-    """Results, and every gradient under the given cotangents."""
+    """Returns the results, and every gradient under the given cotangents."""
     x = x.detach().clone().requires_grad_()
     output, last = function(x, hx, **given)
     results = [output, *as_tuple(last)]
@@ -59,8 +59,8 @@ def arguments(layer: Any, batch: int, steps: int, with_hx: bool = False) -> tupl
 
 
 @pytest.mark.parametrize(("compiler", "given"), [("inductor", "lengths"), ("eager", "mask"), ("eager", "neither")])
-def test_as_it_is(cell: str, compiler: str, given: str) -> None:
-    """Without allow_rnn nothing of the layer is compiled."""
+def test_compiled_layer_matches_eager(cell: str, compiler: str, given: str) -> None:
+    """Without allow_rnn no part of the layer is compiled."""
     layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True)
     counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(layer, backend=counter)
@@ -72,7 +72,7 @@ def test_as_it_is(cell: str, compiler: str, given: str) -> None:
 
 
 class Before(torch.nn.Module):
-    """What a model computes before the layer stands in a statement of its own."""
+    """A model whose code before the layer is a separate statement."""
 
     def __init__(self, layer: torch.nn.Module) -> None:
         super().__init__()
@@ -83,8 +83,8 @@ class Before(torch.nn.Module):
         return self.layer(x, lengths=lengths)[0] * 2
 
 
-def test_the_graphs_around_it(cell: str) -> None:
-    """One before the layer. What comes after runs as it is; from torch 2.15 on it is a graph too."""
+def test_compiled_model_breaks_graph_at_layer(cell: str) -> None:
+    """The code before the layer is one graph. The code after it runs eagerly; from torch 2.15 on it is a graph too."""
     model = Before(masked(cell, batch_first=True))
     counter = CompileCounterWithBackend("eager")
     x, lengths = torch.randn(3, 6, INPUT), torch.tensor([6, 0, 2])
@@ -97,7 +97,7 @@ def test_the_graphs_around_it(cell: str) -> None:
 @pytest.mark.skipif(
     "reason" not in inspect.signature(torch.compiler.disable).parameters, reason="torch shows no reason"
 )
-def test_the_report_of_a_break_has_a_reason_and_a_cure() -> None:
+def test_graph_break_report_names_reason_and_cure() -> None:
     breaks = torch._dynamo.utils.counters["graph_break"]
     breaks.clear()
     torch.compile(Before(masked("gru", batch_first=True)), backend="eager")(torch.randn(3, 6, INPUT), [6, 0, 2])
@@ -108,7 +108,7 @@ def test_the_report_of_a_break_has_a_reason_and_a_cure() -> None:
         assert "torch._dynamo.config.allow_rnn = True" in text
 
 
-def test_a_release_that_takes_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiler_disable_works_without_reason_argument(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.compiler, "disable", lambda function, recursive=True: (function, recursive))
     assert _torch.left_to_run(len) == (len, True)
 
@@ -124,7 +124,7 @@ class BySuper(MaskedGRU):
 
 
 @pytest.mark.parametrize("kind", [ByName, BySuper])
-def test_a_subclass_as_it_is(kind: type[MaskedGRU]) -> None:
+def test_compiled_subclass_matches_eager(kind: type[MaskedGRU]) -> None:
     if kind is BySuper and not torch_before("2.15"):
         pytest.skip("torch 2.15's Dynamo fails on super() in any subclass of nn.RNNBase; docs/versions.md")
     layer = kind(INPUT, 3, batch_first=True)
@@ -133,7 +133,7 @@ def test_a_subclass_as_it_is(kind: type[MaskedGRU]) -> None:
 
 
 @pytest.mark.usefixtures("allow_rnn")
-def test_a_subclass_in_one_graph() -> None:
+def test_compiled_subclass_makes_one_graph() -> None:
     layer = BySuper(INPUT, 3, batch_first=True)
     x, lengths = torch.randn(3, 6, INPUT), torch.tensor([6, 0, 2])
     close([torch.compile(layer, backend="eager", fullgraph=True)(x, lengths)], [layer(x, lengths)])
@@ -162,7 +162,7 @@ def options(given: str, batch: int, steps: int) -> dict[str, Any]:
     ],
 )
 @pytest.mark.usefixtures("allow_rnn")
-def test_one_graph_for_every_size(cell: str, compiler: str, given: str, with_hx: bool) -> None:
+def test_compiled_layer_reuses_graph_for_every_size(cell: str, compiler: str, given: str, with_hx: bool) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True)
     counter = CompileCounterWithBackend(compiler)
     compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
@@ -177,8 +177,8 @@ def test_one_graph_for_every_size(cell: str, compiler: str, given: str, with_hx:
 
 @pytest.mark.parametrize("anew", [False, True])
 @pytest.mark.usefixtures("allow_rnn")
-def test_a_gradient_that_is_computed_anew_has_every_digit(cell: str, anew: bool) -> None:
-    """Of few steps: the kernel runs once more in the gradient, and in float32."""
+def test_recomputed_gradient_keeps_float32_precision(cell: str, anew: bool) -> None:
+    """For few steps, the gradient runs the kernel once more, in float32."""
     layer = masked(cell, batch_first=True)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x, hx, pulled = arguments(layer, 3, 1, with_hx=True)
@@ -189,7 +189,7 @@ def test_a_gradient_that_is_computed_anew_has_every_digit(cell: str, anew: bool)
 
 
 @pytest.mark.usefixtures("allow_rnn")
-def test_what_was_saved_is_not_computed_anew(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_backward_reuses_saved_values(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise AssertionError("the layer is run once more")
 
@@ -200,8 +200,8 @@ def test_what_was_saved_is_not_computed_anew(cell: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("allow_rnn")
-def test_the_initial_states_gradient_with_resets(cell: str) -> None:
-    """Of a row that drops it, of one that does not, and of one without steps."""
+def test_hx_gradient_is_right_with_resets(cell: str) -> None:
+    """Covers a row that drops the initial state, one that does not, and one without steps."""
     layer = masked(cell, bidirectional=True, batch_first=True)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     resets = torch.tensor([[1, 0, 0], [0, 1, 0], [1, 1, 1]], dtype=torch.bool)
@@ -220,7 +220,7 @@ def test_the_initial_states_gradient_with_resets(cell: str) -> None:
 @pytest.mark.slow_but("gru")
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 @pytest.mark.usefixtures("allow_rnn")
-def test_static_shapes_and_no_gradient(cell: str) -> None:
+def test_static_shapes_compile_for_inference(cell: str) -> None:
     layer = masked(cell, bidirectional=True, batch_first=True)
     compiled = torch.compile(layer, fullgraph=True)
     x, _, _ = arguments(layer, 3, 6)
@@ -232,7 +232,7 @@ def test_static_shapes_and_no_gradient(cell: str) -> None:
 
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 @pytest.mark.usefixtures("allow_rnn")
-def test_a_list_of_lengths_and_time_first(cell: str) -> None:
+def test_list_lengths_compile_with_time_first(cell: str) -> None:
     layer = masked(cell, bidirectional=True)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = torch.randn(6, 3, INPUT)
@@ -243,8 +243,8 @@ def test_a_list_of_lengths_and_time_first(cell: str) -> None:
 @pytest.mark.slow_but("gru")
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 @pytest.mark.usefixtures("allow_rnn")
-def test_lists_and_ints_that_change_from_call_to_call(cell: str) -> None:
-    """Once for the first, once for every other: 0 and 1 are no special lengths."""
+def test_changing_list_lengths_recompile_once(cell: str) -> None:
+    """The first lengths are compiled once, and all others once more: 0 and 1 are no special lengths."""
     layer = masked(cell, batch_first=True)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, backend=counter, fullgraph=True)
@@ -260,19 +260,19 @@ def test_lists_and_ints_that_change_from_call_to_call(cell: str) -> None:
 
 @pytest.mark.parametrize("lengths", [[2.7, 3.0, 1.9], [3, 2.0, 1], [True, False, True], 2.5], ids=str)
 @pytest.mark.usefixtures("allow_rnn")
-def test_lengths_that_are_no_integers_are_refused(lengths: Any) -> None:
-    """As in eager mode: nothing is truncated on the way into a graph."""
+def test_non_integer_lengths_are_refused_when_compiling(lengths: Any) -> None:
+    """As in eager mode, lengths are not truncated on the way into a graph."""
     layer = masked("gru", batch_first=True)
     x = torch.randn(3, 6, INPUT) if isinstance(lengths, list) else torch.randn(6, INPUT)
-    # torch 2.6's Dynamo keeps the words to itself.
+    # torch 2.6's Dynamo hides the words.
     words = "Observed exception" if torch_before("2.7") else r"of type (float|bool)"
     with pytest.raises(Exception, match=words):
         torch.compile(layer, backend="aot_eager", fullgraph=True)(x, lengths=lengths)
 
 
 @pytest.mark.parametrize("lengths", [None, [6, 2, 5]], ids=str)
-def test_a_gradient_follows_what_its_forward_ran(lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What would be chosen by then does not count: only one of the two has saved anything."""
+def test_operator_backward_follows_its_forward(lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient must not choose anew, because only the one that ran forward has saved anything."""
     layer = masked("lstm", batch_first=True)
     x, weights, states = torch.randn(3, 6, INPUT), list(layer.parameters()), [torch.zeros(1, 3, 3)] * 2
     given = None if lengths is None else torch.tensor(lengths)
@@ -284,8 +284,8 @@ def test_a_gradient_follows_what_its_forward_ran(lengths: list[int] | None, monk
         close(list(torch.autograd.grad(results[0].square().sum(), weights)), list(expected))
 
 
-def test_the_operator_computes_in_its_tensors_dtype(cell: str) -> None:
-    """Also where it is called under autocast, as a graph that was compiled under autocast is."""
+def test_operator_keeps_dtype_under_autocast(cell: str) -> None:
+    """A graph that was compiled under autocast calls the operator under autocast."""
     layer = masked(cell, batch_first=True)
     x, states = torch.randn(3, 6, INPUT), random_states(layer, 3, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -298,10 +298,10 @@ def test_the_operator_computes_in_its_tensors_dtype(cell: str) -> None:
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("lengths", [None, [6, 2, 5]], ids=str)
-def test_the_operator_runs_the_kernel_that_eager_runs(
+def test_operator_runs_same_kernel_as_eager(
     bidirectional: bool, lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """oneDNN's LSTM, once more for the gradient."""
+    """oneDNN's LSTM runs, and runs once more for the gradient."""
     layer = masked("lstm", bidirectional=bidirectional, batch_first=True)
     ran: list[str] = []
     run_kernel = kernels.run_kernel
@@ -325,14 +325,14 @@ def test_the_operator_runs_the_kernel_that_eager_runs(
 
 @pytest.mark.parametrize("steps", [1, 3, 9])
 @pytest.mark.parametrize("given", ["neither", "full", "lengths", "resets", "no reset"])
-def test_the_operator_gives_eagers_bits(cell: str, steps: int, given: str) -> None:
-    """The same plan, choice and loops: output, last states and every gradient."""
+def test_operator_matches_eager_bit_for_bit(cell: str, steps: int, given: str) -> None:
+    """The plan, the choice and the loops are the same, so output, last states and every gradient are equal."""
     layer = masked(cell, bidirectional=True, batch_first=True, flatten_hidden=False)
     x, states = torch.randn(3, steps, INPUT, requires_grad=True), random_states(layer, 3, torch.float32)
     lengths = {"full": torch.full((3,), steps), "lengths": torch.tensor([steps, 0, 1])}.get(given)
     resets = {"resets": torch.rand(3, steps) < 0.4, "no reset": torch.zeros(3, steps, dtype=torch.bool)}.get(given)
     if steps == 1:
-        resets = None  # a layer drops them before it calls the operator
+        resets = None  # the layer drops them before it calls the operator
     weights = list(layer.parameters())
     time_first = None if resets is None else resets.t()
     results = torch.ops.masked_rnn.layer(x, lengths, time_first, list(states), weights, layer.mode, True, True)
@@ -342,14 +342,14 @@ def test_the_operator_gives_eagers_bits(cell: str, steps: int, given: str) -> No
     for tensors in (found, expected):
         tensors += torch.autograd.grad(tensors, [x, *weights], pulled)
     for a, b in zip(found, expected, strict=True):
-        # oneDNN has one LSTM for inference, which the operator's forward is, and another for training.
+        # oneDNN has one LSTM for inference, which the operator's forward runs, and another for training.
         assert torch.allclose(a, b, atol=1e-6) if cell == "lstm" else torch.equal(a, b)
 
 
 @pytest.mark.slow_but("gru")
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 @pytest.mark.usefixtures("allow_rnn")
-def test_inside_a_model(cell: str) -> None:
+def test_model_with_layer_compiles_and_trains(cell: str) -> None:
     class Model(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -362,7 +362,7 @@ def test_inside_a_model(cell: str) -> None:
             return self.head(output.sum(1))
 
     model = Model()
-    # Each id once: of repeated ones, what torch 2.6 compiles on one thread, without AVX-512, loses gradients.
+    # Each id occurs once: code that torch 2.6 compiles on one thread without AVX-512 loses gradients of repeated ids.
     ids, lengths = torch.randperm(45)[:18].view(3, 6), torch.tensor([6, 1, 4])
     model(ids, lengths)
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
@@ -380,8 +380,8 @@ def test_inside_a_model(cell: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("allow_rnn")
-def test_compiling_does_not_grow_with_the_length() -> None:
-    """Neither the graph nor what Python does to make it."""
+def test_compile_work_is_independent_of_length() -> None:
+    """Neither the graph nor the Python calls that make it grow with the length."""
     nodes, calls = [], []
     for steps in (10, 10, 1000):  # the first one fills caches
         torch._dynamo.reset()
@@ -405,7 +405,7 @@ def test_compiling_does_not_grow_with_the_length() -> None:
 @pytest.mark.parametrize("length", [7, -1])
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 @pytest.mark.usefixtures("allow_rnn")
-def test_a_length_out_of_range_is_refused_when_it_runs(cell: str, length: int) -> None:
+def test_length_out_of_range_is_refused_at_run_time(cell: str, length: int) -> None:
     layer = masked(cell, batch_first=True)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = torch.randn(3, 6, INPUT)
@@ -415,8 +415,8 @@ def test_a_length_out_of_range_is_refused_when_it_runs(cell: str, length: int) -
 
 
 @pytest.mark.parametrize("with_resets", [False, True])
-def test_the_device_forms_gradient_has_every_digit(cell: str, with_resets: bool) -> None:
-    """What runs on an accelerator, run here."""
+def test_device_backward_keeps_float32_precision(cell: str, with_resets: bool) -> None:
+    """Runs on the CPU the backward that accelerators run."""
     layer = masked(cell)
     x, states = torch.randn(6, 3, INPUT), random_states(layer, 3, torch.float32)
     resets = torch.rand(6, 3) < 0.3 if with_resets else None
@@ -436,15 +436,15 @@ def test_the_device_forms_gradient_has_every_digit(cell: str, with_resets: bool)
         torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("cell", [*ONE_STATE_AND_TWO, "rnn-tanh"])  # which saves no buffer
-def test_the_operator_keeps_torchs_rules(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Schema, fake kernel, gradient registration and tracing, by PyTorch's own checker."""
-    # Not by oneDNN's LSTM: the checker compares the whole reserve, which that kernel does not write.
+@pytest.mark.parametrize("cell", [*ONE_STATE_AND_TWO, "rnn-tanh"])  # rnn-tanh saves no buffer
+def test_operator_passes_opcheck(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own checker tests schema, fake kernel, gradient registration and tracing."""
+    # oneDNN's LSTM is off, because the checker compares the whole reserve, which that kernel does not write.
     monkeypatch.setattr(kernels, "has_onednn", lambda: False)
     layer = masked(cell, bidirectional=True)
-    x = torch.randn(5, 6, INPUT, requires_grad=True)  # few steps would go to a kernel that does not write it either
+    x = torch.randn(5, 6, INPUT, requires_grad=True)  # few steps would run a kernel that does not write it either
     weights = list(layer.parameters())
-    # Full lengths: else part of the reserve is never written, and the checker compares all of it.
+    # Lengths are full. Otherwise part of the reserve is never written, and the checker compares all of it.
     cases = [(None, False), (torch.tensor([5] * 6), False), (torch.tensor([6] * 5), True)]
     for (lengths, batch_first), anew in itertools.product(cases, (False, True)):
         resets = torch.ones(5, 6, dtype=torch.bool) if not batch_first else torch.ones(6, 5, dtype=torch.bool)
@@ -461,7 +461,7 @@ def test_the_operator_keeps_torchs_rules(cell: str, monkeypatch: pytest.MonkeyPa
 @pytest.mark.slow_but("gru")
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 @pytest.mark.usefixtures("allow_rnn")
-def test_the_same_lengths_in_another_layout(cell: str) -> None:
+def test_same_lengths_compile_in_both_layouts(cell: str) -> None:
     lengths = torch.tensor([3, 1, 2])
     for batch_first in (False, True):
         layer = masked(cell, bidirectional=True, batch_first=batch_first)
@@ -475,7 +475,7 @@ def test_the_same_lengths_in_another_layout(cell: str) -> None:
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("lengths", [None, [4, 2, 2], [0, 0, 0]], ids=str)
 @pytest.mark.parametrize("anew", [False, True])
-def test_results_of_the_operators_share_no_memory(
+def test_operator_results_share_no_memory(
     cell: str, bidirectional: bool, lengths: list[int] | None, anew: bool
 ) -> None:
     layer = masked(cell, bidirectional=bidirectional)
@@ -494,7 +494,7 @@ def test_results_of_the_operators_share_no_memory(
 
 @pytest.mark.parametrize(("batch", "steps"), [(3, 0), (0, 5)])
 @pytest.mark.usefixtures("allow_rnn")
-def test_an_empty_batch(cell: str, batch: int, steps: int) -> None:
+def test_empty_batch_compiles_and_trains(cell: str, batch: int, steps: int) -> None:
     layer = masked(cell, batch_first=True)
     x = torch.randn(batch, steps, INPUT, requires_grad=True)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)

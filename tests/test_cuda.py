@@ -1,4 +1,4 @@
-"""On CUDA, where PyTorch's kernels are cuDNN's: values, waits, capture, autocast and second derivatives."""
+"""Tests on CUDA, where PyTorch's kernels are cuDNN's: values, waits, capture, autocast and second derivatives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import (
+from support.oracle import (
     BACKENDS,
     INPUT,
     Run,
@@ -40,7 +40,7 @@ LENGTHS = [3, 4, 0, 1]
 HOLES = torch.tensor([[0, 0, 1, 0, 1], [1, 0, 1, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
 RESETS = torch.tensor([[0, 1, 0, 0, 1], [1, 0, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 1, 0]], dtype=torch.bool)
 NONE = torch.zeros(4, STEPS, dtype=torch.bool)
-FORMS = {  # what is given, and what it means
+FORMS = {  # the arguments, and the mask that they mean
     "list": ({"lengths": LENGTHS}, prefix_mask(LENGTHS, STEPS)),
     "host": ({"lengths": torch.tensor(LENGTHS)}, prefix_mask(LENGTHS, STEPS)),
     "device": ({"lengths": torch.tensor(LENGTHS)}, prefix_mask(LENGTHS, STEPS)),
@@ -57,7 +57,7 @@ FORMS = {  # what is given, and what it means
 
 @pytest.fixture(autouse=True)
 def _every_digit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No TensorFloat-32, which cuDNN's RNNs take by default."""
+    """Turns off TensorFloat-32, which cuDNN's RNNs use by default."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
@@ -85,7 +85,7 @@ def home(run: Run) -> Run:
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-9), (torch.float32, 5e-4)])  # cuDNN's own error
 @pytest.mark.parametrize("cudnn", [True, False])
-def test_as_on_the_cpu_in_float64(
+def test_cuda_matches_float64_oracle(
     cell: str, backend: str, dtype: torch.dtype, atol: float, cudnn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "enabled", cudnn)
@@ -103,7 +103,7 @@ def test_as_on_the_cpu_in_float64(
                 assert not padded[~mask].any()
 
 
-# The form of input, how many steps, and what is given.
+# The form of input, the number of steps, and the arguments.
 STREAMS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "whole": ("padded", STEPS, {}),
     "list": ("padded", STEPS, {"lengths": LENGTHS}),
@@ -127,7 +127,7 @@ STREAMS: dict[str, tuple[str, int, dict[str, Any]]] = {
 
 
 def arranged(form: str, x: Tensor) -> Any:
-    """x (N, T, I) in a form of input."""
+    """Brings x (N, T, I) into a form of input."""
     lengths = [3, 5, 1, 2] if form in ("packed-unsorted", "nested") else [5, 3, 2, 1]
     rows = [row[:n] for row, n in zip(x, lengths, strict=True)]
     if form.startswith("packed"):
@@ -139,7 +139,7 @@ def arranged(form: str, x: Tensor) -> Any:
 
 @pytest.mark.parametrize("form", STREAMS)
 @pytest.mark.parametrize("kind", ["flat", "expanded", "fed back"])
-def test_a_state_of_any_layout(cell: str, backend: str, form: str, kind: str) -> None:
+def test_hx_of_any_layout_is_accepted(cell: str, backend: str, form: str, kind: str) -> None:
     """cuDNN refuses a state that is not contiguous, such as the flattened one that the layer returned."""
     shape, steps, given = STREAMS[form]
     options = {"num_layers": 2, "bidirectional": True, "batch_first": True, "enforce_sorted": form == "sorted"}
@@ -171,7 +171,7 @@ def test_a_state_of_any_layout(cell: str, backend: str, form: str, kind: str) ->
         torch.testing.assert_close(found, own)
 
 
-def test_lengths_on_the_cpu_while_a_graph_is_recorded(cell: str) -> None:
+def test_cpu_lengths_are_refused_during_graph_capture(cell: str) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True).cuda()
     x, graph = torch.randn(4, STEPS, INPUT, device="cuda"), torch.cuda.CUDAGraph()
     layer(x, lengths=LENGTHS)
@@ -197,7 +197,7 @@ def training_step(layer: Any, x: Tensor, **given: Any) -> tuple[Tensor, ...]:
         ("scan", "device-resets"),
     ],
 )
-def test_no_host_sync(cell: str, backend: str, form: str, refusing_to_wait: Any) -> None:
+def test_training_step_makes_no_host_sync(cell: str, backend: str, form: str, refusing_to_wait: Any) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=backend).cuda()
     x, given = torch.randn(4, STEPS, INPUT, device="cuda", requires_grad=True), given_as(form)
     training_step(layer, x, **given)  # the first call sets cuDNN up
@@ -208,7 +208,7 @@ def test_no_host_sync(cell: str, backend: str, form: str, refusing_to_wait: Any)
 @pytest.mark.parametrize(
     ("backend", "form"), [*product(["auto", "padded"], ["device", "device-mask"]), ("auto", "device-resets-alone")]
 )
-def test_a_captured_graph_follows_what_it_is_given(cell: str, backend: str, form: str) -> None:
+def test_captured_graph_replays_with_new_values(cell: str, backend: str, form: str) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=backend).double()
     there = copy.deepcopy(layer).cuda()
     x = torch.randn(4, STEPS, INPUT, dtype=torch.float64, device="cuda", requires_grad=True)
@@ -232,7 +232,7 @@ def test_a_captured_graph_follows_what_it_is_given(cell: str, backend: str, form
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float16, 2e-2), (torch.bfloat16, 1e-1)])
 @pytest.mark.parametrize(("form", "cudnn"), [("host", True), ("device", True), ("host", False)])
-def test_autocast(
+def test_autocast_matches_torch_dtypes_and_oracle(
     cell: str, backend: str, form: str, dtype: torch.dtype, atol: float, cudnn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "enabled", cudnn)
@@ -251,13 +251,13 @@ def test_autocast(
     wanted = {"x": x, **{f"hx[{s}]": h for s, h in enumerate(states)}, **dict(layer.named_parameters())}
     cast = [c.to("cuda", t.dtype) for c, t in zip(pulled, (output, *lasts), strict=True)]
     found = home(Run(output, lasts).pull_back(cast, wanted))
-    # Gradients of weights add up over steps and rows.
+    # Gradients of weights, and their errors, add up over steps and rows.
     assert_same(Run(found.output, found.states), expected, atol)
     assert_same(found, expected, 10 * atol)
 
 
-def test_second_derivatives(cell: str, backend: str) -> None:
-    """cuDNN's backward has none of its own."""
+def test_second_derivatives_match_cpu(cell: str, backend: str) -> None:
+    """cuDNN's backward has no derivative of its own."""
     layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=backend).double()
 
     def penalty(own: Any, device: str) -> list[Tensor]:
@@ -273,7 +273,7 @@ def test_second_derivatives(cell: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_second_derivatives_under_autocast(cell: str, backend: str, dtype: torch.dtype) -> None:
+def test_second_derivatives_under_autocast_match_cpu(cell: str, backend: str, dtype: torch.dtype) -> None:
     layer = masked(cell, batch_first=True, backend=backend)
     x, lengths = torch.randn(4, STEPS, INPUT), torch.tensor(LENGTHS)
 
@@ -290,7 +290,7 @@ def test_second_derivatives_under_autocast(cell: str, backend: str, dtype: torch
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_low_precision(cell: str, backend: str, dtype: torch.dtype) -> None:
+def test_low_precision_matches_float64(cell: str, backend: str, dtype: torch.dtype) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=backend).to(dtype)
     x = torch.randn(4, STEPS, INPUT, dtype=dtype)
     exact = copy.deepcopy(layer).double()
@@ -301,7 +301,7 @@ def test_low_precision(cell: str, backend: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(found.double().cpu(), own, atol=20 * torch.finfo(dtype).eps, rtol=0)
 
 
-def test_dropout_is_drawn_again_by_a_checkpoint(cell: str, backend: str) -> None:
+def test_dropout_is_redrawn_alike_by_checkpoint(cell: str, backend: str) -> None:
     layer = masked(cell, num_layers=2, dropout=0.5, batch_first=True, backend=backend).double().cuda()
     x = torch.randn(4, STEPS, INPUT, dtype=torch.float64, device="cuda")
 
@@ -317,7 +317,7 @@ def test_dropout_is_drawn_again_by_a_checkpoint(cell: str, backend: str) -> None
         return [leaf.grad, *(p.grad for p in layer.parameters())]
 
     expected = gradients(run)
-    for use_reentrant in (False, True):  # the latter runs once without gradients, and once with
+    for use_reentrant in (False, True):  # True runs once without gradients, and once with them
         again = partial(checkpoint, run, use_reentrant=use_reentrant)
         for a, b in zip(gradients(again), expected, strict=True):
             torch.testing.assert_close(a, b)
@@ -325,8 +325,7 @@ def test_dropout_is_drawn_again_by_a_checkpoint(cell: str, backend: str) -> None
 
 
 @pytest.mark.parametrize("form", ["packed", "nested"])
-def test_packed_and_nested_input_on_gpu(cell: str, backend: str, form: str) -> None:
-    """A PackedSequence, and a nested tensor."""
+def test_packed_and_nested_input_match_cpu(cell: str, backend: str, form: str) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, backend=backend).double()
     rows = [torch.randn(n, INPUT, dtype=torch.float64) for n in (3, 5, 1)]
 
@@ -348,8 +347,8 @@ def test_packed_and_nested_input_on_gpu(cell: str, backend: str, form: str) -> N
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # the compiler's own trial
-def test_compiled(cell: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # from a trial of the compiler
+def test_compiled_layer_matches_eager(cell: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`reduce-overhead` records a CUDA graph."""
     monkeypatch.setattr(torch._dynamo.config, "allow_rnn", True)
     layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True).cuda()
@@ -366,8 +365,8 @@ def test_compiled(cell: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None
             torch.testing.assert_close(found, own)
 
 
-def test_a_length_out_of_range_is_told_by_the_device() -> None:
-    """By an assertion that ends the process's use of it, so in a process of its own."""
+def test_length_out_of_range_fails_device_assertion() -> None:
+    """The assertion makes the device unusable for its process, so the call runs in a process of its own."""
     code = (
         "import torch, masked_rnn\n"
         "gru = masked_rnn.MaskedGRU(2, 2, batch_first=True).cuda()\n"

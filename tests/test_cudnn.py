@@ -1,4 +1,4 @@
-"""What cuDNN refuses never reaches it: on the simulated device, a kernel that refuses the same."""
+"""The layer never gives cuDNN a call that it refuses. On the simulated device, a kernel refuses the same calls."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import INPUT, ONE_STATE_AND_TWO, as_hx, as_tuple, every, masked, plain, random_states
-from simulated_device import DEVICE, SimulatedTensor
-from strict_kernel import check_chunk, with_cudnn
+from support.oracle import INPUT, ONE_STATE_AND_TWO, as_hx, as_tuple, every, masked, plain, random_states
+from support.simulated_device import DEVICE, SimulatedTensor
+from support.strict_kernel import check_chunk, with_cudnn
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
@@ -20,7 +20,7 @@ BATCH, STEPS = 4, 5
 SORTED, LENGTHS = [5, 3, 2, 0], [3, 4, 0, 1]
 HOLES = torch.tensor([[0, 0, 1, 0, 1], [1, 0, 1, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
 RESETS = torch.tensor([[0, 1, 0, 0, 1], [1, 0, 0, 1, 0], [1, 1, 0, 0, 0], [0, 0, 0, 1, 1]], dtype=torch.bool)
-# The form of input, how many steps, what is given; "there" lies on the device.
+# The form of input, the number of steps, and the arguments, which lie on the device for "there".
 FORMS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "whole": ("padded", STEPS, {}),
     "lengths": ("padded", STEPS, {"lengths": LENGTHS}),
@@ -51,7 +51,7 @@ def _cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def arranged(form: str, x: Tensor) -> Any:
-    """x (N, T, I) in a form of input."""
+    """Brings x (N, T, I) into a form of input."""
     if form == "unbatched":
         return x[0]
     if form.startswith("packed"):
@@ -65,7 +65,7 @@ def arranged(form: str, x: Tensor) -> Any:
 
 
 def initial(kind: str, form: str, states: tuple[Tensor, ...]) -> list[Tensor] | None:
-    """The leaves (L·D, N, P) as hx."""
+    """Returns the leaves (L·D, N, P) as hx."""
     if form.startswith("packed"):
         states = tuple(h[:, :3] for h in states)
     if form == "unbatched":
@@ -83,14 +83,14 @@ def initial(kind: str, form: str, states: tuple[Tensor, ...]) -> list[Tensor] | 
 
 
 def run(layer: Any, form: str, kind: str, x: Tensor, states: tuple[Tensor, ...], device: Any) -> list[Tensor]:
-    """The output, the last states and all gradients, on the CPU."""
+    """Returns the output, the last states and all gradients, on the CPU."""
     shape, steps, given = FORMS[form]
     own = {n: v.to(device) if "there" in form and isinstance(v, Tensor) else v for n, v in given.items()}
     leaf = x[:, :steps].to(device).requires_grad_()
     leaves = tuple(h.to(device).requires_grad_() for h in states)
     hx = initial(kind, shape, leaves)
     data = arranged(shape, leaf)
-    with torch.no_grad():  # where cuDNN is not called training
+    with torch.no_grad():  # here cuDNN runs outside of training mode
         layer(data, None if hx is None else as_hx(hx), **own)
     output, last = layer(data, None if hx is None else as_hx(hx), **own)
     values = output.data if isinstance(output, PackedSequence) else output.values() if output.is_nested else output
@@ -104,8 +104,8 @@ def run(layer: Any, form: str, kind: str, x: Tensor, states: tuple[Tensor, ...],
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 @pytest.mark.parametrize("options", [{"num_layers": 2, "bidirectional": True}, {"bias": False}], ids=str)
-def test_a_state_of_any_layout(cell: str, form: str, options: dict[str, Any]) -> None:
-    """The flattened state that the layer returned, an expanded one, and others, in each form of a call."""
+def test_hx_of_any_layout_is_accepted(cell: str, form: str, options: dict[str, Any]) -> None:
+    """Covers the flattened state that the layer returns, an expanded one, and others, in each form of a call."""
     batch_first = FORMS[form][0] == "padded"
     enforced = form == "empty-rows" and options.get("num_layers") == 2
     layer = masked(cell, backend="scan", batch_first=batch_first, enforce_sorted=enforced, **options).double()
@@ -119,8 +119,8 @@ def test_a_state_of_any_layout(cell: str, form: str, options: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("options", every(batch_first=[True, False], bias=[True, False]), ids=str)
-def test_every_cell(cell: str, options: dict[str, Any]) -> None:
-    """Stacked, in both layouts: values, gradients, and a state that is fed back as it came."""
+def test_streamed_state_matches_cpu_for_every_cell(cell: str, options: dict[str, Any]) -> None:
+    """Covers stacked layers in both layouts. The returned state is fed back unchanged."""
     layer = masked(cell, num_layers=2, bidirectional=True, backend="scan", **options).double()
     there, x = copy.deepcopy(layer).to(DEVICE), torch.randn(STEPS, BATCH, INPUT, dtype=torch.float64)
     x = x.transpose(0, 1) if layer.batch_first else x
@@ -141,7 +141,7 @@ def test_every_cell(cell: str, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("given", [{}, {"lengths": LENGTHS}, {"mask": HOLES}], ids=str)
-def test_dropout_with_a_flattened_state(cell: str, given: dict[str, Any]) -> None:
+def test_dropout_is_redrawn_alike_with_flattened_hx(cell: str, given: dict[str, Any]) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, dropout=0.5).to(DEVICE)
     x = torch.randn(BATCH, STEPS, INPUT).to(DEVICE).requires_grad_()
     hx = as_hx([h.transpose(0, 1).flatten(1).to(DEVICE) for h in random_states(layer, BATCH, torch.float32)])
@@ -154,7 +154,7 @@ def test_dropout_with_a_flattened_state(cell: str, given: dict[str, Any]) -> Non
         again.sum().backward()
 
 
-def test_the_kernel_is_strict() -> None:
+def test_strict_kernel_refuses_what_cudnn_refuses() -> None:
     kernel, layer = kernels.KERNELS["GRU"], plain("gru", num_layers=2).to(DEVICE)
     chunk = list(kernels.flatten_for_cudnn(list(layer.parameters())))
     x, h = torch.randn(STEPS, BATCH, INPUT).to(DEVICE).requires_grad_(), torch.zeros(2, BATCH, 3).to(DEVICE)

@@ -1,4 +1,4 @@
-"""On a device that is not the CPU: what is computed there, and what waits for it."""
+"""Tests on a device that is not the CPU: results, and ops that wait for the device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle import (
+from support.oracle import (
     BACKENDS,
     INPUT,
     ONE_STATE_AND_TWO,
@@ -26,8 +26,8 @@ from oracle import (
     prefix_mask,
     random_states,
 )
-from simulated_device import DEVICE, FUSED, HOST, SimulatedTensor, watching
-from strict_kernel import with_cudnn
+from support.simulated_device import DEVICE, FUSED, HOST, SimulatedTensor, watching
+from support.strict_kernel import with_cudnn
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
@@ -72,9 +72,9 @@ CALLS = [  # the form, num_layers, bidirectional, batch_first, hx
     ("device-resets-alone", 1, True, True, "whole"),
 ]
 UP = ["upload"]
-WAITS = {  # with lengths on the host, a mask on the host, and either on the device
+WAITS = {  # for lengths on the host, a mask on the host, and either on the device
     "auto": (2 * UP, UP, []),
-    # A mask goes there and back.
+    # A mask is copied to the device and back.
     "packed": (2 * UP, [*UP, "_to_copy", *2 * UP], ["_to_copy", *2 * UP]),
     "padded": (UP, UP, []),
     "scan": (UP, UP, []),
@@ -95,7 +95,7 @@ def to(device: Any, value: Any) -> Any:
 
 
 def home(run: Run) -> Run:
-    """The run on the CPU; all of it has to be on the device."""
+    """Moves a run to the CPU. All of it has to be on the device."""
     tensors = [run.output, *run.states, *run.gradients.values()]
     assert all(isinstance(t, SimulatedTensor) for t in tensors)
     return Run(run.output.cpu(), tuple(to("cpu", run.states)), to("cpu", run.gradients))
@@ -103,7 +103,7 @@ def home(run: Run) -> Run:
 
 @pytest.mark.parametrize("case", CALLS, ids=lambda case: "-".join(map(str, case)))
 @pytest.mark.parametrize("cell", [*ONE_STATE_AND_TWO, "rnn-tanh"])
-def test_each_form_of_a_call(cell: str, backend: str, case: Any) -> None:
+def test_every_call_form_matches_oracle(cell: str, backend: str, case: Any) -> None:
     form, layers, bidirectional, batch_first, hx = case
     options = {"num_layers": layers, "bidirectional": bidirectional, "batch_first": batch_first}
     layer = masked(cell, backend=backend, **options).double()
@@ -141,7 +141,7 @@ EDGES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 
 
 def outcome(layer: Any, x: Any, leaf: Tensor, **given: Any) -> list[Tensor]:
-    """The output, the last states and the gradients, on the CPU; all of them have to be where the leaf is."""
+    """Returns the output, last states and gradients on the CPU. All of them have to be on the leaf's device."""
     output, last = layer(x, **given)
     if isinstance(output, PackedSequence):
         output, _ = pad_packed_sequence(output, layer.batch_first)
@@ -167,7 +167,7 @@ def layer(cell: str, backend: str) -> Any:
 
 
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
-def test_unbatched_and_empty_input(layer: Any) -> None:
+def test_unbatched_and_empty_input_match_cpu(layer: Any) -> None:
     there = copy.deepcopy(layer).to(DEVICE)
     for name, (shape, given) in EDGES.items():
         x = torch.randn(shape, dtype=torch.float64)
@@ -179,7 +179,7 @@ def test_unbatched_and_empty_input(layer: Any) -> None:
         assert_agree(found, expected, name)
 
 
-def test_packed_and_nested_input(layer: Any) -> None:
+def test_packed_and_nested_input_match_cpu(layer: Any) -> None:
     there = copy.deepcopy(layer).to(DEVICE)
     lengths, x = torch.tensor([3, 5, 1, 4]), torch.randn(4, STEPS, INPUT, dtype=torch.float64)
 
@@ -197,7 +197,7 @@ def test_packed_and_nested_input(layer: Any) -> None:
         assert_agree(run(there, DEVICE, form), run(layer, "cpu", form), form)
 
 
-def test_second_derivatives(layer: Any) -> None:
+def test_second_derivatives_match_cpu(layer: Any) -> None:
     there = copy.deepcopy(layer).to(DEVICE)
     x, lengths = torch.randn(2, 3, INPUT, dtype=torch.float64), torch.tensor([3, 1])
 
@@ -210,11 +210,11 @@ def test_second_derivatives(layer: Any) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_what_waits(cell: str, form: str) -> None:
-    """Nothing, forward and backward, but for `packed`, which has to read lengths that are on the device.
+def test_device_ops_wait_only_where_documented(cell: str, form: str) -> None:
+    """No op waits, forward or backward, except in `packed`, which has to read lengths that are on the device.
 
-    What the host knows is copied to the device: the lengths or the mask, or the two indices that `packed` makes of
-    them. That waits too, if only for the copy.
+    Lengths or a mask on the host are copied to the device, or the two indices that `packed` makes of them. The copy
+    waits too, but only for itself.
     """
     for backend in WAITS:
         layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=backend).to(DEVICE)
@@ -227,15 +227,15 @@ def test_what_waits(cell: str, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", WITH_RESETS)
-def test_what_waits_with_resets(cell: str, form: str, ran: list[str]) -> None:
-    """`auto` cuts rows at their resets on the host, which has to read what is on the device; `scan` reads nothing."""
+def test_resets_wait_only_where_documented(cell: str, form: str, ran: list[str]) -> None:
+    """`auto` cuts rows at their resets on the host, which has to read tensors of the device. `scan` reads nothing."""
     for backend in ("auto", "scan"):
         layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=backend).to(DEVICE)
         x = torch.randn(4, STEPS, INPUT).to(DEVICE).requires_grad_()
         with watching() as waits:
             output, last = layer(x, **WITH_RESETS[form])
             (output.sum() + sum(h.sum() for h in as_tuple(last))).backward()
-        # A mask goes there first.
+        # A mask is copied to the device first.
         assert ("_to_copy" in waits) == (
             backend == "auto" and (form.startswith("device") or form == "host-resets-mask")
         )
@@ -244,8 +244,8 @@ def test_what_waits_with_resets(cell: str, form: str, ran: list[str]) -> None:
     assert ran == ["packed", "scan"]
 
 
-def test_rows_may_be_padded(cell: str, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a kernel runs all steps at once; but not those that are nearly all padding."""
+def test_auto_pads_rows_unless_mostly_padding(cell: str, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are padded if a kernel runs all steps at once, unless they would be nearly all padding."""
     monkeypatch.setattr(_dispatch, "runs_all_steps_at_once", lambda *_: True)
     layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True).double()
     there, x = copy.deepcopy(layer).to(DEVICE), torch.randn(16, 30, INPUT, dtype=torch.float64)
@@ -264,21 +264,21 @@ def test_rows_may_be_padded(cell: str, ran: list[str], monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("backend", WAITS)
-def test_lengths_that_the_device_refuses(backend: str) -> None:
+def test_wrong_lengths_on_device_raise_without_waiting(backend: str) -> None:
     layer = masked("gru", batch_first=True, backend=backend, enforce_sorted=True).to(DEVICE)
     x = torch.randn(2, STEPS, INPUT).to(DEVICE)
     for lengths, fault in (([STEPS + 1, 1], "out of range"), ([1, -1], "out of range"), ([1, 2], "must decrease")):
         with watching() as waits, pytest.raises(RuntimeError, match=fault):
             layer(x, lengths=torch.tensor(lengths).to(DEVICE))
-        assert waits == ["upload"]  # the test's own
+        assert waits == ["upload"]  # of the test's own lengths
         with watching() as waits, pytest.raises(ValueError, match=r"lengths"):
             layer(x, lengths=lengths)
         assert not waits
 
 
 @pytest.mark.parametrize("backend", WAITS)
-def test_a_device_without_an_assertion(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on MPS and XPU: lengths are read there, and an error names the element."""
+def test_device_without_async_assert_reads_lengths(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on MPS and XPU, lengths are read from the device, and an error names the element."""
 
     def lacking(*_: Any) -> None:
         raise NotImplementedError("The operator 'aten::_assert_async.msg' is not implemented for this device")
@@ -303,15 +303,15 @@ def test_a_device_without_an_assertion(backend: str, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def _captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph is being recorded there: what waits, or is copied from the host, would end the recording."""
+    """Makes the device record a graph. A wait, or a copy from the host, would end the recording."""
     for module in (context, _torch):
         monkeypatch.setattr(module, "is_capturing", lambda device: device.type == DEVICE.type)
 
 
 @pytest.mark.usefixtures("_captured")
 @pytest.mark.parametrize("form", [*FORMS, *WITH_RESETS])
-def test_while_a_graph_is_recorded(cell: str, backend: str, form: str) -> None:
-    """What has to come from the host is refused in words, and nothing waits."""
+def test_graph_capture_refuses_host_values(cell: str, backend: str, form: str) -> None:
+    """A call that needs values from the host is refused with the reason. Other calls run and never wait."""
     layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=backend)
     there, given = copy.deepcopy(layer).to(DEVICE), {**FORMS, **WITH_RESETS}[form]
     x = torch.randn(4, STEPS, INPUT)
@@ -330,7 +330,7 @@ def test_while_a_graph_is_recorded(cell: str, backend: str, form: str) -> None:
 
 
 @pytest.mark.usefixtures("_captured")
-def test_rows_while_a_graph_is_recorded() -> None:
+def test_graph_capture_takes_packed_and_refuses_nested() -> None:
     layer = masked("gru", bidirectional=True)
     there, x = copy.deepcopy(layer).to(DEVICE), torch.randn(STEPS, 3, INPUT)
     rows = pack_padded_sequence(x, torch.tensor([3, 5, 1]), enforce_sorted=False)
@@ -347,7 +347,7 @@ def test_rows_while_a_graph_is_recorded() -> None:
             there(nested)
 
 
-def test_recording_is_asked_of_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capture_check_asks_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
     current = [0]
 
     @contextmanager
@@ -367,8 +367,10 @@ def test_recording_is_asked_of_the_tensors_device(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(("most", "more"), [(128, 192), (256, 384)])
-def test_what_auto_takes_on_cudnn(most: int, more: int, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """`padded` where PyTorch has cuDNN run all steps at once: by dtype, size, and gradient. Dropout counts as one."""
+def test_auto_uses_padded_within_cudnn_limits(
+    most: int, more: int, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` takes `padded` if cuDNN runs all steps at once, by dtype, size and gradient. Dropout counts as one."""
     with_cudnn(monkeypatch, lambda x: isinstance(x, SimulatedTensor))
     cell = "gru" if most == 128 else "rnn-tanh"
 
@@ -383,8 +385,8 @@ def test_what_auto_takes_on_cudnn(most: int, more: int, ran: list[str], monkeypa
     assert taken(8, torch.float64) == taken(8, torch.float64, learns=False) == "packed"
 
 
-def test_input_on_the_cpu(backend: str) -> None:
-    """Lengths and masks follow the input; the input and hx follow nothing."""
+def test_lengths_follow_input_device_but_hx_does_not(backend: str) -> None:
+    """Lengths and masks are moved to the input's device. The input and hx are not moved."""
     layer = masked("gru", batch_first=True, backend=backend)
     x = torch.randn(4, STEPS, INPUT)
     forms = {**FORMS, **WITH_RESETS}
@@ -405,7 +407,7 @@ def test_input_on_the_cpu(backend: str) -> None:
         layer(x, lengths=LENGTHS)
 
 
-def test_the_device_is_strict() -> None:
+def test_simulated_device_refuses_mixing_and_notes_waits() -> None:
     x, i = torch.randn(3, 2), torch.tensor([0, 2])
     there, mask, at = x.to(DEVICE), (x > 0).to(DEVICE), i.to(DEVICE)
     for mixing in (
@@ -445,7 +447,7 @@ def test_the_device_is_strict() -> None:
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
-def test_torchs_own_layers_run_fused(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_layers_run_fused_cells_on_device(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
     for name, kernel in FUSED.items():
         monkeypatch.setitem(FUSED, name, lambda *a, name=name, kernel=kernel: (ran.append(name), kernel(*a))[1])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from oracle import CELLS, INPUT, masked, needs_torch
+from support.oracle import CELLS, INPUT, masked, needs_torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -24,17 +24,17 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"backend": "scan"},
 )
 LENGTHS = [([5, 2, 0], [9, 1, 4]), ([3, 3, 1], [0, 0, 0]), ([0, 0, 0], [7, 7, 2])]
-"""What each process holds at each training step."""
+"""The lengths in each process at each training step."""
 
 
 @pytest.mark.slow_but("ddp")
 @pytest.mark.parametrize("wrapper", ["ddp", pytest.param("fsdp", marks=needs_torch("2.9", "fully_shard on a CPU"))])
-def test_as_one_process(wrapper: str, tmp_path: Path) -> None:
+def test_two_processes_learn_same_weights_as_one(wrapper: str, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(work, (wrapper, str(tmp_path / "meet")), nprocs=WORLD)
 
 
 def work(rank: int, wrapper: str, meet: str) -> None:
-    """One of the processes; all cells and options in it, because to start one takes seconds."""
+    """Runs one of the processes. It covers all cells and options, because starting a process takes seconds."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=Path(meet).as_uri(), rank=rank, world_size=WORLD)
     for cell in CELLS:
@@ -59,7 +59,7 @@ def wrap(layer: nn.Module, wrapper: str) -> nn.Module:
 
 
 def batches(rank: int | None) -> Iterator[tuple[Tensor, Any]]:
-    """A process's own rows, padded to its own longest with NaN; of all processes where none is named."""
+    """Yields a process's own rows, padded with NaN to their longest, or the rows of all processes if `rank` is None."""
     for step, lengths in enumerate(LENGTHS):
         x = torch.randn(2, 3, 9, INPUT, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
         for row, own in enumerate(lengths):

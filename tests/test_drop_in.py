@@ -1,4 +1,4 @@
-"""The layer where code has torch.nn's: module protocol, weights, checkpoints, subclassing, threads."""
+"""The layer in place of torch.nn's: module protocol, weights, checkpoints, subclassing, threads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, get_args, get_overloads, get_type_hints
 
 import pytest
 import torch
-from oracle import CELLS, INPUT, as_tuple, every, masked, plain
+from support.oracle import CELLS, INPUT, as_tuple, every, masked, plain
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -29,7 +29,7 @@ def same(a: Any, b: Any) -> bool:
     return torch.equal(x, y) and all(torch.equal(s, t) for s, t in zip(as_tuple(h), as_tuple(g), strict=True))
 
 
-def test_is_torchs_layer(cell: str) -> None:
+def test_layer_is_instance_of_torch_layer(cell: str) -> None:
     assert isinstance(masked(cell), type(plain(cell)))
 
 
@@ -38,7 +38,7 @@ def test_is_torchs_layer(cell: str) -> None:
     every(num_layers=[1, 2], bias=[False, True], bidirectional=[False, True], batch_first=[False, True]),
     ids=str,
 )
-def test_without_lengths_it_is_torchs_bit_for_bit(cell: str, options: dict[str, Any]) -> None:
+def test_layer_without_lengths_equals_torch_bit_for_bit(cell: str, options: dict[str, Any]) -> None:
     torch.manual_seed(3)
     theirs = plain(cell, **options)
     torch.manual_seed(3)
@@ -56,7 +56,7 @@ def test_without_lengths_it_is_torchs_bit_for_bit(cell: str, options: dict[str, 
     assert all(torch.equal(p, q) for p, q in zip(ours.gradients, theirs.gradients, strict=True))
 
 
-def test_without_lengths_it_is_torchs_closely(cell: str, backend: str) -> None:
+def test_layer_without_lengths_is_close_to_torch(cell: str, backend: str) -> None:
     ours, theirs = masked(cell, flatten_hidden=False, backend=backend), plain(cell)
     ours.load_state_dict(theirs.state_dict())
     (a, h), (b, g) = ours(X), theirs(X)
@@ -65,7 +65,7 @@ def test_without_lengths_it_is_torchs_closely(cell: str, backend: str) -> None:
         torch.testing.assert_close(s, t)
 
 
-def test_positional_arguments_are_torchs() -> None:
+def test_positional_arguments_match_torch() -> None:
     a, b = MaskedGRU(4, 3, 2, False, True, 0.5, True), nn.GRU(4, 3, 2, False, True, 0.5, True)
     assert repr(a) == repr(b).replace("GRU", "MaskedGRU", 1)
     a, b = MaskedLSTM(4, 3, 2, False, True, 0.5, True, 2), nn.LSTM(4, 3, 2, False, True, 0.5, True, 2)
@@ -74,7 +74,7 @@ def test_positional_arguments_are_torchs() -> None:
     assert a.mode == b.mode == "RNN_RELU"
 
 
-def test_repr_names_only_what_differs() -> None:
+def test_repr_names_only_changed_options() -> None:
     assert repr(MaskedGRU(4, 3)) == "MaskedGRU(4, 3)"
     text = repr(MaskedGRU(4, 3, bidirectional=True, enforce_sorted=True, flatten_hidden=False, backend="scan"))
     assert text == "MaskedGRU(4, 3, bidirectional=True, enforce_sorted=True, flatten_hidden=False, backend='scan')"
@@ -89,7 +89,7 @@ def test_checkpoints_load_strictly_both_ways(cell: str, tmp_path: Any) -> None:
     assert all(torch.equal(p, q) for p, q in zip(theirs.parameters(), again.parameters(), strict=True))
 
 
-def test_copies(cell: str, backend: str) -> None:
+def test_copies_behave_alike_and_share_no_weights(cell: str, backend: str) -> None:
     layer = masked(cell, backend=backend, enforce_sorted=False, flatten_hidden=False, num_layers=2)
     layer(X)
     buffer = io.BytesIO()
@@ -106,7 +106,7 @@ def test_copies(cell: str, backend: str) -> None:
 FROM = {"GRU": MaskedGRU.from_gru, "LSTM": MaskedLSTM.from_lstm, "RNN": MaskedRNN.from_rnn}
 
 
-def test_from_an_existing_layer_shares_its_parameters(cell: str) -> None:
+def test_converted_layer_shares_parameters(cell: str) -> None:
     theirs = plain(cell, num_layers=2, bidirectional=True, batch_first=True, dropout=0.5).double().eval()
     theirs.weight_hh_l0.requires_grad_(False)
     ours = FROM[CELLS[cell][0]](theirs, backend="packed")
@@ -119,8 +119,8 @@ def test_from_an_existing_layer_shares_its_parameters(cell: str) -> None:
     assert repr(ours).startswith(repr(theirs).replace(CELLS[cell][0], f"Masked{CELLS[cell][0]}")[:-1])
 
 
-def test_what_reads_h_n_goes_on_reading_the_last_layer(cell: str) -> None:
-    """`h_n[-1]` is the top layer's state where torch.nn's layer stood; flattened it is the last sequence's."""
+def test_converted_layer_keeps_h_n_layout(cell: str) -> None:
+    """`h_n[-1]` stays the top layer's state, as in torch.nn's layer. If flattened, it would be the last sequence's."""
     theirs = plain(cell, num_layers=2, batch_first=True)
     ours = FROM[CELLS[cell][0]](theirs)
     assert ours.flatten_hidden is False
@@ -131,7 +131,7 @@ def test_what_reads_h_n_goes_on_reading_the_last_layer(cell: str) -> None:
     assert FROM[CELLS[cell][0]](theirs, flatten_hidden=True).flatten_hidden is True
 
 
-def test_from_a_masked_layer_keeps_its_options(cell: str) -> None:
+def test_converted_masked_layer_keeps_options(cell: str) -> None:
     for flatten_hidden in (True, False):
         layer = masked(cell, enforce_sorted=True, flatten_hidden=flatten_hidden, backend="scan")
         other = FROM[CELLS[cell][0]](layer)
@@ -161,7 +161,7 @@ def parametrized(layer: nn.Module, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["weight_norm", "all", "older weight_norm", "pruned"])
-def test_from_a_layer_whose_weights_are_computed(cell: str, how: str) -> None:
+def test_converted_layer_keeps_computed_weights(cell: str, how: str) -> None:
     theirs = plain(cell, num_layers=2, batch_first=True)
     parametrized(theirs, how)
     ours = FROM[CELLS[cell][0]](theirs)
@@ -183,8 +183,8 @@ def test_from_a_layer_whose_weights_are_computed(cell: str, how: str) -> None:
                 torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-def test_from_a_pruned_layer_that_holds_another() -> None:
-    """The other is no weight of the recurrence."""
+def test_converted_pruned_layer_leaves_out_extra_module() -> None:
+    """The other module holds no weight of the recurrence."""
     theirs = nn.GRU(INPUT, 3, batch_first=True)
     theirs.extra = nn.BatchNorm1d(2)
     prune.random_unstructured(theirs, "weight_ih_l0", 0.5)
@@ -193,7 +193,7 @@ def test_from_a_pruned_layer_that_holds_another() -> None:
     assert {*dict(ours.named_parameters())} == {n for n, _ in theirs.named_parameters() if not n.startswith("extra")}
 
 
-def test_weights_of_another_dtype_by_functional_call(cell: str, backend: str) -> None:
+def test_functional_call_accepts_weights_of_other_dtype(cell: str, backend: str) -> None:
     layer = masked(cell, num_layers=2, backend=backend)
     weights = {name: p.double() for name, p in layer.named_parameters()}
     found, _ = torch.func.functional_call(layer, weights, (X.double(),), {"lengths": [1, 0, 3, 2, 3, 3]})
@@ -203,14 +203,14 @@ def test_weights_of_another_dtype_by_functional_call(cell: str, backend: str) ->
         torch.func.functional_call(layer, weights, (X,))
 
 
-def test_from_another_kind_of_layer() -> None:
+def test_conversion_refuses_other_layer_kinds() -> None:
     with pytest.raises(TypeError, match=r"expected an nn\.GRU, got LSTM"):
         MaskedGRU.from_gru(nn.LSTM(4, 3))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"expected an nn\.LSTM, got Linear"):
         MaskedLSTM.from_lstm(nn.Linear(4, 3))  # type: ignore[arg-type]
 
 
-def test_frozen_parameters(cell: str, backend: str) -> None:
+def test_frozen_parameters_get_no_gradient(cell: str, backend: str) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, backend=backend)
     free = masked(cell, num_layers=2, bidirectional=True, backend=backend)
     free.load_state_dict(layer.state_dict())
@@ -226,7 +226,7 @@ def test_frozen_parameters(cell: str, backend: str) -> None:
             assert p.grad is None, name
 
 
-def test_all_frozen(cell: str, backend: str) -> None:
+def test_frozen_layer_still_passes_gradient_to_input(cell: str, backend: str) -> None:
     layer = masked(cell, backend=backend).requires_grad_(False)
     assert not layer(X, lengths=[1, 0, 3, 2, 3, 3])[0].requires_grad
     x = X.clone().requires_grad_()
@@ -236,7 +236,7 @@ def test_all_frozen(cell: str, backend: str) -> None:
 
 
 class Tagger(MaskedGRU):
-    """A model that is the layer, with a forward of its own."""
+    """A model that subclasses the layer, with a forward of its own."""
 
     def __init__(self, classes: int) -> None:
         super().__init__(INPUT, 3, batch_first=True, bidirectional=True)
@@ -247,7 +247,7 @@ class Tagger(MaskedGRU):
         return self.head(last)
 
 
-def test_a_subclass_with_a_forward_of_its_own() -> None:
+def test_subclass_with_own_forward_trains_and_copies() -> None:
     model = Tagger(5)
     scores = model(X, LENGTHS)
     assert scores.shape == (3, 5)
@@ -261,7 +261,7 @@ def same_scores(a: nn.Module, b: nn.Module) -> bool:
     return torch.equal(a(X, LENGTHS), b(X, LENGTHS))
 
 
-def test_weight_initialising_code_finds_it() -> None:
+def test_layer_is_found_by_initialising_code() -> None:
     model = nn.Sequential(nn.Linear(4, 4), MaskedGRU(4, 3))
     found = [m for m in model.modules() if isinstance(m, nn.GRU)]
     for module in found:
@@ -269,7 +269,7 @@ def test_weight_initialising_code_finds_it() -> None:
     assert len(found) == 1
 
 
-def test_several_threads_at_once(cell: str, backend: str) -> None:
+def test_concurrent_threads_give_same_results(cell: str, backend: str) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, backend=backend)
     lengths = [[1 + (k + n) % 4 for n in range(6)] for k in range(8)]
     inputs = [torch.randn(4, 6, INPUT) for _ in lengths]
@@ -286,7 +286,7 @@ def test_several_threads_at_once(cell: str, backend: str) -> None:
             assert all(torch.equal(a, b) for a, b in zip(gradients, own, strict=True))
 
 
-def test_a_call_changes_nothing_on_the_module(cell: str, backend: str) -> None:
+def test_call_changes_no_module_attribute(cell: str, backend: str) -> None:
     layer = masked(cell, backend=backend)
 
     def state() -> dict[str, Any]:
@@ -297,14 +297,14 @@ def test_a_call_changes_nothing_on_the_module(cell: str, backend: str) -> None:
     assert state() == before
 
 
-def test_on_meta(cell: str, backend: str) -> None:
+def test_meta_device_gives_shapes(cell: str, backend: str) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, device="meta", backend=backend)
     output, _ = layer(torch.empty(6, 3, INPUT, device="meta"), lengths=[3, 1, 6])
     assert output.shape[:2] == (6, 3)
     assert output.device.type == "meta"
 
 
-def test_moves_and_metas(cell: str) -> None:
+def test_meta_layer_moves_to_cpu(cell: str) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, device="meta")
     output, _ = layer(torch.empty(6, 3, INPUT, device="meta"), lengths=[3, 1, 6])
     assert output.shape[:2] == (6, 3)
@@ -315,7 +315,7 @@ def test_moves_and_metas(cell: str) -> None:
     assert real(X.double())[0].dtype == torch.float64
 
 
-def test_parametrized_weights() -> None:
+def test_parametrized_weights_are_used() -> None:
     layer, bare = MaskedGRU(INPUT, 3), MaskedGRU(INPUT, 3)
     bare.load_state_dict(layer.state_dict())
     nn.utils.parametrizations.weight_norm(layer, "weight_hh_l0")
@@ -325,8 +325,8 @@ def test_parametrized_weights() -> None:
     torch.testing.assert_close(layer(X)[0], bare(X)[0])
 
 
-def test_dropout_between_layers(cell: str, backend: str) -> None:
-    """As torch.nn's in distribution: kept values are scaled; none before the first layer or after the last."""
+def test_dropout_acts_only_between_layers(cell: str, backend: str) -> None:
+    """Kept values are scaled, as in torch.nn. There is no dropout before the first layer or after the last."""
     layer = masked(cell, num_layers=2, dropout=0.5, backend=backend, batch_first=True)
     lengths = [2, 6, 0]
     torch.manual_seed(5)
@@ -350,8 +350,8 @@ def test_dropout_between_layers(cell: str, backend: str) -> None:
     torch.testing.assert_close(zeroed, top(torch.zeros(3, 6, P), lengths=lengths)[0])
 
 
-def test_dropout_has_the_mean_of_none(backend: str) -> None:
-    """Over many draws, what the second layer reads keeps its mean."""
+def test_dropout_keeps_the_mean(backend: str) -> None:
+    """Over many draws, the second layer's input keeps its mean."""
     layer = MaskedRNN(1, 1, 2, nonlinearity="relu", dropout=0.25, bias=False, backend=backend)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -362,12 +362,12 @@ def test_dropout_has_the_mean_of_none(backend: str) -> None:
     assert values.mean().item() == pytest.approx(1.0, abs=0.02)
 
 
-def test_public_names() -> None:
+def test_package_exports_public_names() -> None:
     assert sorted(masked_rnn.__all__) == ["MaskedGRU", "MaskedLSTM", "MaskedRNN", "get_env_info"]
 
 
 @pytest.mark.parametrize("kind", [MaskedGRU, MaskedLSTM, MaskedRNN])
-def test_the_signature_is_what_torch_documents_and_three_options(kind: Any) -> None:
+def test_signature_adds_three_options_to_torchs(kind: Any) -> None:
     _, *documented = inspect.signature(get_overloads(kind._torch_layer.__init__)[0]).parameters.values()
     expected = [(p.name, p.default, p.kind) for p in documented]
     for name, default in (("enforce_sorted", False), ("flatten_hidden", True), ("backend", "auto")):
@@ -379,8 +379,8 @@ def test_the_signature_is_what_torch_documents_and_three_options(kind: Any) -> N
     assert get_args(types["backend"]) == ("auto", *BACKENDS)
 
 
-def test_documented_positions_hold_to_the_end() -> None:
-    """torch.nn takes what stands in `device`'s place in a GRU or an RNN for a `proj_size`."""
+def test_device_and_dtype_keep_documented_positions() -> None:
+    """In a GRU or an RNN, torch.nn reads a positional `device` as `proj_size`."""
     for layer in (
         MaskedGRU(4, 3, 2, True, False, 0.0, True, "meta", torch.float64),
         MaskedLSTM(4, 3, 2, True, False, 0.0, True, 2, "meta", torch.float64),
@@ -404,7 +404,7 @@ def test_documented_positions_hold_to_the_end() -> None:
     ],
     ids=str,
 )
-def test_the_constructor_refuses_what_torchs_refuses_in_its_words(kind: Any, wrong: dict[str, Any]) -> None:
+def test_constructor_refuses_arguments_in_torchs_words(kind: Any, wrong: dict[str, Any]) -> None:
     arguments = {"input_size": 4, "hidden_size": 3, **wrong}
     with pytest.raises((TypeError, ValueError)) as torchs:
         kind._torch_layer(**arguments)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import (
+from support.oracle import (
     BACKENDS,
     INPUT,
     as_hx,
@@ -79,8 +79,8 @@ def refusal(run: Any) -> Exception | None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_what_torch_refuses(cell: str, dtype: torch.dtype, ran: list[str]) -> None:
-    """Each way in raises the type that torch.nn raises, before anything runs; what torch.nn takes, each takes."""
+def test_dtype_is_refused_as_torch_refuses_it(cell: str, dtype: torch.dtype, ran: list[str]) -> None:
+    """Each backend and form raises torch.nn's type of error before anything runs, or takes what torch.nn takes."""
     x = cast(torch.randn(BATCH, STEPS, INPUT), dtype)
     expected = refusal(lambda: cast_layer(plain(cell, batch_first=True), dtype)(x))
     one_step = cast(torch.randn(BATCH, 1, INPUT), dtype)
@@ -114,8 +114,8 @@ def a_run(cell: str, dtype: torch.dtype, given: dict[str, Any], **options: Any) 
 
 @pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize("dtype", [*FLOATING, *COMPLEX], ids=name_of)
-def test_what_torch_computes(cell: str, dtype: torch.dtype, given: str) -> None:
-    """Values and gradients are those of each sequence alone, or the backend says why it can't."""
+def test_floating_and_complex_dtypes_match_oracle(cell: str, dtype: torch.dtype, given: str) -> None:
+    """Values and gradients are those of each sequence alone, or the backend gives the reason why it can't run."""
     if cell == "rnn-relu" and dtype.is_complex:
         return  # torch.nn refuses it
     more = GIVEN[given]
@@ -138,8 +138,8 @@ def refuses_complex(layer: Any, dtype: torch.dtype, given: str) -> bool:
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=name_of)
 @pytest.mark.parametrize("given", ["neither", "lengths"])
-def test_whole_numbers(backend: str, dtype: torch.dtype, given: str) -> None:
-    """An RNN with relu takes them, as torch.nn's does."""
+def test_integer_relu_rnn_matches_torch(backend: str, dtype: torch.dtype, given: str) -> None:
+    """An RNN with relu takes integers, as torch.nn's does."""
     layer = cast_layer(masked("rnn-relu", batch_first=True, backend=backend), dtype)
     theirs = cast_layer(plain("rnn-relu", batch_first=True), dtype)
     theirs.load_state_dict(layer.state_dict())
@@ -155,8 +155,8 @@ def test_whole_numbers(backend: str, dtype: torch.dtype, given: str) -> None:
 
 @pytest.mark.parametrize("dtype", COMPLEX, ids=name_of)
 @pytest.mark.parametrize("cell", ["gru", "lstm", "lstm-proj", "rnn-tanh"])
-def test_complex_layers_elsewhere(cell: str, dtype: torch.dtype, ran: list[str]) -> None:
-    """One step, rows, no step, and a graph that is recorded: `auto` takes what is right."""
+def test_complex_layer_runs_in_every_form(cell: str, dtype: torch.dtype, ran: list[str]) -> None:
+    """`auto` takes a backend that is right for one step, packed rows, no step, and a recorded graph."""
     layer, x, _, states, _ = a_run(cell, dtype, {}, num_layers=2, bidirectional=True)
     scan = masked(cell, batch_first=True, num_layers=2, bidirectional=True, backend="scan").to(dtype)
     scan.load_state_dict(layer.state_dict())
@@ -180,7 +180,7 @@ def test_complex_layers_elsewhere(cell: str, dtype: torch.dtype, ran: list[str])
             results.append([values, *as_tuple(last), *found])
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b)
-    assert set(ran) == {"padded", "packed", "bptt", "scan"}  # `bptt` where nothing runs
+    assert set(ran) == {"padded", "packed", "bptt", "scan"}  # `bptt` if there is no step to run
     with torch.no_grad():  # a complex nested tensor has no gradient in PyTorch
         torch.testing.assert_close(layer(nested)[0].values(), scan(nested)[0].values())
     recorded = make_fx(lambda x, n: layer(x, lengths=n)[0])(x, torch.tensor([5] * BATCH))
@@ -192,7 +192,7 @@ def test_complex_layers_elsewhere(cell: str, dtype: torch.dtype, ran: list[str])
 @pytest.mark.slow_but("gru")
 @pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize("cell", ["gru", "lstm", "lstm-proj", "rnn-tanh"])
-def test_complex_layers_compiled(cell: str, given: str) -> None:
+def test_complex_layer_compiles_and_matches_oracle(cell: str, given: str) -> None:
     more = {name: torch.tensor(v) if isinstance(v, list) else v for name, v in GIVEN[given].items()}
     layer, x, mask, states, pulled = a_run(cell, torch.complex128, GIVEN[given], num_layers=2, bidirectional=True)
     truth = oracle(layer, x, mask, states, pulled, more.get("resets"))

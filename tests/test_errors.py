@@ -1,4 +1,4 @@
-"""Wrong input: the right type, the element, both values and the cure, before anything is computed."""
+"""Wrong input raises the right type, and names the element, both values and the cure, before anything is computed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle import INPUT, masked, plain
+from support.oracle import INPUT, masked, plain
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
@@ -32,7 +32,7 @@ LENGTHS: list[tuple[Any, type[Exception], str]] = [
     (torch.tensor(3), ValueError, r"lengths must have one dimension.*Expected shape \(3,\)"),
     ([[1], [2], [3]], ValueError, r"lengths must have one dimension, but lengths\[0\] is \[1\]"),
     (torch.tensor([1.0, 2.0, 3.0]), TypeError, r"dtype is torch\.float32.*Use lengths\.long\(\)\.$"),
-    # No hint where following it gives a wrong result.
+    # There is no hint if following it would give a wrong result.
     (torch.tensor([1.5, 2.0, 3.0]), TypeError, r"dtype is torch\.float32.*integer dtype\.$"),
     (torch.tensor([1.0, torch.nan, 3.0]), TypeError, r"dtype is torch\.float32.*integer dtype\.$"),
     (
@@ -70,13 +70,13 @@ LENGTHS: list[tuple[Any, type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("lengths", "kind", "words"), LENGTHS, ids=[str(v[0]) for v in LENGTHS])
-def test_lengths(lengths: Any, kind: type[Exception], words: str) -> None:
+def test_wrong_lengths_are_refused(lengths: Any, kind: type[Exception], words: str) -> None:
     with pytest.raises(kind, match=words):
         masked("gru", batch_first=True)(X, lengths=lengths)
 
 
-def test_every_cell_and_backend_checks_first(cell: str, backend: str) -> None:
-    """The checks stand before the choice: what they refuse is tried with one cell here."""
+def test_checks_run_for_every_cell_and_backend(cell: str, backend: str) -> None:
+    """The checks run before the choice of a backend, so the other tests of this file try one cell."""
     layer = masked(cell, batch_first=True, backend=backend)
     with pytest.raises(ValueError, match=r"lengths\[1\] = 7, but the input has only 6 time steps"):
         layer(X, lengths=[6, 7, 2])
@@ -84,14 +84,14 @@ def test_every_cell_and_backend_checks_first(cell: str, backend: str) -> None:
         layer(X, mask=MASK.long())
 
 
-def test_the_layout_is_named() -> None:
+def test_error_names_the_layout() -> None:
     with pytest.raises(
         ValueError, match=r"lengths\[0\] = 4, but the input has only 3 time steps \(batch_first=False\)"
     ):
         masked("gru")(X, lengths=[4] * 6)
 
 
-def test_unbatched_length() -> None:
+def test_wrong_unbatched_length_is_refused() -> None:
     with pytest.raises(ValueError, match=r"lengths\[0\] = 7, but the input has only 6 time steps"):
         masked("gru")(X[0], lengths=7)
     with pytest.raises(ValueError, match="lengths has 2 elements, but the input holds 1 sequences"):
@@ -116,15 +116,15 @@ MASKS: list[tuple[Any, type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("mask", "kind", "words"), MASKS)
-def test_mask(mask: Any, kind: type[Exception], words: str) -> None:
+def test_mask_of_wrong_shape_or_type_is_refused(mask: Any, kind: type[Exception], words: str) -> None:
     with pytest.raises(kind, match=words):
         masked("gru", batch_first=True)(X, mask=mask)
 
 
 @pytest.mark.parametrize("name", ["mask", "resets"])
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_marks_with_a_last_dimension_of_one(name: str, batch_first: bool) -> None:
-    """As TorchRL's `is_init`."""
+def test_marks_with_trailing_dimension_suggest_squeeze(name: str, batch_first: bool) -> None:
+    """TorchRL's `is_init` has such a dimension."""
     layer = masked("gru", batch_first=batch_first)
     x, marks = (X, MASK) if batch_first else (X.transpose(0, 1), MASK.t())
     for input, own in ((x, marks), (X[0], MASK[0])):
@@ -138,13 +138,13 @@ def test_marks_with_a_last_dimension_of_one(name: str, batch_first: bool) -> Non
     [
         (MASK.long(), r"torch\.int64\. Use mask\.bool\(\)\.$"),
         (MASK.float(), r"torch\.float32\. Use mask\.bool\(\)\.$"),
-        (torch.where(MASK, 0.0, -torch.inf), r"dtype is torch\.float32\.$"),  # all 0: all real, or nothing
+        (torch.where(MASK, 0.0, -torch.inf), r"dtype is torch\.float32\.$"),  # all 0 may mean all real, or nothing
         (MASK.long() * 0, r"torch\.int64\. Use mask\.bool\(\)\.$"),
         (torch.tensor([[0.0, -torch.inf] * 3] * 3), r"added to scores, 0 at real steps: use mask == 0\.$"),
         (torch.rand(3, 6) + 1.5, r"dtype is torch\.float32\.$"),
     ],
 )
-def test_a_mask_of_another_dtype(mask: Any, ending: str) -> None:
+def test_mask_of_other_dtype_gets_fitting_hint(mask: Any, ending: str) -> None:
     with pytest.raises(TypeError, match=ending):
         masked("gru", batch_first=True)(X, mask=mask)
 
@@ -153,8 +153,8 @@ LIKE_LENGTHS = [[3, 1, 2], (3, 1, 2), torch.tensor([3, 1, 2]), np.array([3, 1, 2
 
 
 @pytest.mark.parametrize("lengths", LIKE_LENGTHS, ids=str)
-def test_lengths_in_the_place_of_hx(lengths: Any, cell: str) -> None:
-    """`gru(x, lengths)`, as one would write it."""
+def test_lengths_passed_as_hx_are_refused(lengths: Any, cell: str) -> None:
+    """Users may write `gru(x, lengths)`."""
     words = r"the second argument, hx, is the initial state, but got whole numbers.*pass lengths=\.\.\."
     layer = masked(cell, batch_first=True)
     with pytest.raises(TypeError, match=words):
@@ -167,13 +167,13 @@ def test_lengths_in_the_place_of_hx(lengths: Any, cell: str) -> None:
         layer(pack_sequence([torch.zeros(2, INPUT)]), lengths)
 
 
-def test_lengths_and_mask_together() -> None:
+def test_lengths_and_mask_together_are_refused() -> None:
     with pytest.raises(ValueError, match="lengths and mask say the same thing: give one of them"):
         masked("gru", batch_first=True)(X, lengths=[6, 6, 6], mask=MASK)
 
 
 @pytest.mark.parametrize("given", [{"lengths": [2, 1]}, {"mask": torch.ones(2, 2, dtype=torch.bool)}], ids=str)
-def test_packed_and_nested_input_carry_their_own(given: dict[str, Any]) -> None:
+def test_packed_and_nested_input_refuse_lengths_and_mask(given: dict[str, Any]) -> None:
     layer = masked("gru")
     name = next(iter(given))
     rows = [torch.zeros(2, INPUT), torch.zeros(1, INPUT)]
@@ -197,10 +197,10 @@ def test_packed_and_nested_input_carry_their_own(given: dict[str, Any]) -> None:
         (6, [3, 2, 1], [1, 0], r"sorted_indices has 2 elements, but batch_sizes\[0\] = 3"),
     ],
 )
-def test_a_packed_sequence_that_nobody_packed(
+def test_packed_sequence_with_wrong_fields_is_refused(
     cell: str, rows: int, sizes: list[int], order: list[int] | None, words: str
 ) -> None:
-    """Its constructor checks nothing: the native loops would read past its memory."""
+    """The constructor of PackedSequence checks nothing, so the native loops would read past its memory."""
     places = None if order is None else torch.tensor(order)
     packed = PackedSequence(torch.zeros(rows, INPUT), torch.tensor(sizes), places, places)
     with pytest.raises(ValueError, match=f"a PackedSequence's {words}. Make it by"):
@@ -217,7 +217,7 @@ def test_a_packed_sequence_that_nobody_packed(
         ([0, 3, 7], [3, -1], "has 7 rows, but its sequence 1 has -1 from row 3 on, and the next one begins at row 7"),
     ],
 )
-def test_a_nested_tensor_that_leaves_its_memory(
+def test_nested_tensor_outside_its_memory_is_refused(
     cell: str, offsets: list[int], lengths: list[int] | None, words: str
 ) -> None:
     own = None if lengths is None else torch.tensor(lengths)
@@ -228,7 +228,7 @@ def test_a_nested_tensor_that_leaves_its_memory(
         masked(cell)(nested)
 
 
-def test_strided_nested_input() -> None:
+def test_strided_nested_input_is_refused() -> None:
     with pytest.warns(UserWarning, match="prototype"):
         nested = torch.nested.nested_tensor([torch.zeros(2, INPUT), torch.zeros(1, INPUT)], layout=torch.strided)
     with pytest.raises(ValueError, match=r"jagged layout.*layout=torch\.jagged"):
@@ -236,13 +236,13 @@ def test_strided_nested_input() -> None:
 
 
 @pytest.mark.parametrize(("shape", "dims"), [((), None), ((INPUT, 2), None), ((INPUT,), (1, 2))], ids=str)
-def test_nested_input_of_another_shape(shape: tuple[int, ...], dims: tuple[int, int] | None) -> None:
+def test_nested_input_of_wrong_shape_is_refused(shape: tuple[int, ...], dims: tuple[int, int] | None) -> None:
     nested = torch.nested.nested_tensor([torch.zeros(n, *shape) for n in (2, 1)], layout=torch.jagged)
     with pytest.raises(ValueError, match=r"must be of shape \(N, j, I\) with time ragged, got \(2, "):
         masked("gru")(nested if dims is None else nested.transpose(*dims))
 
 
-def test_enforce_sorted(backend: str) -> None:
+def test_enforce_sorted_refuses_unsorted_lengths(backend: str) -> None:
     layer = masked("gru", batch_first=True, enforce_sorted=True, backend=backend)
     words = r"lengths\[2\] = 3 is longer than lengths\[1\] = 2.*enforce_sorted=False"
     with pytest.raises(ValueError, match=words):
@@ -258,7 +258,7 @@ def packed(data: Tensor, order: list[int] | None = None) -> PackedSequence:
 
 
 def states(layer: Any, *shape: int | None) -> Any:
-    """hx of this shape, None standing for each state's own width."""
+    """Returns hx of this shape. None stands for each state's own width."""
     widths = [layer.proj_size or layer.hidden_size, layer.hidden_size][: 2 if layer.mode == "LSTM" else 1]
     made = [torch.zeros([w if n is None else n for n in shape]) for w in widths]
     return made[0] if len(made) == 1 else tuple(made)
@@ -298,7 +298,7 @@ REFUSED: dict[str, tuple[Any, tuple[int | None, ...] | None]] = {
 
 
 def refused_by_torch(layer: Any, x: Any, hx: Any) -> Exception:
-    """Its error, in the words of the torch that is installed."""
+    """Returns torch's error, in the words of the installed release."""
     if isinstance(x, PackedSequence) and layer.mode == "LSTM":
         # nn.LSTM has this check, and does not call it for a PackedSequence.
         hx = states(layer, 1, 3, None) if hx is None else hx
@@ -313,7 +313,7 @@ def refused(call: Any, *given: Any) -> Exception:
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_torch_refuses_in_its_words(case: str, cell: str) -> None:
+def test_wrong_input_is_refused_in_torchs_words(case: str, cell: str) -> None:
     x, shape = REFUSED[case]
     layer = masked(cell, batch_first=True)
     hx = None if shape is None else states(layer, *shape)
@@ -324,7 +324,7 @@ def test_what_torch_refuses_in_its_words(case: str, cell: str) -> None:
 
 @pytest.mark.parametrize("case", ["width", "dtype", "hx batch", "hx layers", "hx width"])
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
-def test_in_its_words_in_other_layouts(case: str, options: dict[str, Any], cell: str) -> None:
+def test_torchs_words_hold_in_other_layouts(case: str, options: dict[str, Any], cell: str) -> None:
     x, shape = REFUSED[case]
     layer = masked(cell, **options)
     hx = None if shape is None else states(layer, *shape)
@@ -334,12 +334,12 @@ def test_in_its_words_in_other_layouts(case: str, options: dict[str, Any], cell:
 
 @pytest.mark.parametrize("cell", ["lstm", "lstm-proj"])
 @pytest.mark.parametrize("x", [X, packed(ROWS)], ids=["padded", "packed"])
-def test_the_cell_state_alone(x: Any, cell: str) -> None:
+def test_wrong_cell_state_is_refused_in_torchs_words(x: Any, cell: str) -> None:
     layer, theirs = masked(cell, batch_first=True), plain(cell, batch_first=True)
     h, c = states(layer, 1, 3, None)
     expected = refused_by_torch(theirs, x, (h, c[:, :2]))
     assert str(refused(layer, x, (h, c[:, :2]))).startswith(str(expected))
-    # A flattened state is right: the other one is named.
+    # A flattened h is right, so the error names c.
     assert str(refused(layer, x, (h.flatten(0, 1), c[:, :2]))).startswith(str(expected))
     if isinstance(x, Tensor):
         both = masked(cell, batch_first=True, bidirectional=True)
@@ -347,7 +347,7 @@ def test_the_cell_state_alone(x: Any, cell: str) -> None:
         assert str(refused(both, x, torch.zeros(2, 3, 3))).startswith(f"{expected}. ")
 
 
-def test_ours_come_after(cell: str) -> None:
+def test_own_hints_follow_torchs_words(cell: str) -> None:
     layer = masked(cell, batch_first=True)
     width = layer.proj_size or 3
     assert str(refused(layer, X, states(layer, 1, 2, None))).endswith(
@@ -356,7 +356,7 @@ def test_ours_come_after(cell: str) -> None:
     assert str(refused(layer, X.long())).endswith(". If these are ids, embed them first: torch.nn.Embedding.")
 
 
-def test_functional_weights_of_another_dtype(cell: str) -> None:
+def test_functional_weights_of_other_dtype_are_refused(cell: str) -> None:
     layer, theirs = masked(cell, batch_first=True), plain(cell, batch_first=True)
     double = {name: weight.double() for name, weight in layer.named_parameters()}
     with pytest.raises(ValueError, match=r"(?=.*float32).*float64") as expected:
@@ -366,7 +366,7 @@ def test_functional_weights_of_another_dtype(cell: str) -> None:
     assert str(found.value) == str(expected.value)
 
 
-def test_nested_input_is_refused_as_packed_is(cell: str) -> None:
+def test_nested_input_is_refused_like_packed_input(cell: str) -> None:
     layer, theirs = masked(cell), plain(cell)
     for data, hx in ((ROWS.double(), None), (torch.zeros(6, 5), None), (ROWS, states(layer, 1, 2, None))):
         nested = torch.nested.nested_tensor_from_jagged(data, torch.tensor([0, 3, 5, 6]))
@@ -375,7 +375,7 @@ def test_nested_input_is_refused_as_packed_is(cell: str) -> None:
         assert (type(found), str(found)[: len(str(expected))]) == (type(expected), str(expected))
 
 
-def test_the_words_are_those_of_the_torch_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_words_come_from_installed_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = masked("gru", batch_first=True)
 
     def says(error: Exception) -> Any:
@@ -397,21 +397,21 @@ def test_the_words_are_those_of_the_torch_that_is_installed(monkeypatch: pytest.
         )
 
 
-def test_nothing_is_drawn_to_find_the_words() -> None:
+def test_error_leaves_random_state_unchanged() -> None:
     layer, state = masked("gru", batch_first=True), torch.get_rng_state()
     refused(layer, X.double())
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_hx_of_another_dtype(cell: str) -> None:
-    """torch says what its kernel stumbles over: ours names hx."""
+def test_hx_of_other_dtype_is_named_in_error(cell: str) -> None:
+    """torch's error is the one of its kernel. Ours names hx."""
     layer = masked(cell, batch_first=True)
     hx = states(layer.double(), 1, 3, None)
     refused_by_torch(plain(cell, batch_first=True).double(), X.double(), hx)
     assert "has dtype torch.float32, but the input has torch.float64. Convert it" in str(refused(layer, X.double(), hx))
 
 
-def test_flattened_hx_of_another_shape() -> None:
+def test_hx_of_wrong_shape_or_type_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"Expected hx of size \(1, 3, 3\), or flattened \(3, 3\), got \[3, 4\]"):
         masked("gru", batch_first=True)(X, torch.zeros(3, 4))
     with pytest.raises(RuntimeError, match=r"hx must be the pair \(h_0, c_0\), got Tensor"):
@@ -422,7 +422,7 @@ def test_flattened_hx_of_another_shape() -> None:
         masked("gru", batch_first=True)(X, [0.0])
 
 
-def test_input_that_is_no_tensor() -> None:
+def test_input_that_is_no_tensor_is_refused() -> None:
     with pytest.raises(TypeError, match="expected input to be a tensor or a PackedSequence, got list"):
         masked("gru")([[1.0]])
 
@@ -452,7 +452,7 @@ def test_input_that_is_no_tensor() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN"])
-def test_constructor_arguments_that_torch_refuses(kind: str, arguments: dict[str, Any]) -> None:
+def test_constructor_refuses_arguments_like_torch(kind: str, arguments: dict[str, Any]) -> None:
     everything: dict[str, Any] = {"input_size": 4, "hidden_size": 3, **arguments}
     try:
         getattr(nn, kind)(**everything)
@@ -468,12 +468,12 @@ def test_constructor_arguments_that_torch_refuses(kind: str, arguments: dict[str
 
 
 @pytest.mark.parametrize("option", ["enforce_sorted", "flatten_hidden"])
-def test_options_are_bools(option: str) -> None:
+def test_options_refuse_non_bools(option: str) -> None:
     with pytest.raises(TypeError, match=f"{option} should be of type bool, got: int"):
         masked("gru", 4, 3, **{option: 1})
 
 
-def test_a_backend_that_does_not_exist() -> None:
+def test_unknown_backend_is_refused() -> None:
     words = r"backend='cudnn' does not exist.*'auto'.*'packed', 'padded', 'bptt', 'scan'"
     with pytest.raises(ValueError, match=words):
         masked("gru", 4, 3, backend="cudnn")
@@ -487,14 +487,14 @@ def test_a_backend_that_does_not_exist() -> None:
 
 
 @pytest.mark.parametrize("forced", ["packed", "padded", "bptt"])
-def test_a_forced_backend_that_cannot_run(forced: str) -> None:
+def test_forced_backend_reports_why_it_cannot_run(forced: str) -> None:
     layer = masked("gru", batch_first=True, backend=forced)
     words = rf"backend='{forced}' can't run this call: a torch\.func transform .* is active.*backend='auto'"
     with pytest.raises(ValueError, match=words):
         torch.func.vmap(lambda x: layer(x)[0])(X)
 
 
-def test_nothing_is_computed_before_an_error(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+def test_wrong_lengths_raise_before_anything_runs(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     from masked_rnn import _dispatch
 
     ran: list[Any] = []

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import INPUT, ONE_STATE_AND_TWO, as_tuple, masked, random_states
+from support.oracle import INPUT, ONE_STATE_AND_TWO, as_tuple, masked, random_states
 from torch import Tensor, nn
 from torch.export import Dim, export
 
@@ -29,7 +29,7 @@ def flat(results: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_other_sizes_and_lengths(cell: str, strict: bool, tmp_path: Any) -> None:
+def test_exported_layer_takes_other_sizes_and_lengths(cell: str, strict: bool, tmp_path: Any) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True)
     x, lengths = torch.randn(3, 6, INPUT), torch.tensor([6, 0, 2])
     sizes = ({0: Dim("batch"), 1: Dim("time")}, {0: Dim("batch")})
@@ -47,7 +47,7 @@ def test_other_sizes_and_lengths(cell: str, strict: bool, tmp_path: Any) -> None
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
-def test_masks_and_states(cell: str, strict: bool) -> None:
+def test_exported_layer_takes_masks_and_hx(cell: str, strict: bool) -> None:
     class WithMask(Model):
         def forward(self, x: Tensor, mask: Tensor, states: tuple[Tensor, ...]) -> Any:  # type: ignore[override]
             return self.layer(x, states[0] if len(states) == 1 else states, mask=mask)
@@ -69,7 +69,7 @@ def test_masks_and_states(cell: str, strict: bool) -> None:
 
 
 @pytest.mark.parametrize("real", ["lengths", "mask"])
-def test_resets(cell: str, real: str) -> None:
+def test_exported_layer_takes_resets(cell: str, real: str) -> None:
     class WithResets(Model):
         def forward(self, x: Tensor, real_steps: Tensor, resets: Tensor) -> Any:  # type: ignore[override]
             return self.layer(x, **{real: real_steps}, resets=resets)
@@ -92,7 +92,7 @@ def test_resets(cell: str, real: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_fresh_process_runs_it(tmp_path: Any) -> None:
+def test_exported_program_runs_in_fresh_process(tmp_path: Any) -> None:
     layer = masked("gru", num_layers=2, bidirectional=True, batch_first=True)
     x, lengths = torch.randn(3, 6, INPUT), torch.tensor([6, 0, 2])
     sizes = ({0: Dim("batch"), 1: Dim("time")}, {0: Dim("batch")})
@@ -108,7 +108,7 @@ def test_a_fresh_process_runs_it(tmp_path: Any) -> None:
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=600)
 
 
-def test_the_exported_layer_trains(cell: str) -> None:
+def test_exported_layer_trains(cell: str) -> None:
     layer = masked(cell, bidirectional=True, batch_first=True)
     sizes = ({0: Dim("batch"), 1: Dim("time")}, {0: Dim("batch")})
     x, lengths = torch.randn(3, 6, INPUT), torch.tensor([6, 0, 2])
@@ -120,6 +120,7 @@ def test_the_exported_layer_trains(cell: str) -> None:
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
     output = exported(x, lengths)[0]
-    found = torch.autograd.grad(output.mul_(2).square().sum(), parameters)  # in place, as it is allowed on any layer's
+    # An in-place change is allowed, as on any layer's output.
+    found = torch.autograd.grad(output.mul_(2).square().sum(), parameters)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, 4 * b)

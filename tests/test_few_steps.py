@@ -1,4 +1,4 @@
-"""Calls of few steps: PyTorch's kernel over the padded batch runs them, without a choice."""
+"""Calls of few steps run PyTorch's kernel over the padded batch, without a choice of the backend."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import INPUT, as_hx, as_tuple, masked, plain, random_states
+from support.oracle import INPUT, as_hx, as_tuple, masked, plain, random_states
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -37,7 +37,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def laid(layer: Any, x: Tensor, given: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """x (N, T, I) and marks (N,) of one step, as the layer wants them."""
+    """Brings x (N, T, I) and marks (N,) of one step into the layer's layout."""
     given = {name: value if name == "lengths" else value.unsqueeze(1) for name, value in given.items()}
     if layer.batch_first:
         return x, given
@@ -58,10 +58,8 @@ def results_and_gradients(layer: Any, x: Tensor, states: tuple[Tensor, ...] | No
 @pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("has_state", [False, True])
-def test_it_is_what_plain_ops_give(
-    cell: str, given: str, options: dict[str, Any], has_state: bool, ran: list[str]
-) -> None:
-    """`scan` is held to the oracle elsewhere. Rows without a step hold garbage in the input, NaN in the state too."""
+def test_few_steps_match_scan(cell: str, given: str, options: dict[str, Any], has_state: bool, ran: list[str]) -> None:
+    """Other tests compare `scan` with the oracle. Rows without a step hold NaN in the input, and in the state too."""
     steps, more = GIVEN[given]
     layer = masked(cell, **options).double()
     x = torch.randn(N, steps, INPUT, dtype=torch.float64)
@@ -81,7 +79,7 @@ def test_it_is_what_plain_ops_give(
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_without_lengths_it_is_torchs_bit_for_bit(cell: str, options: dict[str, Any], ran: list[str]) -> None:
+def test_few_steps_equal_torch_bit_for_bit(cell: str, options: dict[str, Any], ran: list[str]) -> None:
     ours = masked(cell, **{**options, "flatten_hidden": False})
     theirs = plain(cell, **{name: value for name, value in options.items() if name != "flatten_hidden"})
     theirs.load_state_dict(ours.state_dict())
@@ -91,7 +89,7 @@ def test_without_lengths_it_is_torchs_bit_for_bit(cell: str, options: dict[str, 
     assert ran == ["padded"]
 
 
-def test_a_flat_state_goes_in(cell: str, ran: list[str]) -> None:
+def test_flattened_hx_is_fed_back_step_by_step(cell: str, ran: list[str]) -> None:
     layer = masked(cell, num_layers=2)
     x = torch.randn(3, N, INPUT)
     whole, last = layer(x)
@@ -104,7 +102,7 @@ def test_a_flat_state_goes_in(cell: str, ran: list[str]) -> None:
     assert ran == ["padded"] * 4
 
 
-def test_dropout_is_drawn_as_torch_draws_it(cell: str, ran: list[str]) -> None:
+def test_dropout_is_drawn_like_torchs(cell: str, ran: list[str]) -> None:
     ours = masked(cell, num_layers=2, dropout=0.5, flatten_hidden=False)
     theirs = plain(cell, num_layers=2, dropout=0.5)
     theirs.load_state_dict(ours.state_dict())
@@ -143,7 +141,7 @@ WAYS: dict[str, tuple[Any, dict[str, Any], bool]] = {
 
 
 @pytest.mark.parametrize("form", WAYS)
-def test_which_calls_take_the_short_way(cell: str, form: str) -> None:
+def test_fast_path_takes_only_fitting_calls(cell: str, form: str) -> None:
     x, given, short = WAYS[form]
     layer = masked(cell, batch_first=form == "nested")
     if form == "another device":
@@ -156,13 +154,13 @@ def test_which_calls_take_the_short_way(cell: str, form: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["packed", "padded", "bptt", "scan"])
-def test_a_forced_backend_runs(cell: str, name: str, ran: list[str]) -> None:
+def test_forced_backend_runs(cell: str, name: str, ran: list[str]) -> None:
     masked(cell, backend=name)(X)
     assert ran == [name]
 
 
 def changed(cell: str, how: str) -> tuple[Any, Any]:
-    """A layer whose weights are not its list's, and one whose parameters are what they come to."""
+    """Returns a layer with computed or replaced weights, and one whose parameters are the resulting weights."""
     layer = masked(cell)
     if how == "parametrized":
         parametrizations.weight_norm(layer, "weight_hh_l0")
@@ -171,7 +169,7 @@ def changed(cell: str, how: str) -> tuple[Any, Any]:
         prune.random_unstructured(layer, "weight_ih_l0", 0.5)
         prune.random_unstructured(layer, "weight_hh_l0", 0.5)
     elif how == "plain":
-        for name in list(layer._parameters):  # as a replica of DataParallel has them
+        for name in list(layer._parameters):  # as in a replica of DataParallel
             layer.__dict__[name] = layer._parameters.pop(name).data + 1
     else:
         layer._parameters["weight_hh_l0"] = nn.Parameter(layer.weight_hh_l0 + 1)  # as functional_call does
@@ -182,13 +180,13 @@ def changed(cell: str, how: str) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("how", ["parametrized", "pruned", "plain", "replaced"])
-def test_weights_that_are_computed(cell: str, how: str, ran: list[str]) -> None:
+def test_computed_weights_are_used(cell: str, how: str, ran: list[str]) -> None:
     layer, expected = changed(cell, how)
     torch.testing.assert_close(layer(X)[0], expected(X)[0])
     assert ran == ["padded"] * 2
 
 
-def test_a_subclass_may_have_more_parameters(cell: str, ran: list[str]) -> None:
+def test_subclass_with_more_parameters_runs(cell: str, ran: list[str]) -> None:
     layer = masked(cell)
     expected = layer(X)[0]
     layer.scale = nn.Parameter(torch.ones(1))
@@ -198,8 +196,8 @@ def test_a_subclass_may_have_more_parameters(cell: str, ran: list[str]) -> None:
     assert ran == ["padded"] * 3
 
 
-def test_transforms(cell: str, ran: list[str]) -> None:
-    """Of one step: the gradient of each sample, and a derivative forward."""
+def test_transforms_of_one_step_run(cell: str, ran: list[str]) -> None:
+    """Covers per-sample gradients and forward-mode derivatives of one step."""
     layer = masked(cell)
     x = torch.randn(3, 1, 1, INPUT)
     each = torch.func.vmap(torch.func.grad(lambda x: layer(x)[0].sum()))(x)
@@ -216,8 +214,8 @@ def test_transforms(cell: str, ran: list[str]) -> None:
         assert torch.autograd.forward_ad.unpack_dual(layer(x[0], dual_state)[0]).tangent is not None
 
 
-def test_autocast(cell: str, ran: list[str]) -> None:
-    """Whose kernels this CPU may lack."""
+def test_autocast_uses_padded_where_cpu_has_kernel(cell: str, ran: list[str]) -> None:
+    """The CPU may lack the LSTM kernel for autocast."""
     with torch.autocast("cpu", torch.bfloat16):
         output, _ = masked(cell)(X)
     assert ran == ["bptt" if cell == "lstm" and not lstm_kernel_runs(torch.bfloat16, True, 1) else "padded"]
@@ -237,12 +235,12 @@ def test_autocast(cell: str, ran: list[str]) -> None:
         (X[:1], None, {"resets": torch.ones(1, 2, dtype=torch.bool)}, "resets has shape"),
     ],
 )
-def test_errors(x: Tensor, hx: Any, given: dict[str, Any], error: str) -> None:
+def test_wrong_arguments_are_refused(x: Tensor, hx: Any, given: dict[str, Any], error: str) -> None:
     with pytest.raises((ValueError, RuntimeError), match=error):
         masked("gru")(x, hx, **given)
 
 
-def test_the_order_that_was_promised() -> None:
+def test_enforce_sorted_refuses_unsorted_lengths() -> None:
     layer = masked("gru", enforce_sorted=True)
     layer(X[:1], lengths=[1, 1, 0, 0])
     with pytest.raises(ValueError, match=r"lengths\[2\] = 1 is longer than lengths\[1\] = 0"):
@@ -250,8 +248,8 @@ def test_the_order_that_was_promised() -> None:
 
 
 @pytest.mark.parametrize("with_lengths", [False, True])
-def test_what_the_caller_changes_later(cell: str, with_lengths: bool) -> None:
-    """Buffers of resets and lengths, changed in place before the gradient is asked for."""
+def test_gradient_ignores_later_changes_by_caller(cell: str, with_lengths: bool) -> None:
+    """The caller changes its buffers of resets and lengths in place before it asks for the gradient."""
     layer = masked(cell)
     states = [h.requires_grad_() for h in random_states(layer, N, torch.float32)]
     resets, lengths = torch.tensor([[True, False, True, False]]), SOME.clone()

@@ -7,7 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle import INPUT, as_hx, as_tuple, assert_same, call, cotangents, masked, oracle, prefix_mask, random_states
+from support.oracle import (
+    INPUT,
+    as_hx,
+    as_tuple,
+    assert_same,
+    call,
+    cotangents,
+    masked,
+    oracle,
+    prefix_mask,
+    random_states,
+)
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
@@ -47,7 +58,7 @@ def x() -> Tensor:
     ],
     ids=lambda v: f"{type(v).__name__}-{getattr(v, 'dtype', '')}",
 )
-def test_lengths_of_every_type(lengths: Any) -> None:
+def test_lengths_of_every_type_are_accepted(lengths: Any) -> None:
     layer = masked("gru", batch_first=True)
     x = torch.randn(4, 6, INPUT)
     before = list(lengths)
@@ -56,11 +67,11 @@ def test_lengths_of_every_type(lengths: Any) -> None:
     assert list(lengths) == before
 
 
-def test_lengths_as_the_third_argument(layer: Any, x: Tensor) -> None:
+def test_lengths_are_third_positional_argument(layer: Any, x: Tensor) -> None:
     assert torch.equal(layer(x, None, LENGTHS)[0], layer(x, lengths=LENGTHS)[0])
 
 
-def test_last_hidden_is_flattened_layer_by_layer(layer: Any, x: Tensor) -> None:
+def test_last_state_is_flattened_layer_by_layer(layer: Any, x: Tensor) -> None:
     output, last = layer(x, lengths=LENGTHS)
     layer.flatten_hidden = False
     _, h_n = layer(x, lengths=LENGTHS)
@@ -77,8 +88,8 @@ def test_last_hidden_is_flattened_layer_by_layer(layer: Any, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("flatten_hidden", [False, True])
-def test_a_state_goes_back_in(cell: str, backend: str, x: Tensor, flatten_hidden: bool) -> None:
-    """Two halves of a sequence, the state handed on, are the whole."""
+def test_returned_state_continues_sequence(cell: str, backend: str, x: Tensor, flatten_hidden: bool) -> None:
+    """Two halves of a sequence, with the state passed on, give what the whole gives."""
     layer = masked(cell, num_layers=2, backend=backend, batch_first=True, flatten_hidden=flatten_hidden).double()
     whole, last = layer(x, lengths=[4, 6, 3, 5])
     first, state = layer(x[:, :3], lengths=[3, 3, 3, 3])
@@ -88,7 +99,7 @@ def test_a_state_goes_back_in(cell: str, backend: str, x: Tensor, flatten_hidden
         torch.testing.assert_close(a, b)
 
 
-def test_hx_in_both_forms(layer: Any, x: Tensor) -> None:
+def test_hx_is_accepted_in_both_forms(layer: Any, x: Tensor) -> None:
     states = random_states(layer, 4)
     flat = as_hx([h.transpose(0, 1).reshape(4, -1) for h in states])
     for lengths in (None, LENGTHS):
@@ -113,7 +124,7 @@ def test_hx_in_both_forms(layer: Any, x: Tensor) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_unbatched(layer: Any, x: Tensor, given: dict[str, Any], batch_first: bool) -> None:
+def test_unbatched_input_equals_batch_of_one(layer: Any, x: Tensor, given: dict[str, Any], batch_first: bool) -> None:
     layer.batch_first = True
     states = random_states(layer, 1)
     more = {"mask": given["mask"].unsqueeze(0)} if "mask" in given else {}
@@ -134,7 +145,7 @@ def test_unbatched(layer: Any, x: Tensor, given: dict[str, Any], batch_first: bo
 
 
 @pytest.mark.parametrize("enforce_sorted", [False, True])
-def test_packed_sequence(layer: Any, x: Tensor, enforce_sorted: bool) -> None:
+def test_packed_sequence_matches_oracle(layer: Any, x: Tensor, enforce_sorted: bool) -> None:
     lengths = [6, 4, 3, 1] if enforce_sorted else LENGTHS
     states, pulled = random_states(layer, 4), cotangents(layer, 4, 6)
     expected = oracle(layer, x, prefix_mask(lengths, 6), states, pulled)
@@ -158,7 +169,7 @@ def test_packed_sequence(layer: Any, x: Tensor, enforce_sorted: bool) -> None:
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, [6, 0, 2, 0], [0, 0, 0, 0]], ids=str)
-def test_jagged_nested_tensor(layer: Any, x: Tensor, lengths: list[int]) -> None:
+def test_nested_tensor_matches_oracle(layer: Any, x: Tensor, lengths: list[int]) -> None:
     states, pulled = random_states(layer, 4), cotangents(layer, 4, 6)
     mask = prefix_mask(lengths, 6)
     expected = oracle(layer, x, mask, states, pulled)
@@ -181,7 +192,7 @@ def test_jagged_nested_tensor(layer: Any, x: Tensor, lengths: list[int]) -> None
         torch.testing.assert_close(gradient, expected.gradients[name])
 
 
-def test_jagged_with_room_between_its_rows(layer: Any) -> None:
+def test_nested_tensor_with_gaps_matches_each_row_alone(layer: Any) -> None:
     values = torch.randn(12, INPUT, dtype=torch.float64)
     lengths = torch.tensor([2, 0, 5])
     nested = torch.nested.nested_tensor_from_jagged(values, torch.tensor([0, 4, 6, 12]), lengths)
@@ -195,14 +206,16 @@ def test_jagged_with_room_between_its_rows(layer: Any) -> None:
     assert output.values()[2:6].eq(0).all()
 
 
-def test_a_nested_output_goes_on_into_a_nested_layer(layer: Any) -> None:
+def test_nested_output_works_in_further_ops(layer: Any) -> None:
     nested = torch.nested.nested_tensor([torch.randn(n, INPUT).double() for n in LENGTHS], layout=torch.jagged)
     output, _ = layer(nested)
     assert (output * 2 + output).shape == output.shape
 
 
 @pytest.mark.parametrize("given", ["lengths", "mask"])
-def test_enforce_sorted(cell: str, backend: str, x: Tensor, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_enforce_sorted_skips_sorting(
+    cell: str, backend: str, x: Tensor, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, backend=backend, batch_first=True, enforce_sorted=True)
     layer = layer.double()
     lengths = [6, 4, 4, 0]
@@ -214,8 +227,8 @@ def test_enforce_sorted(cell: str, backend: str, x: Tensor, given: str, monkeypa
     assert_same(call(layer, x, states, pulled, **{given: value}), expected)
 
 
-def test_a_packed_sequence_with_small_integers(cell: str, backend: str) -> None:
-    """torch.nn takes any that can index."""
+def test_packed_sequence_accepts_int32_indices(cell: str, backend: str) -> None:
+    """torch.nn takes any integers that can index."""
     packed = pack_sequence([torch.randn(n, INPUT) for n in (2, 4, 1)], enforce_sorted=False)
     places = (packed.sorted_indices.int(), packed.unsorted_indices.int())
     layer = masked(cell, backend=backend)
@@ -224,8 +237,8 @@ def test_a_packed_sequence_with_small_integers(cell: str, backend: str) -> None:
     torch.testing.assert_close(found[1], expected[1])
 
 
-def test_packing_agrees_with_torch() -> None:
-    """Rows run in the order in which `pack_sequence` lays them."""
+def test_row_plan_matches_pack_sequence() -> None:
+    """Rows run in the order of `pack_sequence`."""
     from masked_rnn._plan import plan_rows
 
     x = torch.randn(4, 6, INPUT)
@@ -237,8 +250,8 @@ def test_packing_agrees_with_torch() -> None:
 
 
 @pytest.mark.parametrize("form", ["tensor", "list", "mask", "nested", "packed"])
-def test_another_default_device(cell: str, backend: str, form: str) -> None:
-    """Lengths stay where they are, and so does what is made from them."""
+def test_default_device_changes_nothing(cell: str, backend: str, form: str) -> None:
+    """Lengths, and tensors made from them, stay on their device."""
     layer = masked(cell, backend=backend, batch_first=True)
     x, lengths = torch.randn(3, 5, INPUT), torch.tensor([3, 5, 1])
     mask = torch.arange(5) < lengths.unsqueeze(1)
@@ -258,8 +271,8 @@ def test_another_default_device(cell: str, backend: str, form: str) -> None:
 
 
 @pytest.mark.parametrize("given", ["lengths", "mask", "resets"])
-def test_what_was_given_can_be_resized_after_the_call(cell: str, backend: str, given: str) -> None:
-    """As fully_shard does with weights; `Tensor.numpy` would keep their storage from it for good."""
+def test_given_tensors_stay_resizable_after_call(cell: str, backend: str, given: str) -> None:
+    """`Tensor.numpy` would prevent every later resize of the storage, which fully_shard needs for weights."""
     layer = masked(cell, batch_first=True, backend=backend)
     x = torch.randn(3, 5, INPUT, requires_grad=True)
     marks = torch.rand(3, 5) < 0.6
@@ -270,8 +283,8 @@ def test_what_was_given_can_be_resized_after_the_call(cell: str, backend: str, g
         assert tensor.untyped_storage().resizable()
 
 
-def test_a_packed_sequence_whose_last_step_is_empty(cell: str, backend: str) -> None:
-    """`torch.nn`'s layers take it."""
+def test_packed_sequence_with_empty_last_step_runs(cell: str, backend: str) -> None:
+    """`torch.nn`'s layers take such a sequence."""
     layer = masked(cell, backend=backend)
     data = torch.randn(3, INPUT)
     output, last = layer(PackedSequence(data, torch.tensor([2, 1, 0])))
@@ -281,7 +294,7 @@ def test_a_packed_sequence_whose_last_step_is_empty(cell: str, backend: str) -> 
         torch.testing.assert_close(a, b)
 
 
-def test_nested_input_with_small_integers(cell: str, backend: str) -> None:
+def test_nested_tensor_accepts_int32_offsets(cell: str, backend: str) -> None:
     values = torch.randn(7, INPUT)
     given = [torch.tensor([0, 3, 7]), torch.tensor([2, 4])]
     results = []
@@ -297,7 +310,7 @@ def masked_last(cell: str, backend: str, input: Any) -> tuple[Tensor, ...]:
     return as_tuple(masked(cell, backend=backend)(input)[1])
 
 
-def test_a_mask_that_the_caller_changes_later(cell: str, backend: str) -> None:
+def test_gradient_ignores_later_change_of_mask(cell: str, backend: str) -> None:
     layer, x = masked(cell, backend=backend, batch_first=True), torch.randn(3, 5, INPUT)
     mask, found = torch.rand(3, 5) < 0.6, []
     for changes in (False, True):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import INPUT, as_tuple, masked
+from support.oracle import INPUT, as_tuple, masked
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
 
@@ -29,8 +29,8 @@ def score(results: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("batched", [False, True])
-def test_per_sample_gradients(layer: Any, x: Tensor, batched: bool) -> None:
-    """Lengths are vmapped too; garbage in padding stays out."""
+def test_per_sample_gradients_match_each_sample_alone(layer: Any, x: Tensor, batched: bool) -> None:
+    """Lengths are vmapped too. Garbage in padding must not reach the gradients."""
     weights = dict(layer.named_parameters())
     dirty = torch.where(torch.arange(5).unsqueeze(1) < LENGTHS.view(-1, 1, 1), x, torch.nan)
 
@@ -47,7 +47,7 @@ def test_per_sample_gradients(layer: Any, x: Tensor, batched: bool) -> None:
             torch.testing.assert_close(found[name][n], parameter.grad, msg=name)
 
 
-def test_per_sample_gradients_with_resets(layer: Any, x: Tensor) -> None:
+def test_per_sample_gradients_work_with_resets(layer: Any, x: Tensor) -> None:
     weights = dict(layer.named_parameters())
     resets, mask = torch.rand(4, 5) < 0.4, torch.rand(4, 5) < 0.7
 
@@ -62,8 +62,8 @@ def test_per_sample_gradients_with_resets(layer: Any, x: Tensor) -> None:
             torch.testing.assert_close(found[name][n], parameter.grad, msg=name)
 
 
-def test_one_vmapped_step_with_resets(layer: Any, x: Tensor) -> None:
-    """As an ensemble acts."""
+def test_vmapped_step_takes_resets(layer: Any, x: Tensor) -> None:
+    """An ensemble that acts step by step makes such calls."""
     _, state = layer(x)
     resets = torch.tensor([True, False, True, False])
 
@@ -75,7 +75,7 @@ def test_one_vmapped_step_with_resets(layer: Any, x: Tensor) -> None:
     torch.testing.assert_close(output, expected)
 
 
-def test_vmapped_masks(layer: Any, x: Tensor) -> None:
+def test_vmapped_masks_match_batched_call(layer: Any, x: Tensor) -> None:
     mask = torch.rand(4, 5) > 0.4
     output, last = vmap(lambda x, m: layer(x, mask=m))(x, mask)
     expected, expected_last = layer(x, mask=mask)
@@ -84,7 +84,7 @@ def test_vmapped_masks(layer: Any, x: Tensor) -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_an_ensemble_of_stacked_weights(cell: str, x: Tensor) -> None:
+def test_stacked_weights_run_as_ensemble(cell: str, x: Tensor) -> None:
     members = [masked(cell, bidirectional=True, batch_first=True).double() for _ in range(3)]
     weights, buffers = stack_module_state(members)
 
@@ -99,7 +99,7 @@ def test_an_ensemble_of_stacked_weights(cell: str, x: Tensor) -> None:
             torch.testing.assert_close(a[k], b)
 
 
-def test_jvp_agrees_with_the_gradient(layer: Any, x: Tensor) -> None:
+def test_jvp_agrees_with_gradient(layer: Any, x: Tensor) -> None:
     direction = torch.randn_like(x)
 
     def loss(x: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def test_jvp_agrees_with_the_gradient(layer: Any, x: Tensor) -> None:
     torch.testing.assert_close(tangent, forward)
 
 
-def test_hessian_and_jacobians(cell: str) -> None:
+def test_hessian_and_jacobians_match_autograd(cell: str) -> None:
     layer = masked(cell, 2, 3, batch_first=True).double()
     x = torch.randn(2, 3, 2, dtype=torch.float64)
     lengths = torch.tensor([3, 2])
@@ -130,7 +130,7 @@ def test_hessian_and_jacobians(cell: str) -> None:
     torch.testing.assert_close(hessian(loss)(x), torch.autograd.functional.hessian(loss, x))
 
 
-def test_nested_rows_without_steps(cell: str, x: Tensor) -> None:
+def test_nested_rows_without_steps_return_zeros(cell: str, x: Tensor) -> None:
     layer = masked(cell, bidirectional=True).double()
     nested = torch.nested.nested_tensor_from_jagged(x.new_zeros(0, INPUT), torch.tensor([0, 0, 0]))
     with torch.autograd.forward_ad.dual_level():
@@ -139,6 +139,6 @@ def test_nested_rows_without_steps(cell: str, x: Tensor) -> None:
     assert all(h.eq(0).all() for h in as_tuple(last))
 
 
-def test_wrong_shapes_are_still_refused(layer: Any, x: Tensor) -> None:
+def test_wrong_lengths_are_refused_under_vmap(layer: Any, x: Tensor) -> None:
     with pytest.raises(ValueError, match="lengths has 3 elements, but the input holds 1 sequences"):
         vmap(lambda x: layer(x, lengths=[1, 2, 3])[0])(x)

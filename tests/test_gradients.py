@@ -1,4 +1,4 @@
-"""First and second derivatives, batched gradients, and what autograd promises of every op."""
+"""First and second derivatives, batched gradients, and promises that autograd makes for every op."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import BACKENDS, INPUT, as_hx, as_tuple, every, masked, plain, random_states
-from strict_kernel import with_cudnn
+from support.oracle import BACKENDS, INPUT, as_hx, as_tuple, every, masked, plain, random_states
+from support.strict_kernel import with_cudnn
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +18,7 @@ from masked_rnn._backends import bptt, kernels
 
 
 def functional(layer: Any, batch: int, steps: int, **given: Any) -> tuple[Any, list[Tensor]]:
-    """The call as a function of x, the states and the parameters, and some values of them."""
+    """Returns the call as a function of x, the states and the parameters, and some values of them."""
     parameters = dict(layer.named_parameters())
     states = random_states(layer, batch)
     inputs = [torch.randn(batch, steps, INPUT, dtype=torch.float64), *states, *parameters.values()]
@@ -34,7 +34,9 @@ def functional(layer: Any, batch: int, steps: int, **given: Any) -> tuple[Any, l
 
 @pytest.mark.parametrize("options", [{"bidirectional": True}, {"bias": False}], ids=str)
 @pytest.mark.parametrize("given", [{}, {"lengths": [2, 0, 3]}], ids=str)
-def test_gradcheck(cell: str, backend: str, options: dict[str, Any], given: dict[str, Any]) -> None:
+def test_first_derivatives_pass_gradcheck(
+    cell: str, backend: str, options: dict[str, Any], given: dict[str, Any]
+) -> None:
     layer = masked(cell, 2, 2, backend=backend, batch_first=True, **options) if cell != "lstm-proj" else None
     layer = (layer or masked(cell, 2, 3, backend=backend, batch_first=True, **options)).double()
     layer.input_size = 2
@@ -49,14 +51,16 @@ def _small(layer: Any, **given: Any) -> tuple[Any, list[Tensor]]:
 
 
 @pytest.mark.parametrize(("bidirectional", "given"), [(True, {"lengths": [2, 0, 3]}), (False, {})], ids=str)
-def test_gradgradcheck(cell: str, backend: str, bidirectional: bool, given: dict[str, Any]) -> None:
+def test_second_derivatives_pass_gradgradcheck(
+    cell: str, backend: str, bidirectional: bool, given: dict[str, Any]
+) -> None:
     layer = masked(cell, 2, 3, backend=backend, batch_first=True, bidirectional=bidirectional).double()
     run, inputs = _small(layer, **given)
     assert gradgradcheck(run, inputs, check_batched_grad=True, fast_mode=True)
 
 
-def test_second_derivatives_are_those_of_scan(cell: str, backend: str) -> None:
-    """A gradient penalty: the loss holds a gradient, and is differentiated by the weights."""
+def test_gradient_penalty_matches_scan(cell: str, backend: str) -> None:
+    """In a gradient penalty, the loss contains a gradient, and is differentiated by the weights."""
     layer = masked(cell, num_layers=2, bidirectional=True, backend="scan", batch_first=True).double()
     x = torch.randn(3, 4, INPUT, dtype=torch.float64, requires_grad=True)
 
@@ -72,8 +76,8 @@ def test_second_derivatives_are_those_of_scan(cell: str, backend: str) -> None:
         torch.testing.assert_close(found, expected)
 
 
-def test_a_gradient_does_not_run_through_one_input_into_another(backend: str) -> None:
-    """The input is made from a weight: its gradient counts once, along each of its paths."""
+def test_gradient_counts_once_if_input_depends_on_weight(backend: str) -> None:
+    """The input is computed from a weight, whose gradient must count once along each of its paths."""
     layer = MaskedGRU(3, 3, backend=backend).double()
     base = torch.randn(4, 2, 3, dtype=torch.float64)
 
@@ -88,7 +92,7 @@ def test_a_gradient_does_not_run_through_one_input_into_another(backend: str) ->
     assert gradgradcheck(loss, [w])
 
 
-def test_gradients_of_a_batch_at_once(cell: str, backend: str) -> None:
+def test_batched_gradients_match_single_ones(cell: str, backend: str) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, backend=backend, batch_first=True).double()
     x = torch.randn(3, 4, INPUT, dtype=torch.float64, requires_grad=True)
     output, _ = layer(x, lengths=[3, 0, 4])
@@ -101,7 +105,7 @@ def test_gradients_of_a_batch_at_once(cell: str, backend: str) -> None:
             torch.testing.assert_close(a[k], b)
 
 
-def test_a_retained_graph_gives_the_same_twice(cell: str, backend: str) -> None:
+def test_retained_graph_gives_same_gradients_twice(cell: str, backend: str) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, backend=backend)
     output, last = layer(torch.randn(5, 3, INPUT), lengths=[5, 0, 2])
     loss = output.square().sum() + sum(h.sum() for h in as_tuple(last))
@@ -111,7 +115,7 @@ def test_a_retained_graph_gives_the_same_twice(cell: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["weight_ih_l0", "weight_hh_l0", "x"])
-def test_a_stale_tensor_is_noticed(cell: str, backend: str, what: str) -> None:
+def test_inplace_change_of_saved_tensor_is_refused(cell: str, backend: str, what: str) -> None:
     layer = masked(cell, backend=backend)
     x = torch.randn(5, 3, INPUT, requires_grad=True)
     output, _ = layer(x, lengths=None)
@@ -121,12 +125,12 @@ def test_a_stale_tensor_is_noticed(cell: str, backend: str, what: str) -> None:
         output.sum().backward()
 
 
-# Without lengths, `packed` and `padded` are torch.nn's kernel itself, and some keep the output that they return.
+# Without lengths, `packed` and `padded` are torch.nn's kernel itself, and some kernels save the output they return.
 @pytest.mark.parametrize(
     ("backend", "given"),
     [(name, {"lengths": [5, 1, 3]}) for name in BACKENDS] + [("bptt", {}), ("scan", {})],
 )
-def test_an_output_may_be_changed_in_place(cell: str, backend: str, given: dict[str, Any]) -> None:
+def test_inplace_output_change_keeps_gradient(cell: str, backend: str, given: dict[str, Any]) -> None:
     layer = masked(cell, backend=backend)
     x = torch.randn(5, 3, INPUT)
     expected = torch.autograd.grad(layer(x, **given)[0].mul(2).sum(), list(layer.parameters()))
@@ -135,7 +139,7 @@ def test_an_output_may_be_changed_in_place(cell: str, backend: str, given: dict[
         torch.testing.assert_close(a, b)
 
 
-def test_through_the_state_alone(cell: str, backend: str) -> None:
+def test_gradient_through_last_state_matches_scan(cell: str, backend: str) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, backend=backend).double()
     scan = masked(cell, num_layers=2, bidirectional=True, backend="scan").double()
     scan.load_state_dict(layer.state_dict())
@@ -155,7 +159,7 @@ def test_through_the_state_alone(cell: str, backend: str) -> None:
         torch.testing.assert_close(found, expected)
 
 
-def test_nothing_is_kept_when_no_gradient_is_wanted(cell: str, backend: str) -> None:
+def test_no_grad_call_records_no_graph(cell: str, backend: str) -> None:
     layer = masked(cell, backend=backend)
     x = torch.randn(5, 3, INPUT, requires_grad=True)
     with torch.no_grad():
@@ -166,7 +170,7 @@ def test_nothing_is_kept_when_no_gradient_is_wanted(cell: str, backend: str) -> 
         assert torch.equal(layer(x, lengths=[5, 0, 2])[0], output)
 
 
-def test_checkpointing(cell: str, backend: str) -> None:
+def test_checkpoint_gives_same_gradients(cell: str, backend: str) -> None:
     from torch.utils.checkpoint import checkpoint
 
     layer = masked(cell, num_layers=2, backend=backend)
@@ -183,10 +187,10 @@ def test_checkpointing(cell: str, backend: str) -> None:
 )
 @pytest.mark.parametrize("given", ["lengths", "mask", "neither"])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_reentrant_checkpointing_draws_the_same_dropout(
+def test_reentrant_checkpoint_draws_same_dropout(
     cell: str, backend: str, sizes: tuple[int, int, int], given: str, frozen: bool
 ) -> None:
-    """The first pass runs without gradients, the second with: both must choose alike and draw alike."""
+    """The first pass runs without gradients, the second with them. Both must choose and draw the same."""
     from torch.utils.checkpoint import checkpoint
 
     batch, steps, hidden = sizes
@@ -214,8 +218,8 @@ def test_reentrant_checkpointing_draws_the_same_dropout(
 
 @pytest.mark.parametrize("given", ["neither", "full", "lengths", "mask"])
 @pytest.mark.parametrize("options", every(bidirectional=[False, True], batch_first=[False, True]), ids=str)
-def test_results_and_gradients_lie_as_torchs(cell: str, given: str, options: dict[str, Any]) -> None:
-    """Contiguous wherever torch.nn's are, so that `view` works where it worked."""
+def test_results_and_gradients_are_contiguous_like_torchs(cell: str, given: str, options: dict[str, Any]) -> None:
+    """They are contiguous wherever torch.nn's are, so that `view` works wherever it worked."""
     lengths: dict[str, Any] = {"lengths": torch.tensor([2, 0, 5])}
     lengths = {"full": {"lengths": [5, 5, 5]}, "lengths": lengths, "neither": {}}.get(given, {})
     if given == "mask":
@@ -240,7 +244,7 @@ def test_results_and_gradients_lie_as_torchs(cell: str, given: str, options: dic
                 assert found.is_contiguous() or not theirs[name].is_contiguous(), (backend, name, found.stride())
 
 
-def test_saved_tensors_may_be_changed_where_torch_allows_it(cell: str, backend: str) -> None:
+def test_gradient_holds_under_allow_mutation_on_saved_tensors(cell: str, backend: str) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, backend=backend)
     x = torch.randn(5, 3, INPUT)
     expected = torch.autograd.grad(layer(x, lengths=[5, 1, 3])[0].square().sum(), list(layer.parameters()))
@@ -253,10 +257,10 @@ def test_saved_tensors_may_be_changed_where_torch_allows_it(cell: str, backend: 
 
 @pytest.mark.parametrize("kernel", ["packed", "padded"])
 @pytest.mark.parametrize("given", [{}, {"lengths": [3, 0, 4]}], ids=str)
-def test_a_kernel_that_differentiates_once(
+def test_kernel_without_double_backward_has_second_derivatives(
     cell: str, kernel: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its backward has none of its own, as cuDNN's has none; and it is as strict."""
+    """Like cuDNN, the kernel has a backward that can't be differentiated, and it is as strict."""
     layer = masked(cell, num_layers=2, bidirectional=True, backend=kernel, batch_first=True, dropout=0.0).double()
     x = torch.randn(3, 4, INPUT, dtype=torch.float64, requires_grad=True)
 
@@ -292,7 +296,7 @@ def test_a_kernel_that_differentiates_once(
 
 
 class Elements(TorchDispatchMode):
-    """Counts those that ops return."""
+    """Counts the elements that ops return."""
 
     total = 0
 
@@ -303,9 +307,9 @@ class Elements(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("backend", ["padded", "bptt", "scan"])  # torch's packed kernel's does grow, as the square
+@pytest.mark.parametrize("backend", ["padded", "bptt", "scan"])  # the work of torch's packed kernel grows as the square
 @pytest.mark.parametrize("given", [{}, {"lengths": True}, {"mask": True}, {"resets": True}], ids=str)
-def test_the_work_grows_no_faster_than_the_steps(cell: str, backend: str, given: dict[str, Any]) -> None:
+def test_work_grows_linearly_with_steps(cell: str, backend: str, given: dict[str, Any]) -> None:
     layer = masked(cell, bidirectional=True, backend=backend)
 
     def work(steps: int) -> int:
@@ -320,8 +324,8 @@ def test_the_work_grows_no_faster_than_the_steps(cell: str, backend: str, given:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_weights_in_one_chunk(cell: str, bias: bool) -> None:
-    """As cuDNN wants those of a layer: matrices, then biases, from the start of their memory on."""
+def test_flattened_weights_form_one_chunk(cell: str, bias: bool) -> None:
+    """cuDNN wants a layer's weights in this order: matrices, then biases, from the start of their memory on."""
     layer = masked(cell, bidirectional=True, bias=bias)
     own = list(layer.parameters())
     chunk = kernels.flatten_for_cudnn(own)
@@ -335,7 +339,7 @@ def test_weights_in_one_chunk(cell: str, bias: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(chunk, own, strict=True))
     assert kernels.flatten_for_cudnn(chunk) is chunk
     half = len(chunk) // 2
-    for part in (chunk[:half], chunk[half:]):  # in memory that goes on, or has begun before
+    for part in (chunk[:half], chunk[half:]):  # their memory goes on, or began before
         again = kernels.flatten_for_cudnn(part)
         assert again[0].storage_offset() == 0
         assert again is not part
@@ -353,10 +357,10 @@ def test_weights_in_one_chunk(cell: str, bias: bool) -> None:
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("given", [{}, {"lengths": [5, 2, 0]}, {"lengths": [5, 5, 5]}], ids=str)
-def test_an_output_that_is_changed_in_place(
+def test_inplace_output_change_is_right_or_refused(
     cell: str, backend: str, batch_first: bool, dtype: torch.dtype, given: dict[str, Any]
 ) -> None:
-    """The gradient is right, or autograd refuses: no saved value changes without its knowing."""
+    """The gradient is right, or autograd raises an error. No saved value may change unnoticed."""
     layer = masked(cell, batch_first=batch_first, backend=backend).to(dtype)
     x = torch.randn(3, 5, INPUT, dtype=dtype) if batch_first else torch.randn(5, 3, INPUT, dtype=dtype)
 
@@ -378,8 +382,8 @@ def test_an_output_that_is_changed_in_place(
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("steps", [1, 4, 9])
 @pytest.mark.parametrize("given", [{}, {"lengths": [1, 1, 0]}, {"lengths": "full"}, {"mask": True}], ids=str)
-def test_auto_returns_no_view_on_a_cpu(cell: str, batch_first: bool, steps: int, given: dict[str, Any]) -> None:
-    """fully_shard loses the gradients of a view that is changed in place. Where nn.LSTM returns one, so does this."""
+def test_auto_returns_no_view_on_cpu(cell: str, batch_first: bool, steps: int, given: dict[str, Any]) -> None:
+    """fully_shard loses the gradients of a view that is changed in place. Only where nn.LSTM returns one, this may."""
     layer = masked(cell, batch_first=batch_first)
     x = torch.randn(3, steps, INPUT) if batch_first else torch.randn(steps, 3, INPUT)
     if "mask" in given:
@@ -392,8 +396,8 @@ def test_auto_returns_no_view_on_a_cpu(cell: str, batch_first: bool, steps: int,
 
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
 @pytest.mark.parametrize("marks", ["lengths", "mask"])
-def test_the_state_of_a_row_without_steps_reaches_nothing(cell: str, backend: str, marks: str, garbage: float) -> None:
-    """It comes out as it went in."""
+def test_state_of_empty_row_stays_isolated(cell: str, backend: str, marks: str, garbage: float) -> None:
+    """The state comes out unchanged."""
     layer = masked(cell, num_layers=2, bidirectional=True, flatten_hidden=False, backend=backend)
     lengths = torch.tensor([5, 0, 2])
     given = {"lengths": lengths} if marks == "lengths" else {"mask": torch.arange(5).unsqueeze(1) < lengths}
@@ -412,7 +416,7 @@ def test_the_state_of_a_row_without_steps_reaches_nothing(cell: str, backend: st
 
 
 @pytest.mark.parametrize("frozen", ["weights", "input", "nothing"])
-def test_what_nobody_wants_is_not_computed(cell: str, frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unneeded_gradients_are_not_computed(cell: str, frozen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = masked(cell, backend="bptt").double().requires_grad_(frozen != "weights")
     x = torch.randn(5, 3, INPUT, dtype=torch.float64, requires_grad=frozen != "input")
     wanted = []

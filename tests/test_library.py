@@ -1,4 +1,4 @@
-"""The native loops' library is found and checked, or what is wrong with it is said in words and PyTorch's ops run."""
+"""The native loops' library is found and checked. If it can't be used, the reason is given, and PyTorch's ops run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import CELLS, INPUT, assert_same, call, cotangents, masked, oracle, prefix_mask, random_states
+from support.oracle import CELLS, INPUT, assert_same, call, cotangents, masked, oracle, prefix_mask, random_states
 
 import masked_rnn
 from masked_rnn._backends.bptt import library, loops, native
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class Function:
-    """As ctypes has one: attributes can be set."""
+    """Replaces a function of ctypes, whose attributes can be set."""
 
     def __init__(self, result: Any) -> None:
         self.result = result
@@ -32,7 +32,7 @@ class Function:
 
 
 class FakeLibrary:
-    """A library for a CPU that has the first `levels` kinds."""
+    """Replaces the library, on a CPU that supports the first `levels` kinds."""
 
     def __init__(self, digest: str, interface: int = library.INTERFACE, levels: int = 3) -> None:
         self.masked_rnn_interface = Function(interface)
@@ -44,7 +44,7 @@ class FakeLibrary:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An installed `bptt`, with a library and its sources."""
+    """Makes the folder of an installed `bptt`, with a library and its sources."""
     (tmp_path / "native").mkdir()
     (tmp_path / "native" / "loops.cpp").write_text("int one;")
     (tmp_path / "native" / "loops.h").write_text("extern int one;")
@@ -55,7 +55,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 find: Callable[[], library.Library | str] = library.find.__wrapped__
-"""As the first call of a process does."""
+"""Looks for the library without the cache, as the first call of a process does."""
 
 
 def load(monkeypatch: pytest.MonkeyPatch, **facts: Any) -> None:
@@ -65,7 +65,7 @@ def load(monkeypatch: pytest.MonkeyPatch, **facts: Any) -> None:
 
 @pytest.mark.parametrize("levels", [1, 2, 3])
 @pytest.mark.parametrize(("wanted", "most"), [(None, 2), ("", 2), ("default", 0), ("avx2", 1), ("AVX512", 2)])
-def test_a_capability_is_at_most_the_cpus(
+def test_capability_is_at_most_the_cpus(
     wanted: str | None, most: int, levels: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load(monkeypatch, levels=levels)
@@ -76,21 +76,21 @@ def test_a_capability_is_at_most_the_cpus(
     assert found.level == min(most, levels - 1)
 
 
-def test_an_unknown_capability_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_capability_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load(monkeypatch)
     monkeypatch.setenv(library.VARIABLE, "avx-512")
     with pytest.raises(ValueError, match="'avx-512': expected one of default, avx2, avx512 and none"):
         find()
 
 
-def test_none_asks_for_the_loops_of_ops(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capability_none_selects_loops_of_ops(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load(monkeypatch)
     monkeypatch.setenv(library.VARIABLE, "none")
     assert find() == "MASKED_RNN_CPU_CAPABILITY=none asks for the loops of PyTorch's ops"
 
 
 @pytest.mark.parametrize("change", ["edit", "add", "rename", "remove"])
-def test_changed_sources_ask_for_another_install(change: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_sources_ask_for_reinstall(change: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load(monkeypatch)
     assert isinstance(find(), library.Library)
     source = folder / "native" / "loops.cpp"
@@ -107,36 +107,36 @@ def test_changed_sources_ask_for_another_install(change: str, folder: Path, monk
     assert "sources of the native loops have changed since they were built: run `python -m pip install" in str(find())
 
 
-def test_without_sources_there_is_nothing_to_compare(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a wheel has it."""
+def test_library_loads_without_sources(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel has no sources."""
     load(monkeypatch, digest="of sources that stayed elsewhere")
     shutil.rmtree(folder / "native")
     assert isinstance(find(), library.Library)
 
 
-def test_another_interface_asks_for_another_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_interface_asks_for_reinstall(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load(monkeypatch, interface=library.INTERFACE + 1)
     assert "of another version of masked_rnn: run `python -m pip install" in str(find())
 
 
-def test_a_missing_library_asks_for_a_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library_asks_for_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "_native.abi3.so").unlink()
     expected = "MSVC lacks" if os.name == "nt" else "install a C++17 compiler (GCC or Clang), then run `python -m pip"
     assert expected in str(find())
 
 
 @pytest.mark.parametrize("contents", [b"", b"not a library", b"\x7fELF"])
-def test_an_unreadable_library_asks_for_another_install(contents: bytes, folder: Path) -> None:
+def test_unreadable_library_asks_for_reinstall(contents: bytes, folder: Path) -> None:
     (folder / "_native.abi3.so").write_bytes(contents)
     assert "the native loops can't be loaded: run `python -m pip install" in str(find())
 
 
-def test_another_library_asks_for_another_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_foreign_library_asks_for_reinstall(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ctypes.CDLL", lambda _path: type("Other", (), {})())
     assert "the native loops can't be loaded: run `python -m pip install" in str(find())
 
 
-def test_the_command_is_that_of_a_checkout_or_of_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_install_command_fits_checkout_or_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "masked_rnn" / "_backends" / "bptt"
     folder.mkdir(parents=True)
     monkeypatch.setattr(library, "FOLDER", folder)
@@ -146,7 +146,7 @@ def test_the_command_is_that_of_a_checkout_or_of_a_wheel(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_without_the_library_the_loops_of_ops_run(cell: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loops_of_ops_run_without_library(cell: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "find", find)
     ran = []
     for module, names in ((loops, ("forward", "backward")), (native, ("run_forward", "run_backward"))):
@@ -164,7 +164,7 @@ def test_without_the_library_the_loops_of_ops_run(cell: str, folder: Path, monke
     assert set(ran) == {(loops, "forward"), (loops, "backward")}
 
 
-def test_what_runs_here_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_env_info_reports_loops(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "find", find)
     info = masked_rnn.get_env_info()
     assert (info.loops, info.loops_capability) == ("ops", None)
@@ -176,7 +176,7 @@ def test_what_runs_here_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     assert info.cpu_capability == torch.backends.cpu.get_cpu_capability()
 
 
-def test_the_command_prints_what_the_function_returns() -> None:
+def test_command_prints_env_info() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), library.VARIABLE: "none"}
     run = subprocess.run(
         [sys.executable, "-m", "masked_rnn"], env=environment, capture_output=True, text=True, check=True
@@ -184,6 +184,6 @@ def test_the_command_prints_what_the_function_returns() -> None:
     told = dict(line.split(maxsplit=1) for line in run.stdout.splitlines())
     expected = {name: str(value) for name, value in masked_rnn.get_env_info()._asdict().items()}
     expected |= {"loops": "ops", "why_not_native": f"{library.VARIABLE}=none asks for the loops of PyTorch's ops"}
-    for name in ("loops_capability", "threads"):  # a process has its own
+    for name in ("loops_capability", "threads"):  # each process has its own
         expected.pop(name), told.pop(name, None)
     assert told == expected

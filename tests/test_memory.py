@@ -1,6 +1,6 @@
-"""Nothing is read that was not checked first: what else a tensor can be gives right values, or torch.nn's error.
+"""Every tensor is checked before it is read: unusual tensors give right values, or torch.nn's error.
 
-Every case runs in a process of its own kind, so that a crash is counted, and named.
+The cases run in child processes, so that a crash is counted and named.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import guarded
 import pytest
 import torch
-from oracle import BACKENDS, CELLS, as_hx, as_tuple, masked, random_states
+from support import guarded
+from support.oracle import BACKENDS, CELLS, as_hx, as_tuple, masked, random_states
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.rnn import PackedSequence
@@ -26,7 +26,7 @@ LENGTHS = [1 + k % STEPS for k in range(BATCH)]
 
 
 def point(check: Callable[[str], None]) -> Callable[[str], None]:
-    """A check of one cell, run apart."""
+    """Registers a check of one cell, which runs in a child process."""
     POINTS[check.__name__] = check
     return check
 
@@ -37,7 +37,7 @@ def make(cell: str, backend: str = "bptt", **options: Any) -> Any:
 
 
 def tensors(layer: Any) -> tuple[Tensor, list[Tensor]]:
-    """Input and states that want gradients, the same at each call."""
+    """Returns input and states that require gradients, the same at each call."""
     torch.manual_seed(1)
     x = torch.randn(BATCH, STEPS, INPUT, requires_grad=True)
     return x, [h.requires_grad_() for h in random_states(layer, BATCH, torch.float32)]
@@ -68,13 +68,13 @@ def free(tensor: Tensor) -> Tensor:
 
 
 def negated(tensor: Tensor) -> Tensor:
-    """The same values, by the negative bit."""
+    """Returns a view of the same values, with the negative bit set."""
     negative: Tensor = torch._neg_view(-tensor)
     return negative
 
 
 def two(tensor: Tensor) -> Any:
-    """A wrapper subclass: memory it has none, only two tensors within."""
+    """Returns a wrapper subclass, which has no memory of its own, only two tensors inside."""
     return TwoTensor(tensor, tensor.clone())
 
 
@@ -151,7 +151,7 @@ class Widened(nn.Module):
 
 @point
 def sizes_that_are_not_those_of_the_weights(cell: str) -> None:
-    """Pruned to fewer units, or described anew, while the layer's other attributes stayed."""
+    """The weights have fewer units, or an attribute was changed, while the layer's other attributes stayed."""
     x = torch.randn(BATCH, STEPS, INPUT)
     for backend in (*BACKENDS, "auto"):
         for steps in (STEPS, 1):
@@ -324,7 +324,7 @@ def the_callers_tensors_changed_before_backward(cell: str) -> None:
 
 
 def _changed(cell: str, backend: str, name: str, change: Any) -> list[Tensor] | None:
-    """The gradients. None where autograd saw the change."""
+    """Returns the gradients, or None if autograd noticed the change."""
     layer = make(cell, backend, bidirectional=True)
     x, states = tensors(layer)
     x = x.detach()
@@ -354,7 +354,7 @@ def _changed(cell: str, backend: str, name: str, change: Any) -> list[Tensor] | 
         return None
 
 
-# Memory that is not there, or not as it lies
+# Memory that was freed or never allocated, or that holds other values than the tensor
 
 
 @point
@@ -378,7 +378,7 @@ def storage_that_was_freed(cell: str) -> None:
 
 @point
 def marks_whose_storage_was_freed(cell: str) -> None:
-    """PyTorch's own ops would read them."""
+    """PyTorch's own ops would read the freed memory."""
     x = torch.randn(BATCH, STEPS, INPUT)
     marks = torch.ones(BATCH, STEPS, dtype=torch.bool)
     for backend in (*BACKENDS, "auto"):
@@ -442,7 +442,7 @@ def zero_tensors(cell: str) -> None:
                 expected = results(layer, zeros[0], zeros[1:])
                 assert_near(results(layer, zeros[0], [zero_tensor(h) for h in states]), expected)
                 if cell == "lstm" and backend not in ("bptt", "scan"):
-                    continue  # nn.LSTM's kernel reads memory that is not there
+                    continue  # nn.LSTM's kernel reads memory that was never allocated
                 assert_near(results(layer, zero_tensor(x), zeros[1:]), expected)
                 for name, weight in layer.named_parameters():
                     own, truth = (
@@ -462,12 +462,12 @@ def faults() -> dict[tuple[str, str], str]:
 
 
 @pytest.mark.parametrize("name", POINTS)
-def test_no_tensor_is_trusted(name: str, cell: str, faults: dict[tuple[str, str], str]) -> None:
+def test_unusual_tensors_give_right_values_or_errors(name: str, cell: str, faults: dict[tuple[str, str], str]) -> None:
     fault = faults.get((name, cell))
     assert fault is None, fault
 
 
-# Pages that may not be touched
+# Guard pages
 
 GUARDED = guarded.random_cases(180, seed=0)
 
@@ -477,24 +477,24 @@ def trespasses() -> dict[int, str]:
     return guarded.run_cases(GUARDED)
 
 
-def test_memory_beside_a_tensor_is_not_touched(cell: str, trespasses: dict[int, str]) -> None:
-    """By the loops of `bptt`, in their own tensors and in the caller's, whose values are those of `scan`."""
+def test_memory_beside_tensors_is_not_touched(cell: str, trespasses: dict[int, str]) -> None:
+    """The loops of `bptt` stay within their own tensors and the caller's. Their values are those of `scan`."""
     mine = {k: case for k, case in enumerate(GUARDED) if case["cell"] == cell}
     faults = {k: (case, trespasses[k]) for k, case in mine.items() if k in trespasses}
     assert not faults, faults
 
 
 @pytest.mark.parametrize("side", guarded.SIDES)
-def test_the_guard_can_fail(side: str) -> None:
-    """One number further, read or written, ends the process."""
+def test_guard_page_ends_process_on_trespass(side: str) -> None:
+    """A read or write of one number beside a tensor ends the process."""
     cases = [{"trespass": how, "side": side, "dtype": dtype} for how, dtype in (("read", "float32"), ("write", "bool"))]
     found = guarded.run_apart(guarded.__file__, cases, deaths=len(cases))
     assert len(found) == len(cases)
     assert all("ended with -" in fault for fault in found.values()), found
 
 
-def test_cases_meet() -> None:
-    """Each cell meets each form on each side."""
+def test_guarded_cases_cover_cells_forms_and_sides() -> None:
+    """Every combination of cell, form and side occurs."""
     met = Counter((case["cell"], case["form"], case["side"]) for case in GUARDED)
     assert set(met.values()) == {2}
     assert len(met) == len(CELLS) * len(guarded.FORMS) * len(guarded.SIDES)

@@ -1,4 +1,4 @@
-"""The native loops give what the loops of PyTorch's ops give: every cell, kind of CPU, size, direction and dtype."""
+"""The native loops match the loops of PyTorch's ops, for every cell, kind of CPU, size, direction and dtype."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from native_loops import (
+from support.native_loops import (
     assert_close,
     assert_equal,
     found,
@@ -22,7 +22,7 @@ from native_loops import (
     use_loops_of_ops,
     use_own_threads,
 )
-from oracle import as_tuple, masked, random_states
+from support.oracle import as_tuple, masked, random_states
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -33,7 +33,7 @@ DTYPES = (torch.float32, torch.float64)
 
 @pytest.fixture(params=levels())
 def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: Any) -> str:
-    """Each kind of CPU in turn."""
+    """Runs the loops of each kind of CPU in turn."""
     if request.param == "avx512 played":
         chosen = play_avx512(tmp_path_factory.getbasetemp())
     else:
@@ -74,7 +74,7 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.usefixtures("level")
-def test_against_the_loops_of_ops(cell: str, bidirectional: bool, shape: str, dtype: torch.dtype) -> None:
+def test_native_loops_match_loops_of_ops(cell: str, bidirectional: bool, shape: str, dtype: torch.dtype) -> None:
     N, T, inputs, hidden = SHAPES[shape]
     x = torch.randn(N, T, inputs, dtype=dtype, requires_grad=True)
     for bias in (False, True):
@@ -88,8 +88,8 @@ EDGES = (*range(1, 18), 31, 32, 33, 63, 64, 65)
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("level")
-def test_sizes_at_the_edges_of_tiles(cell: str, dtype: torch.dtype) -> None:
-    """Each size as hidden size, as input size and as the number of sequences, and of projections."""
+def test_sizes_at_tile_edges_match_loops_of_ops(cell: str, dtype: torch.dtype) -> None:
+    """Covers each size as hidden size, as input size, as the number of sequences, and as projection size."""
     for k, hidden in enumerate(EDGES):
         if cell == "lstm-proj" and hidden == 1:
             continue
@@ -103,7 +103,7 @@ def test_sizes_at_the_edges_of_tiles(cell: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("hidden", "fed_back"), [(2, 1), (9, 8), (33, 1), (40, 39), (150, 99)])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.usefixtures("level")
-def test_projections(hidden: int, fed_back: int, bidirectional: bool) -> None:
+def test_projections_match_loops_of_ops(hidden: int, fed_back: int, bidirectional: bool) -> None:
     for dtype in DTYPES:
         layer = make("lstm-proj", 3, hidden, fed_back, bidirectional=bidirectional).to(dtype)
         compare(layer, torch.randn(5, 6, 3, dtype=dtype, requires_grad=True), lengths=[6, 1, 0, 4, 6])
@@ -123,7 +123,7 @@ LENGTHS = {
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("given", [*LENGTHS, "mask", "resets", "packed", "packed, sorted"])
 @pytest.mark.usefixtures("level")
-def test_steps_and_order(cell: str, given: str, bidirectional: bool) -> None:
+def test_lengths_and_order_match_loops_of_ops(cell: str, given: str, bidirectional: bool) -> None:
     layer = make(cell, 5, 6, bidirectional=bidirectional)
     x: Any = torch.randn(11, 7, 5, requires_grad=True)
     if given in LENGTHS:
@@ -144,7 +144,7 @@ def test_steps_and_order(cell: str, given: str, bidirectional: bool) -> None:
 @pytest.mark.parametrize("wanted", ["input", "weights", "states alone"])
 @pytest.mark.parametrize("pulls", ["output", "last", "output and last"])
 @pytest.mark.usefixtures("level")
-def test_what_nobody_wants(cell: str, wanted: str, pulls: str) -> None:
+def test_partial_gradients_match_loops_of_ops(cell: str, wanted: str, pulls: str) -> None:
     for bidirectional in (False, True):
         layer = make(cell, 5, 18, bidirectional=bidirectional).requires_grad_(wanted == "weights")
         x = torch.randn(9, 7, 5, requires_grad=wanted == "input")
@@ -152,7 +152,7 @@ def test_what_nobody_wants(cell: str, wanted: str, pulls: str) -> None:
 
 
 @needs_native
-def test_the_native_loops_run(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_native_loops_run(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("the loops of ops ran")
 
@@ -172,8 +172,10 @@ def test_the_native_loops_run(cell: str, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("batch", [1, 21, 140])
-def test_threads(cell: str, bidirectional: bool, own: bool, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They share the work, and the same run gives the same bits."""
+def test_threads_share_work_reproducibly(
+    cell: str, bidirectional: bool, own: bool, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads share the work, and the same run gives the same bits."""
     if own:
         use_own_threads(monkeypatch)
     layer = make(cell, 10, 20, bidirectional=bidirectional)
@@ -193,7 +195,7 @@ def test_threads(cell: str, bidirectional: bool, own: bool, batch: int, monkeypa
 
 @needs_native
 @pytest.mark.parametrize("own", [False, True])
-def test_several_threads_of_python_at_once(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_python_threads_give_same_results(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if own:
         use_own_threads(monkeypatch)
     lengths = [20, 3, 0, 7, 20, 1, 9, 12, 5]
@@ -224,7 +226,7 @@ def test_several_threads_of_python_at_once(own: bool, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("level")
-def test_what_is_no_number_comes_out_as_from_torch(cell: str, value: float, dtype: torch.dtype) -> None:
+def test_nan_and_inf_come_out_as_from_torch(cell: str, value: float, dtype: torch.dtype) -> None:
     layer = make(cell, 5, 18).to(dtype)
     x = torch.randn(2, 6, 5, dtype=dtype, requires_grad=True)
     with torch.no_grad():
@@ -239,14 +241,14 @@ def test_what_is_no_number_comes_out_as_from_torch(cell: str, value: float, dtyp
         torch.testing.assert_close(a.nan_to_num(), b.nan_to_num(), rtol=1e-4, atol=1e-4)
 
 
-def test_what_does_not_lie_in_memory_as_it_is(cell: str) -> None:
-    """Negated and expanded views, of the input and of the gradient."""
+def test_negated_and_expanded_views_match_loops_of_ops(cell: str) -> None:
+    """Covers negated and expanded views of the input and of the gradient."""
     layer = masked(cell, 5, 6, backend="bptt")
     base = torch.randn(7, 3, 5, dtype=torch.complex64)
     inputs = [base.conj().imag, base.real, torch.randn(1, 1, 5).expand(7, 3, 5)]
     ones: list[list[Tensor]] = []
     one = masked(cell, 1, 3 if cell == "lstm-proj" else 1, backend="bptt")
-    # Contiguous, though its number lies there with the other sign.
+    # It is contiguous, but its memory holds the number with the other sign.
     negated = base[:1, :1, :1].conj().imag
     width = one(negated)[0].size(-1)
     assert negated.is_neg()
@@ -281,7 +283,7 @@ def test_what_does_not_lie_in_memory_as_it_is(cell: str) -> None:
     assert_close(ours, theirs)
 
 
-def test_saved_tensors_that_come_back_in_another_layout(cell: str) -> None:
+def test_saved_tensors_may_return_in_other_layout(cell: str) -> None:
     layer, x = make(cell, 5, 6, bidirectional=True), torch.randn(3, 7, 5, requires_grad=True)
     states = random_states(layer, 3, torch.float32)
     expected = train(layer, x, states, lengths=[7, 2, 4])
@@ -290,8 +292,8 @@ def test_saved_tensors_that_come_back_in_another_layout(cell: str) -> None:
 
 
 @needs_native
-def test_weights_in_another_layout_run_natively(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a parametrization or a hook may give them."""
+def test_weights_in_other_layout_run_natively(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parametrization or a hook may give such weights."""
     layer, x = make(cell, 5, 6, bidirectional=True), torch.randn(3, 7, 5, requires_grad=True)
     for name, weight in list(layer.named_parameters()):
         if weight.dim() == 2:
@@ -307,12 +309,12 @@ def test_weights_in_another_layout_run_natively(cell: str, monkeypatch: pytest.M
 
 @needs_native
 @pytest.mark.usefixtures("level")
-def test_where_denormals_are_zero(cell: str) -> None:
-    """Comparisons of numbers next to 0 mean something else then."""
+def test_results_hold_with_denormals_flushed(cell: str) -> None:
+    """Comparisons of numbers close to 0 mean something else if denormals are flushed."""
     layer, x = make(cell, 5, 20), torch.randn(3, 7, 5, requires_grad=True)
     states = random_states(layer, 3, torch.float32)
     expected = train(layer, x, states, lengths=[7, 2, 4])
-    if torch.set_flush_denormal(True):  # else this CPU computes with denormals only
+    if torch.set_flush_denormal(True):  # False if this CPU can only compute with denormals
         try:
             assert_close(train(layer, x, states, lengths=[7, 2, 4]), expected)
         finally:
@@ -321,7 +323,7 @@ def test_where_denormals_are_zero(cell: str) -> None:
 
 @cache
 def arguments_and_truth(name: str, dtype: torch.dtype) -> tuple[Tensor, np.ndarray[Any, Any]]:
-    """Numbers of every size, and the function's values there, rounded once."""
+    """Returns numbers of every size, and the function's values there, rounded once."""
     generator = torch.Generator().manual_seed(3)
     least = -45 if dtype == torch.float32 else -323
     scales = 10.0 ** torch.arange(least, 3, dtype=torch.float64)
@@ -340,15 +342,15 @@ def arguments_and_truth(name: str, dtype: torch.dtype) -> tuple[Tensor, np.ndarr
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["sigmoid", "tanh"])
 @pytest.mark.usefixtures("level")
-def test_activations_are_right_to_two_units_in_the_last_place(name: str, dtype: torch.dtype) -> None:
-    """By the LSTM's g gate alone: c' = σ(∞) tanh(a) + σ(-∞) c; or its o gate: h' = σ(a) tanh(c') where c' is large."""
+def test_activations_are_right_to_two_ulps(name: str, dtype: torch.dtype) -> None:
+    """Uses the LSTM's g gate alone: c' = σ(∞) tanh(a) + σ(-∞) c; or its o gate: h' = σ(a) tanh(c') for a large c'."""
     a, truth = arguments_and_truth(name, dtype)
     layer = masked("lstm", 1, 1, backend="bptt", flatten_hidden=False).to(dtype)
     with torch.no_grad():
         for p in layer.parameters():
             p.zero_()
         layer.weight_ih_l0[3 if name == "sigmoid" else 2] = 1
-        # Of i, f, g, o.
+        # The biases of i, f, g, o.
         layer.bias_ih_l0.copy_(torch.tensor([0.0, 2000, 0, 0] if name == "sigmoid" else [2000.0, -2000, 0, 0]))
         c = torch.full((1, len(a), 1), 100.0, dtype=dtype)
         h, c = layer(a.view(1, -1, 1), (torch.zeros_like(c), c))[1]

@@ -1,4 +1,4 @@
-"""The native loops' threads live through interrupts, forks and workers."""
+"""The native loops' threads survive interrupts, forks and workers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from native_loops import found, needs_native, run_python
+from support.native_loops import found, needs_native, run_python
 from torch import Tensor
 
 import masked_rnn
@@ -15,15 +15,15 @@ import masked_rnn
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 
 
-def test_what_is_expected_here_runs() -> None:
-    """`.ci/run` says what it installed."""
+def test_expected_loops_run() -> None:
+    """`.ci/run` sets the variable to the loops that it installed."""
     expected = os.environ.get("MASKED_RNN_EXPECT_LOOPS")
     assert expected in (None, "ops" if isinstance(found, str) else "native"), found
 
 
 @needs_native
 @forks
-def test_after_a_fork() -> None:
+def test_layer_runs_after_fork() -> None:
     run_python("""
 import os, signal, torch
 torch.set_num_threads(2)
@@ -42,8 +42,8 @@ assert os.waitpid(child, 0)[1] == 0
 
 @needs_native
 @forks
-def test_first_used_after_a_fork() -> None:
-    """The parent's threads of OpenMP are not there in the child, and nothing had been loaded before."""
+def test_layer_first_used_after_fork_runs() -> None:
+    """The child has none of the parent's OpenMP threads, and the library was not loaded before."""
     run_python("""
 import os, signal, torch
 torch.set_num_threads(2)
@@ -63,13 +63,13 @@ assert os.waitpid(child, 0)[1] == 0
 @needs_native
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no such timer")
 @pytest.mark.parametrize("own", [False, True])
-def test_many_interrupts_leave_the_process_healthy(own: bool) -> None:
-    """They come at any time: before a call, within it, after it."""
+def test_interrupts_leave_process_healthy(own: bool) -> None:
+    """Interrupts come at any time: before a call, within it, after it."""
     run_python(f"""
 import random, signal, torch
 import pytest
-from native_loops import make, train, use_own_threads
-from oracle import random_states
+from support.native_loops import make, train, use_own_threads
+from support.oracle import random_states
 
 torch.set_num_threads(2)
 if {own}:
@@ -96,7 +96,7 @@ for a, b in zip(train(layer, x, states), expected, strict=True):
 
 @needs_native
 @pytest.mark.parametrize("start", torch.multiprocessing.get_all_start_methods())
-def test_in_a_worker_of_a_data_loader(start: str) -> None:
+def test_layer_runs_in_data_loader_worker(start: str) -> None:
     """Features are computed there, while the layer trains here."""
     layer = masked_rnn.MaskedGRU(4, 8, backend="bptt", batch_first=True)
     features = Features(layer)

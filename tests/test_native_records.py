@@ -1,4 +1,4 @@
-"""A record that does not fit is refused before anything is read: native/interface.h, checked in native/library.cpp."""
+"""native/library.cpp refuses a record (native/interface.h) with wrong sizes before it reads anything."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from native_loops import make, needs_native, train
-from oracle import random_states
+from support.native_loops import make, needs_native, train
+from support.oracle import random_states
 
 from masked_rnn._backends.bptt import library
 
@@ -21,7 +21,7 @@ LAYER = [
     *(f"weights{d}_{name}" for d in range(2) for name in WEIGHTS),
     *("history*", "cells*", "buffer*"),
 ]
-"""The fields in their order. An Array has a star: its address, and its size."""
+"""The fields in their order. A star marks an Array, which is two numbers: its address and its size."""
 RECORDS = {
     "forward": [*LAYER, "h*", "c*", "output*", "output_row"],
     "backward": [
@@ -33,7 +33,7 @@ OPTIONAL = ("index", "order", "history", "d_output", "dx")
 
 
 class Record:
-    """A call's numbers by their names. A change is refused, or the test fails."""
+    """A call's numbers by their names. The test fails if a changed number is not refused."""
 
     def __init__(self, function: str, numbers: Sequence[int], call: Callable[[str, Sequence[int]], None]) -> None:
         names = []
@@ -53,7 +53,7 @@ class Record:
             self.call(self.function, list({**self.numbers, **changes}.values()))
 
     def refuses_table(self, fault: str, name: str, place: int, value: int) -> None:
-        """A table with another number at one place."""
+        """Checks that a table with another number at one place is refused."""
         table = array("q")
         table.frombytes(ctypes.string_at(self[name], 8 * self[f"{name}_size"]))
         assert table[place] != value
@@ -63,7 +63,7 @@ class Record:
 
 @pytest.fixture
 def check_each(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Checks each call of a training step, while its memory is there."""
+    """Checks each call of a training step while its memory is allocated."""
 
     def run(cell: str, bidirectional: bool, check: Callable[[Record], None]) -> None:
         seen = []
@@ -78,7 +78,7 @@ def check_each(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             patch.setattr(library, "call", checking)
             layer = make(cell, 3, 5, bidirectional=bidirectional)
             x = torch.randn(4, 6, 3, requires_grad=True)
-            # Each sequence has a step, and the last row of the input is one that runs: every number is needed.
+            # Each sequence has a step, and the last row of the input is one that runs, so every number is needed.
             train(layer, x, random_states(layer, 4, torch.float32), lengths=[2, 6, 3, 6])
         assert seen == ["forward", "backward", "forward"]
 
@@ -86,7 +86,7 @@ def check_each(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_an_array_that_is_too_short(cell: str, bidirectional: bool, check_each: Callable[..., None]) -> None:
+def test_short_array_is_refused(cell: str, bidirectional: bool, check_each: Callable[..., None]) -> None:
     def check(record: Record) -> None:
         assert len(record.arrays) > 9
         for name in record.arrays:
@@ -98,24 +98,24 @@ def test_an_array_that_is_too_short(cell: str, bidirectional: bool, check_each: 
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_an_array_that_is_not_there(cell: str, bidirectional: bool, check_each: Callable[..., None]) -> None:
+def test_missing_array_is_refused(cell: str, bidirectional: bool, check_each: Callable[..., None]) -> None:
     def check(record: Record) -> None:
         for name in record.arrays:
-            if name not in OPTIONAL and name != "gradients0_w_hh":  # which asks for all of them
+            if name not in OPTIONAL and name != "gradients0_w_hh":  # this one asks for all of them
                 record.refuses(**{name: 0})
 
     check_each(cell, bidirectional, check)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_sizes_that_do_not_fit_each_other(cell: str, bidirectional: bool, check_each: Callable[..., None]) -> None:
+def test_mismatched_sizes_are_refused(cell: str, bidirectional: bool, check_each: Callable[..., None]) -> None:
     def check(record: Record) -> None:
         sizes = ("batch", "sequences", "steps", "rows", "inputs", "hidden", "fed_back")
         for name in (*sizes, "x_row", *(n for n in ("output_row", "d_output_row") if n in record.numbers)):
             for value in (record[name] + 1, 1 << 31, -1):
                 record.refuses(**{name: value})
         for name in sizes:
-            if name != "inputs":  # of fewer inputs, or a smaller projected state, all arrays hold enough
+            if name != "inputs":  # with fewer inputs, or a smaller projected state, all arrays are large enough
                 record.refuses(**{name: 0})
                 if cell != "lstm-proj" or name not in ("hidden", "fed_back"):
                     record.refuses(**{name: record[name] - 1})
@@ -127,7 +127,7 @@ def test_sizes_that_do_not_fit_each_other(cell: str, bidirectional: bool, check_
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_tables_that_point_elsewhere(cell: str, bidirectional: bool, check_each: Callable[..., None]) -> None:
+def test_tables_pointing_outside_are_refused(cell: str, bidirectional: bool, check_each: Callable[..., None]) -> None:
     def check(record: Record) -> None:
         rows, steps = record["rows"], record["steps"]
         for value in (-1, 24, 1 << 31, 1 << 62, -(1 << 62)):
@@ -145,7 +145,7 @@ def test_tables_that_point_elsewhere(cell: str, bidirectional: bool, check_each:
     check_each(cell, bidirectional, check)
 
 
-def test_a_kind_of_cpu_that_this_is_not(check_each: Callable[..., None]) -> None:
+def test_unsupported_cpu_level_is_refused(check_each: Callable[..., None]) -> None:
     found = library.find()
     assert isinstance(found, library.Library)
 

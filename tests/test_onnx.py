@@ -1,4 +1,4 @@
-"""ONNX: one node a layer, with sequence_lens; in ONNX Runtime what the layer gives in PyTorch."""
+"""ONNX: each layer is one node with sequence_lens. ONNX Runtime gives what the layer gives in PyTorch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from oracle import INPUT, as_hx, as_tuple, masked, needs_torch, random_states
+from support.oracle import INPUT, as_hx, as_tuple, masked, needs_torch, random_states
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -78,8 +78,8 @@ def compare(path: Any, layers: list[Any], given: str, arguments: tuple[Any, ...]
     ],
     ids=str,
 )
-def test_in_onnx_runtime(case: dict[str, Any], tmp_path: Any, ran: list[str]) -> None:
-    """Every cell, side by side in one model."""
+def test_onnx_runtime_matches_layer(case: dict[str, Any], tmp_path: Any, ran: list[str]) -> None:
+    """One model has a layer of every cell."""
     options = {"num_layers": case["layers"], "bidirectional": case["bidirectional"], "batch_first": case["batch_first"]}
     layers = [masked(cell, **options) for cell in NODES]
 
@@ -107,14 +107,14 @@ def test_in_onnx_runtime(case: dict[str, Any], tmp_path: Any, ran: list[str]) ->
         compare(path, layers, case["given"], arguments(batch, steps))
 
 
-def test_without_bias(tmp_path: Any) -> None:
+def test_layer_without_bias_exports(tmp_path: Any) -> None:
     layer = masked("gru", bias=False, bidirectional=True, batch_first=True)
     first = (torch.randn(3, 6, INPUT), torch.tensor([6, 0, 2]))
     exported([layer], "lengths", first, tmp_path / "model.onnx")
     compare(tmp_path / "model.onnx", [layer], "lengths", first)
 
 
-def test_resets_are_refused_in_clear_words() -> None:
+def test_resets_are_refused_with_reason() -> None:
     class WithResets(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -131,8 +131,8 @@ def test_resets_are_refused_in_clear_words() -> None:
 
 
 @pytest.mark.slow
-def test_a_projection_step_by_step(tmp_path: Any) -> None:
-    """For any batch, and as many steps as the example has."""
+def test_projection_exports_through_scan(tmp_path: Any) -> None:
+    """The export takes any batch, and as many steps as the example has."""
     layers = [masked("lstm-proj", num_layers=2, bidirectional=True, batch_first=True, backend="scan")]
     batch = Dim("batch")
     program = torch.onnx.export(
@@ -149,7 +149,7 @@ def test_a_projection_step_by_step(tmp_path: Any) -> None:
         compare(tmp_path / "model.onnx", layers, "lengths", given)
 
 
-def test_a_projection_is_refused_in_clear_words() -> None:
+def test_projection_is_refused_with_reason() -> None:
     layer = masked("lstm-proj", batch_first=True)
     with pytest.raises(Exception, match="can't be captured") as refused:
         torch.onnx.export(

@@ -1,4 +1,4 @@
-"""Every backend, over the full grid, against each sequence alone: outputs, last states and every gradient."""
+"""Compares every backend, over the full grid, with each sequence alone: outputs, last states and every gradient."""
 
 from __future__ import annotations
 
@@ -6,7 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import BACKENDS, INPUT, assert_same, call, cotangents, every, masked, oracle, prefix_mask, random_states
+from support.oracle import (
+    BACKENDS,
+    INPUT,
+    assert_same,
+    call,
+    cotangents,
+    every,
+    masked,
+    oracle,
+    prefix_mask,
+    random_states,
+)
 
 STEPS = 5
 LENGTHS = {
@@ -24,7 +35,7 @@ LENGTHS = {
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize(("bias", "with_hx"), [(True, True), (False, False)])
-def test_lengths(
+def test_lengths_match_each_sequence_alone(
     cell: str, layers: int, bidirectional: bool, bias: bool, batch_first: bool, with_hx: bool, ran: list[str]
 ) -> None:
     layer = masked(cell, num_layers=layers, bidirectional=bidirectional, bias=bias, batch_first=batch_first).double()
@@ -52,7 +63,7 @@ MASKS = {
 @pytest.mark.parametrize(
     "options", every(num_layers=[1, 2], bidirectional=[False, True], batch_first=[False, True]), ids=str
 )
-def test_masks(cell: str, backend: str, options: dict[str, Any], ran: list[str]) -> None:
+def test_masks_match_each_sequence_alone(cell: str, backend: str, options: dict[str, Any], ran: list[str]) -> None:
     layer = masked(cell, backend=backend, **options).double()
     for name, rows in MASKS.items():
         mask = torch.tensor(rows, dtype=torch.bool)
@@ -80,7 +91,7 @@ def test_padding_is_never_read(cell: str, backend: str, garbage: float, bidirect
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_a_projection_to_one_number(backend: str, bidirectional: bool) -> None:
+def test_projection_to_one_number_matches_oracle(backend: str, bidirectional: bool) -> None:
     options = {"proj_size": 1, "num_layers": 2, "bidirectional": bidirectional, "batch_first": True}
     layer = masked("lstm", backend=backend, **options).double()
     x, mask = torch.randn(3, 5, INPUT, dtype=torch.float64), prefix_mask([3, 0, 5], 5)
@@ -88,7 +99,7 @@ def test_a_projection_to_one_number(backend: str, bidirectional: bool) -> None:
     assert_same(call(layer, x, states, pulled, lengths=[3, 0, 5]), oracle(layer, x, mask, states, pulled))
 
 
-def test_a_long_sequence_runs_in_chunks(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_sequence_runs_in_chunks(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from masked_rnn._backends.bptt import library, loops
 
     monkeypatch.setattr(library, "find", lambda: "left out here")
@@ -105,7 +116,7 @@ def test_a_long_sequence_runs_in_chunks(cell: str, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(("batch", "steps"), [(0, 5), (3, 0), (0, 0)])
 @pytest.mark.parametrize("given", ["lengths", "mask"])
-def test_nothing_to_run(cell: str, backend: str, batch: int, steps: int, given: str) -> None:
+def test_call_without_steps_returns_hx(cell: str, backend: str, batch: int, steps: int, given: str) -> None:
     layer = masked(cell, backend=backend, num_layers=2, bidirectional=True, batch_first=True).double()
     x = torch.randn(batch, steps, INPUT, dtype=torch.float64)
     states, pulled = random_states(layer, batch), cotangents(layer, batch, steps)
@@ -119,7 +130,7 @@ def test_nothing_to_run(cell: str, backend: str, batch: int, steps: int, given: 
     assert all(run.gradients[name].eq(0).all() for name, _ in layer.named_parameters())
 
 
-def test_an_empty_batch_without_lengths(cell: str, backend: str) -> None:
+def test_empty_batch_runs_without_lengths(cell: str, backend: str) -> None:
     layer = masked(cell, backend=backend)
     output, _ = layer(torch.randn(5, 0, INPUT, requires_grad=True))
     assert output.shape[:2] == (5, 0)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import (
+from support.oracle import (
     BACKENDS,
     INPUT,
     as_hx,
@@ -40,8 +40,8 @@ def errors(run: Any, truth: Any) -> tuple[float, float]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("backends", "bidirectional"), [(BACKENDS, True), (("bptt",), False)]
-)  # two directions are a batch of two there, and elsewhere one after the other
-def test_error_against_torchs_own(
+)  # `bptt` runs two directions as a batch of two, the others one after the other
+def test_error_stays_near_torchs_own(
     cell: str, backends: tuple[str, ...], dtype: torch.dtype, bidirectional: bool
 ) -> None:
     sizes = {"bidirectional": bidirectional, "batch_first": True}
@@ -66,8 +66,8 @@ def test_error_against_torchs_own(
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_lengths_in_float32(cell: str, backend: str, bidirectional: bool) -> None:
-    """Whose kernels are others than float64's: oneDNN's among them."""
+def test_lengths_in_float32_match_oracle(cell: str, backend: str, bidirectional: bool) -> None:
+    """float32 has other kernels than float64, oneDNN's among them."""
     for hidden in (3, 300):
         layer = masked(cell, INPUT, hidden, bidirectional=bidirectional, batch_first=True, backend=backend)
         lengths = [3, 9, 0, 1]
@@ -80,7 +80,7 @@ def test_lengths_in_float32(cell: str, backend: str, bidirectional: bool) -> Non
         assert max(errors(found, truth)) < 1e-5
 
 
-def test_second_derivatives_in_float32(cell: str, backend: str) -> None:
+def test_second_derivatives_in_float32_match_scan(cell: str, backend: str) -> None:
     layer = masked(cell, backend=backend, bidirectional=True)
     x = torch.randn(6, 3, INPUT, requires_grad=True)
 
@@ -97,7 +97,7 @@ def test_second_derivatives_in_float32(cell: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_results_keep_the_inputs_dtype(cell: str, backend: str, dtype: torch.dtype) -> None:
+def test_results_keep_input_dtype(cell: str, backend: str, dtype: torch.dtype) -> None:
     layer = masked(cell, backend=backend, num_layers=2, bidirectional=True).to(dtype)
     x = torch.randn(5, 3, INPUT).to(dtype).requires_grad_()
     output, last = layer(x, lengths=[5, 0, 2])
@@ -118,15 +118,15 @@ def test_results_keep_the_inputs_dtype(cell: str, backend: str, dtype: torch.dty
     ),
     ids=str,
 )
-def test_autocast(cell: str, backend: str, case: dict[str, Any]) -> None:
-    """The dtypes that torch.nn returns, and values as near the truth as its own."""
+def test_autocast_matches_torch_dtypes(cell: str, backend: str, case: dict[str, Any]) -> None:
+    """The dtypes are those that torch.nn returns, and the values are as near the truth as its own."""
     ours, theirs = masked(cell, flatten_hidden=False, backend=backend), plain(cell)
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(5, 3, INPUT).to(case["x"])
     hx = None if case["hx"] is None else as_hx([h.to(case["hx"]) for h in random_states(ours, 3)])
     truth, _ = ours.float()(x.float(), _float(hx), **case["given"])
     packs = backend == "packed" and bool(case["given"])
-    # oneDNN's LSTM: which dtypes it has under autocast hangs on the CPU.
+    # The dtypes of oneDNN's LSTM under autocast depend on the CPU.
     lacking = cell == "lstm" and not packs and not lstm_kernel_runs(torch.bfloat16, True, 1)
     with torch.autocast("cpu", torch.bfloat16):
         if lacking and backend in ("packed", "padded"):
@@ -149,8 +149,10 @@ def test_autocast(cell: str, backend: str, case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("kind", ["native", "ops"])
-def test_a_backward_under_autocast(cell: str, bidirectional: bool, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is the backward that runs outside, bit for bit, over several chunks too; so is the operator's."""
+def test_backward_under_autocast_is_unchanged(
+    cell: str, bidirectional: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The backward gives the same bits as outside of autocast, over several chunks too. So does the operator's."""
     if kind == "ops":
         monkeypatch.setattr(library, "find", lambda: "left out here")
         monkeypatch.setattr(loops, "CHUNK_BYTES", 300)
@@ -182,7 +184,7 @@ def _float(hx: Any) -> Any:
 
 
 def test_large_values_saturate(cell: str, backend: str) -> None:
-    """tanh and the gates at their ends give finite outputs and gradients."""
+    """Saturated tanh and gates give finite outputs and gradients."""
     layer = masked(cell, backend=backend, bidirectional=True)
     if layer.mode == "RNN_RELU":
         return
@@ -196,8 +198,8 @@ def test_large_values_saturate(cell: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_relu_that_grows_over_padding(backend: str, autocast: bool) -> None:
-    """Its state would reach infinity there, and the weights' gradients 0 · inf = NaN."""
+def test_growing_relu_state_stays_finite_over_padding(backend: str, autocast: bool) -> None:
+    """Over padding, the state would reach infinity, and the weights' gradients 0 · inf = NaN."""
     layer = masked("rnn-relu", backend=backend, bidirectional=True)
     with torch.no_grad():
         for name, p in layer.named_parameters():

@@ -1,4 +1,4 @@
-"""What changes nothing: more padding, another order of the batch, garbage in padding, splitting the batch."""
+"""Changes that must not matter: more padding, another order of the batch, garbage in padding, splitting the batch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import BACKENDS, CELLS, INPUT, as_tuple, masked
+from support.oracle import BACKENDS, CELLS, INPUT, as_tuple, masked
 from torch import Tensor
 
 SETTINGS = settings(max_examples=60, derandomize=True)
@@ -41,7 +41,7 @@ def map_states(last: Any, change: Any) -> Any:
 
 @SETTINGS
 @given(cases(), st.integers(1, 7))
-def test_more_padding(case: tuple[Any, Tensor, Tensor], more: int) -> None:
+def test_more_padding_changes_nothing(case: tuple[Any, Tensor, Tensor], more: int) -> None:
     layer, x, lengths = case
     output, last = layer(x, lengths=lengths)
     padding = torch.full((x.size(0), more, INPUT), torch.nan, dtype=x.dtype)
@@ -52,7 +52,7 @@ def test_more_padding(case: tuple[Any, Tensor, Tensor], more: int) -> None:
 
 @SETTINGS
 @given(cases(), st.randoms(use_true_random=False))
-def test_another_order_of_the_batch(case: tuple[Any, Tensor, Tensor], random: Any) -> None:
+def test_batch_order_does_not_matter(case: tuple[Any, Tensor, Tensor], random: Any) -> None:
     layer, x, lengths = case
     order = list(range(x.size(0)))
     random.shuffle(order)
@@ -62,7 +62,7 @@ def test_another_order_of_the_batch(case: tuple[Any, Tensor, Tensor], random: An
 
 @SETTINGS
 @given(cases(), st.integers(0, 6))
-def test_splitting_the_batch(case: tuple[Any, Tensor, Tensor], at: int) -> None:
+def test_split_batch_gives_same_results(case: tuple[Any, Tensor, Tensor], at: int) -> None:
     layer, x, lengths = case
     halves = [layer(x[part], lengths=lengths[part]) for part in (slice(at), slice(at, None)) if len(lengths[part])]
     outputs, lasts = zip(*halves, strict=True)
@@ -72,7 +72,7 @@ def test_splitting_the_batch(case: tuple[Any, Tensor, Tensor], at: int) -> None:
 
 @SETTINGS
 @given(cases(), st.sampled_from([torch.nan, torch.inf, -torch.inf, 0.0]))
-def test_garbage_in_padding(case: tuple[Any, Tensor, Tensor], garbage: float) -> None:
+def test_garbage_in_padding_changes_nothing(case: tuple[Any, Tensor, Tensor], garbage: float) -> None:
     layer, x, lengths = case
     mask = torch.arange(x.size(1)) < lengths.unsqueeze(1)
     close(layer(torch.where(mask.unsqueeze(-1), x, garbage), lengths=lengths), layer(x, lengths=lengths))
@@ -80,7 +80,7 @@ def test_garbage_in_padding(case: tuple[Any, Tensor, Tensor], garbage: float) ->
 
 @SETTINGS
 @given(cases())
-def test_a_mask_of_prefixes_is_lengths(case: tuple[Any, Tensor, Tensor]) -> None:
+def test_prefix_mask_equals_lengths(case: tuple[Any, Tensor, Tensor]) -> None:
     layer, x, lengths = case
     mask = torch.arange(x.size(1)) < lengths.unsqueeze(1)
     close(layer(x, mask=mask), layer(x, lengths=lengths))
@@ -88,8 +88,8 @@ def test_a_mask_of_prefixes_is_lengths(case: tuple[Any, Tensor, Tensor]) -> None
 
 @SETTINGS
 @given(cases(layers=st.just(1), both_ways=st.just(True)))
-def test_reversing_swaps_the_directions(case: tuple[Any, Tensor, Tensor]) -> None:
-    """Sequences reversed in themselves, the directions' weights exchanged: so are the outputs."""
+def test_reversed_sequences_swap_directions(case: tuple[Any, Tensor, Tensor]) -> None:
+    """If sequences are reversed and the directions' weights exchanged, the outputs are reversed and exchanged."""
     layer, x, lengths = case
     swapped = masked_like(layer)
     turned = x.clone()

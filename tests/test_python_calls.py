@@ -26,7 +26,7 @@ CALLS: dict[str, tuple[int, int, Any]] = {  # steps, batch, lengths
 
 
 class Counts(NamedTuple):
-    """Of the package's own functions."""
+    """Counts of the package's own functions."""
 
     calls: int
     functions: int
@@ -62,7 +62,7 @@ def counts_of(name: str, learns: bool) -> Counts:
 @pytest.mark.skipif(not library.runs(torch.float32), reason="without the native loops")
 @pytest.mark.parametrize(
     ("name", "learns", "most"),
-    [  # of 1.6.0: 162, 103, 18, 70 and 181, 111, 18, 74 with lengths; 26 and 42 calls for one step
+    [  # release 1.6.0 had 162, 103, 18, 70 and 181, 111, 18, 74 with lengths; 26 and 42 calls for one step
         ("lengths", False, Counts(94, 76, 19, 58)),
         ("lengths", True, Counts(104, 82, 20, 62)),
         ("one sequence", False, Counts(79, 65, 18, 50)),
@@ -71,8 +71,8 @@ def counts_of(name: str, learns: bool) -> Counts:
         ("one step, lengths", False, Counts(44, 44, 13, 31)),
     ],
 )
-def test_an_eager_call_runs_little_python(name: str, learns: bool, most: Counts) -> None:
-    """A few calls more are allowed for what other tests have loaded into this process."""
+def test_eager_call_runs_little_python(name: str, learns: bool, most: Counts) -> None:
+    """The limits allow a few more calls, because other tests may have loaded modules into this process."""
     found = counts_of(name, learns)
     assert all(a <= b for a, b in zip(found, most, strict=True)), found
 

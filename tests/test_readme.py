@@ -1,4 +1,4 @@
-"""What README and docstrings show, run as shown."""
+"""Runs the code in README, pages and docstrings as it is shown there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 
 import pytest
 import torch
-from oracle import torch_before
+from support.oracle import torch_before
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import masked_rnn
@@ -44,12 +44,12 @@ NEEDS = {
     "captum": (("captum",), "'.[recipes]'", "MASKED_RNN_REQUIRE_RECIPES"),
     "safetensors": (("safetensors",), "'.[recipes]'", "MASKED_RNN_REQUIRE_RECIPES"),
 }
-"""By what a block imports: the packages it needs, what pip installs them by, and the variable that makes their lack a
-failure."""
+"""For each import in a block: the packages it needs, pip's argument for them, and the variable that makes a missing one
+a failure."""
 
 
 @pytest.mark.parametrize("code", BLOCKS)
-def test_code_in_the_docs(code: str, tmp_path: Path) -> None:
+def test_code_blocks_run(code: str, tmp_path: Path) -> None:
     if "dynamo=True" in code and torch_before("2.13"):
         pytest.skip("torch.onnx.export(dynamo=True) of the layer needs torch 2.13; docs/versions.md")
     if '"cuda"' in code and not torch.cuda.is_available():
@@ -71,7 +71,7 @@ def test_code_in_the_docs(code: str, tmp_path: Path) -> None:
 
 
 def run_as_main(code: str, sent: Connection, folder: Path) -> None:
-    """As `python block.py` does, in a process that has torch and the package loaded, and in `folder`."""
+    """Runs code as `python block.py` does, in `folder`, in a process that has torch and the package loaded."""
     try:
         os.chdir(folder)
         main, path = ModuleType("__main__"), folder / "block.py"
@@ -85,14 +85,14 @@ def run_as_main(code: str, sent: Connection, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("module", [gru, lstm, rnn])
-def test_docstrings(module: Any) -> None:
+def test_docstring_examples_pass(module: Any) -> None:
     failed, attempted = doctest.testmod(module, globs={"torch": torch, **vars(masked_rnn)})
     assert attempted > 3
     assert failed == 0
 
 
 @pytest.mark.parametrize("layer", [masked_rnn.MaskedGRU, masked_rnn.MaskedLSTM, masked_rnn.MaskedRNN])
-def test_help_of_forward_has_types_and_shapes(layer: Any) -> None:
+def test_forward_help_has_types_and_shapes(layer: Any) -> None:
     types = get_type_hints(layer.forward)
     assert list(types) == ["input", "hx", "lengths", "mask", "resets", "return"]
     assert Any not in types.values()
@@ -103,13 +103,13 @@ def test_help_of_forward_has_types_and_shapes(layer: Any) -> None:
     assert "(L·D, N, H)" in shown
 
 
-def test_links() -> None:
+def test_links_lead_to_files() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} points at {target}"
 
 
-def test_the_tests_that_pages_name_exist() -> None:
+def test_tests_named_in_pages_exist() -> None:
     for page in PAGES:
         file = ""
         for named, test in re.findall(r"(?:(tests/[\w/]+\.py)|`)::(test_\w+)", page.read_text()):
@@ -117,7 +117,7 @@ def test_the_tests_that_pages_name_exist() -> None:
             assert f"def {test}(" in (ROOT / file).read_text(), f"{page.name} names {file}::{test}"
 
 
-def test_anchors() -> None:
+def test_anchors_lead_to_headings() -> None:
     for page in PAGES:
         for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", page.read_text()):
             there = page.parent / target if target else page
@@ -126,7 +126,7 @@ def test_anchors() -> None:
             assert anchor in anchors, f"{page.name} points at {target}#{anchor}"
 
 
-def test_the_messages_that_are_searched_for() -> None:
+def test_faq_quotes_error_messages() -> None:
     faq, x = (ROOT / "docs" / "faq.md").read_text(), torch.zeros(2, 6, 1)
     for lengths in (torch.tensor([6, 0]), torch.tensor([2, 6]), torch.tensor([6, 2], device="meta")):
         with pytest.raises(RuntimeError) as error:
@@ -137,11 +137,11 @@ def test_the_messages_that_are_searched_for() -> None:
     assert str(ours.value) in faq
 
 
-def test_the_first_forty_lines_serve_a_newcomer() -> None:
+def test_readme_head_covers_essentials() -> None:
     head = "\n".join((ROOT / "README.md").read_text().splitlines()[:40])
     for needed in ("```python", "padding.svg", "promised", "pip install -e . && python examples/", "Honest limits"):
         assert needed in head
 
 
-def test_the_version_is_in_the_changelog() -> None:
+def test_changelog_has_current_version() -> None:
     assert f"## [{masked_rnn.__version__}]" in (ROOT / "CHANGELOG.md").read_text()

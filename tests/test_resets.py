@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import (
+from support.oracle import (
     BACKENDS,
     CELLS,
     INPUT,
@@ -54,7 +54,7 @@ def marks(rows: Any) -> Tensor:
 
 
 def given_for(real: Any) -> tuple[dict[str, Any], Tensor]:
-    """The arguments that say which steps are real, and their mask."""
+    """Returns the arguments that mark the real steps, and their mask."""
     if real is None:
         return {}, torch.ones(4, STEPS, dtype=torch.bool)
     if isinstance(real[0], list):
@@ -63,7 +63,7 @@ def given_for(real: Any) -> tuple[dict[str, Any], Tensor]:
 
 
 @pytest.mark.parametrize("options", GRID, ids=str)
-def test_each_segment_alone(cell: str, options: dict[str, Any], ran: list[str]) -> None:
+def test_resets_match_each_segment_alone(cell: str, options: dict[str, Any], ran: list[str]) -> None:
     layer = masked(cell, **options).double()
     for k, (real, name) in enumerate(itertools.product(REAL, RESETS)):
         (arguments, mask), resets = given_for(REAL[real]), marks(RESETS[name])
@@ -81,9 +81,9 @@ def test_each_segment_alone(cell: str, options: dict[str, Any], ran: list[str]) 
                 assert backend == layer.backend
 
 
-def test_gradients_do_not_cross(cell: str, backend: str) -> None:
+def test_gradients_do_not_cross_resets(cell: str, backend: str) -> None:
     layer = masked(cell, backend=backend, batch_first=True).double()
-    layer.bias_ih_l0.data.fill_(1.0)  # a ReLU that is awake
+    layer.bias_ih_l0.data.fill_(1.0)  # keeps the ReLU active
     x = torch.randn(2, STEPS, INPUT, dtype=torch.float64, requires_grad=True)
     states = [h.requires_grad_() for h in random_states(layer, 2)]
     output, _ = layer(x, as_hx(states), resets=marks([[0, 0, 0, 1, 0, 0], [1, 0, 0, 0, 0, 0]]))
@@ -97,8 +97,8 @@ def test_gradients_do_not_cross(cell: str, backend: str) -> None:
         assert h.grad.eq(0).all()
 
 
-def test_a_state_of_nan_is_dropped(cell: str, backend: str) -> None:
-    """What was before a reset counts for nothing, whatever it was."""
+def test_nan_state_is_dropped_at_reset(cell: str, backend: str) -> None:
+    """The state before a reset has no effect, whatever it was."""
     layer = masked(cell, backend=backend, batch_first=True).double()
     x = torch.randn(2, STEPS, INPUT, dtype=torch.float64)
     resets = marks([[0, 0, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0]])
@@ -112,7 +112,7 @@ def test_a_state_of_nan_is_dropped(cell: str, backend: str) -> None:
 
 @pytest.mark.parametrize("form", ["int", "mask", "none"])
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_unbatched(cell: str, backend: str, form: str, bidirectional: bool) -> None:
+def test_unbatched_resets_equal_batch_of_one(cell: str, backend: str, form: str, bidirectional: bool) -> None:
     layer = masked(cell, backend=backend, num_layers=2, bidirectional=bidirectional).double()
     x = torch.randn(STEPS, INPUT, dtype=torch.float64)
     resets, mask = marks([0, 0, 1, 0, 1, 0]), marks([1, 1, 0, 1, 1, 0])
@@ -127,7 +127,7 @@ def test_unbatched(cell: str, backend: str, form: str, bidirectional: bool) -> N
 
 
 @pytest.mark.parametrize(("batch", "steps"), [(0, 5), (3, 0), (0, 0)])
-def test_nothing_to_run(cell: str, backend: str, batch: int, steps: int) -> None:
+def test_resets_without_steps_return_hx(cell: str, backend: str, batch: int, steps: int) -> None:
     layer = masked(cell, backend=backend, num_layers=2, bidirectional=True, batch_first=True).double()
     x = torch.randn(batch, steps, INPUT, dtype=torch.float64)
     states, pulled = random_states(layer, batch), cotangents(layer, batch, steps)
@@ -140,8 +140,8 @@ def test_nothing_to_run(cell: str, backend: str, batch: int, steps: int) -> None
 
 
 @pytest.mark.parametrize("options", GRID, ids=str)
-def test_one_step(cell: str, backend: str, options: dict[str, Any]) -> None:
-    """As while acting: nothing to cut, but the state that is handed in may be dropped."""
+def test_one_step_with_resets_matches_oracle(cell: str, backend: str, options: dict[str, Any]) -> None:
+    """A policy that acts makes such calls. There is nothing to cut, but the given state may be dropped."""
     layer = masked(cell, backend=backend, **options).double()
     resets = marks([[1], [0], [1], [0]])
     for arguments in ({}, {"lengths": [1, 1, 0, 0]}, {"mask": marks([[1], [1], [0], [0]])}):
@@ -153,7 +153,7 @@ def test_one_step(cell: str, backend: str, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("flatten_hidden", [False, True])
-def test_a_rollout_step_by_step_is_the_whole(cell: str, backend: str, flatten_hidden: bool) -> None:
+def test_stepwise_rollout_equals_whole_sequence(cell: str, backend: str, flatten_hidden: bool) -> None:
     layer = masked(cell, num_layers=2, backend=backend, batch_first=True, flatten_hidden=flatten_hidden).double()
     x, resets = torch.randn(4, STEPS, INPUT, dtype=torch.float64), marks(RESETS["some"])
     whole, last = layer(x, resets=resets)
@@ -167,7 +167,7 @@ def test_a_rollout_step_by_step_is_the_whole(cell: str, backend: str, flatten_hi
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_dtypes(cell: str, backend: str, dtype: torch.dtype) -> None:
+def test_resets_match_oracle_in_each_dtype(cell: str, backend: str, dtype: torch.dtype) -> None:
     layer = masked(cell, backend=backend, num_layers=2, bidirectional=True, batch_first=True).to(dtype)
     x, resets = torch.randn(4, STEPS, INPUT).to(dtype), marks(RESETS["some"])
     states, pulled = [h.to(dtype) for h in random_states(layer, 4)], cotangents(layer, 4, STEPS)
@@ -178,8 +178,8 @@ def test_dtypes(cell: str, backend: str, dtype: torch.dtype) -> None:
     assert_same(found, expected, atol=300 * torch.finfo(dtype).eps)
 
 
-def test_autocast(cell: str, backend: str) -> None:
-    """The same results and dtypes as without resets, where there are none."""
+def test_autocast_with_resets_keeps_dtypes_and_values(cell: str, backend: str) -> None:
+    """A row without resets has the results and dtypes of a call without resets."""
     layer = masked(cell, backend=backend, batch_first=True)
     x, resets = torch.randn(2, STEPS, INPUT), marks([[0, 0, 1, 0, 0, 0], [0] * STEPS])
     with torch.autocast("cpu", torch.bfloat16):
@@ -195,7 +195,7 @@ def test_autocast(cell: str, backend: str) -> None:
         torch.testing.assert_close(a[1], b[1], atol=2e-2, rtol=0)
 
 
-def test_dropout_is_drawn_between_layers(cell: str, backend: str) -> None:
+def test_dropout_acts_between_layers_with_resets(cell: str, backend: str) -> None:
     layer = masked(cell, backend=backend, num_layers=2, dropout=1.0, batch_first=True).double()
     x, resets = torch.randn(4, STEPS, INPUT, dtype=torch.float64), marks(RESETS["some"])
     output, _ = layer(x, resets=resets)
@@ -212,7 +212,7 @@ def test_dropout_is_drawn_between_layers(cell: str, backend: str) -> None:
     torch.testing.assert_close(again, without)
 
 
-def test_second_derivatives(cell: str, backend: str) -> None:
+def test_second_derivatives_with_resets_pass_gradgradcheck(cell: str, backend: str) -> None:
     layer = masked(cell, backend=backend, batch_first=True, bidirectional=True).double()
     if cell == "rnn-relu":
         layer.bias_ih_l0.data.fill_(3.0)  # away from the kink
@@ -229,17 +229,17 @@ def test_second_derivatives(cell: str, backend: str) -> None:
 
 @SETTINGS
 @given(cases(), st.integers(0, 2**16))
-def test_nowhere_changes_nothing(case: tuple[Any, Tensor, Tensor], seed: int) -> None:
+def test_resets_nowhere_change_nothing(case: tuple[Any, Tensor, Tensor], seed: int) -> None:
     layer, x, lengths = case
     resets = torch.zeros(x.shape[:2], dtype=torch.bool)
-    # At padding alone, at the end, neither.
+    # Resets at padding steps alone, at the end, change nothing either.
     resets = resets | (torch.arange(x.size(1)) >= lengths.unsqueeze(1)) if seed % 2 else resets
     close(layer(x, lengths=lengths, resets=resets), layer(x, lengths=lengths))
 
 
 @SETTINGS
 @given(cases())
-def test_everywhere_is_every_step_alone(case: tuple[Any, Tensor, Tensor]) -> None:
+def test_resets_everywhere_isolate_every_step(case: tuple[Any, Tensor, Tensor]) -> None:
     layer, x, lengths = case
     output, _ = layer(x, lengths=lengths, resets=torch.ones(x.shape[:2], dtype=torch.bool))
     real = torch.arange(x.size(1)) < lengths.unsqueeze(1)
@@ -249,7 +249,7 @@ def test_everywhere_is_every_step_alone(case: tuple[Any, Tensor, Tensor]) -> Non
 
 @SETTINGS
 @given(cases(), st.integers(0, 2**16), st.booleans())
-def test_pieces_as_a_batch_are_the_same(case: tuple[Any, Tensor, Tensor], seed: int, holes: bool) -> None:
+def test_resets_equal_batch_of_segments(case: tuple[Any, Tensor, Tensor], seed: int, holes: bool) -> None:
     layer, x, lengths = case
     generator = torch.Generator().manual_seed(seed)
     resets = torch.rand(x.shape[:2], generator=generator) < 0.3
@@ -278,13 +278,13 @@ def test_pieces_as_a_batch_are_the_same(case: tuple[Any, Tensor, Tensor], seed: 
         (torch.zeros(4, dtype=torch.bool), ValueError, r"resets has shape \(4,\).*\(4, 6\)"),
     ],
 )
-def test_what_is_refused(resets: Any, error: type[Exception], words: str, backend: str) -> None:
+def test_wrong_resets_are_refused(resets: Any, error: type[Exception], words: str, backend: str) -> None:
     layer = masked("gru", backend=backend, batch_first=True)
     with pytest.raises(error, match=words):
         layer(torch.randn(4, STEPS, INPUT), resets=resets)
 
 
-def test_other_forms_are_refused() -> None:
+def test_resets_with_packed_or_nested_input_are_refused() -> None:
     layer = masked("gru", batch_first=True)
     resets = torch.zeros(2, 3, dtype=torch.bool)
     rows = [torch.randn(3, INPUT), torch.randn(2, INPUT)]
@@ -294,14 +294,14 @@ def test_other_forms_are_refused() -> None:
         layer(torch.nested.nested_tensor(rows, layout=torch.jagged), resets=resets)
 
 
-def test_no_steps_are_refused_as_without() -> None:
+def test_input_without_steps_is_refused_with_resets() -> None:
     with pytest.raises(RuntimeError, match="the input has no time steps"):
         masked("gru")(torch.randn(0, 3, INPUT), resets=torch.zeros(0, 3, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:DeprecationWarning")
-def test_jit_trace_refuses(backend: str) -> None:
+def test_jit_trace_refuses_resets(backend: str) -> None:
     layer = masked("gru", backend=backend, batch_first=True)
 
     def run(x: Tensor, resets: Tensor) -> Any:
@@ -312,7 +312,7 @@ def test_jit_trace_refuses(backend: str) -> None:
             torch.jit.trace(run, (torch.randn(2, steps, INPUT), torch.ones(2, steps, dtype=torch.bool)))
 
 
-def test_sorted_lengths_with_resets(cell: str, backend: str) -> None:
+def test_sorted_lengths_work_with_resets(cell: str, backend: str) -> None:
     """The segments come in any order, though the rows are sorted."""
     layer = masked(cell, backend=backend, batch_first=True, enforce_sorted=True).double()
     x, resets = torch.randn(3, STEPS, INPUT, dtype=torch.float64), marks(RESETS["some"])[:3]
@@ -322,7 +322,7 @@ def test_sorted_lengths_with_resets(cell: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_the_result_is_the_callers_own(cell: str, backend: str) -> None:
+def test_result_may_be_changed_in_place(cell: str, backend: str) -> None:
     layer = masked(cell, backend=backend, batch_first=True).double()
     x = torch.randn(4, STEPS, INPUT, dtype=torch.float64, requires_grad=True)
     output, last = layer(x, resets=marks(RESETS["some"]))
@@ -334,8 +334,8 @@ def test_the_result_is_the_callers_own(cell: str, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 @pytest.mark.parametrize("steps", [1, 3])
-def test_resets_may_change_after_the_call(cell: str, backend: str, steps: int) -> None:
-    """As one buffer that is filled while acting does."""
+def test_gradient_ignores_later_change_of_resets(cell: str, backend: str, steps: int) -> None:
+    """A policy that acts may fill one buffer of resets again and again."""
     layer = masked(cell, backend=backend, batch_first=True).double()
     x, state = torch.randn(2, 3 * steps, INPUT, dtype=torch.float64), None
     buffer, outputs = torch.zeros(2, steps, dtype=torch.bool), []
@@ -351,7 +351,7 @@ def test_resets_may_change_after_the_call(cell: str, backend: str, steps: int) -
         torch.testing.assert_close(a, b)
 
 
-def test_where_the_state_should_be() -> None:
+def test_resets_passed_as_hx_are_refused() -> None:
     layer, starts = masked("gru", batch_first=True), torch.zeros(2, 3, dtype=torch.bool)
     x = torch.randn(2, 3, INPUT)
     for misplaced in ((starts,), (None, starts)):
@@ -361,16 +361,16 @@ def test_where_the_state_should_be() -> None:
         masked("lstm", batch_first=True)(x, (starts, starts))
 
 
-def test_on_the_cpu_auto_cuts_rows_for_bptt(ran: list[str]) -> None:
-    """Also where PyTorch's kernel would run without resets: it would have to pad the segments."""
+def test_auto_uses_bptt_for_resets_on_cpu(ran: list[str]) -> None:
+    """PyTorch's kernel does not run even where it would without resets, because it would have to pad the segments."""
     resets = marks([[0, 0, 1], [0, 1, 0]])
     for cell in CELLS:
         masked(cell, batch_first=True)(torch.randn(2, 3, INPUT), resets=resets)
     assert set(ran) == {"bptt"}
 
 
-def test_packed_needs_no_kernel_over_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Segments come packed, though no lengths are given: oneDNN's LSTM under autocast is not asked for."""
+def test_packed_backend_needs_no_padded_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments are packed even if no lengths are given, so oneDNN's LSTM under autocast is not needed."""
     monkeypatch.setattr(kernels, "lstm_kernel_runs", lambda *_: False)
     layer, x = masked("lstm", backend="packed", batch_first=True), torch.randn(2, 3, INPUT)
     with torch.autocast("cpu", torch.bfloat16):
@@ -381,8 +381,8 @@ def test_packed_needs_no_kernel_over_padding(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
-def test_without_values(cell: str, backend: str) -> None:
-    """On the meta device, and recorded by make_fx: followed step by step, or refused."""
+def test_resets_without_values_run_or_are_refused(cell: str, backend: str) -> None:
+    """On the meta device and under make_fx, resets are followed step by step, or refused."""
     layer = masked(cell, backend=backend, batch_first=True)
     x, resets = torch.randn(2, 3, INPUT), marks([[0, 0, 1], [0, 1, 0]])
 

@@ -1,10 +1,11 @@
 """Accuracy relative to each element's own size, at every scale of input, state, weight and gradient.
 
-Where every term of every sum is positive nothing cancels, and each element of each result has as many right digits as
-the arithmetic has, however small it is. There each element is held to torch.nn's own error. Gradients cancel in places
-(the gates' have both signs), and one element's error has no bound there: nine tenths of the elements are held to it.
+If every term of every sum is positive, nothing cancels. Then each element of each result has as many right digits as
+the arithmetic has, however small it is, and each is compared with torch.nn's own error. Gradients cancel in places,
+because the gates' gradients have both signs. There one element's error has no bound, so nine tenths of the elements are
+compared.
 
-The truth is torch.nn over packed sequences in float64, which test_oracle holds to each sequence alone.
+The truth is torch.nn over packed sequences in float64, which test_oracle.py compares with each sequence alone.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import Run, as_hx, as_tuple, call, cotangents, masked, plain, random_states
+from support.oracle import Run, as_hx, as_tuple, call, cotangents, masked, plain, random_states
 from torch import Tensor
 
-# 64 * 16 values a step: enough for what is done only to large steps.
+# A step has 64 * 16 values: enough for the code that runs only for large steps.
 BATCH, STEPS, INPUT, HIDDEN = 64, 8, 8, 16
 SCALES = (1.0, 1e-2, 1e-4, 1e-8, 1e-12)
 LENGTHS = [1 + n % STEPS for n in range(BATCH)]
-# A weight's gradient is one sum over all rows, where torch.nn adds a sum of each step: rounding grows as its root.
+# A weight's gradient is one sum over all rows; torch.nn adds one sum a step. Rounding grows as the root of the rows.
 SUMMED = (BATCH * STEPS) ** 0.5
 
 
@@ -44,7 +45,7 @@ def worst(error: Tensor) -> float:
 
 
 def relative(found: Run, truth: Run) -> dict[str, Tensor]:
-    """Each element's error by its own size, by the name of the result."""
+    """Returns each element's error relative to its own size, by the name of the result."""
     pairs = [("output", found.output, truth.output)]
     pairs += [(f"last[{s}]", a, b) for s, (a, b) in enumerate(zip(found.states, truth.states, strict=True))]
     pairs += [(name, g, truth.gradients[name]) for name, g in found.gradients.items()]
@@ -76,7 +77,7 @@ def problem(cell: str, dtype: torch.dtype, scale: float, what: str, **options: A
 
 
 def their_run(layer: Any, x: Tensor, states: Any, pulled: Any, dtype: torch.dtype) -> Run:
-    """torch.nn over the sequences packed by hand."""
+    """Runs torch.nn over sequences that were packed by hand."""
     layer = copy.deepcopy(layer).to(dtype)
     x = x.detach().to(dtype, copy=True).requires_grad_()
     leaves = [h.detach().to(dtype, copy=True).requires_grad_() for h in states]
@@ -92,7 +93,7 @@ def their_run(layer: Any, x: Tensor, states: Any, pulled: Any, dtype: torch.dtyp
 @pytest.mark.parametrize("what", ["input and state", "weight", "gradient"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_each_element(cell: str, dtype: torch.dtype, what: str, bidirectional: bool) -> None:
+def test_each_element_stays_near_torchs_error(cell: str, dtype: torch.dtype, what: str, bidirectional: bool) -> None:
     for scale in SCALES:
         ours, theirs, x, states, pulled = problem(cell, dtype, scale, what, bidirectional=bidirectional)
         truth = their_run(theirs, x, states, pulled, torch.float64)
@@ -105,8 +106,8 @@ def test_each_element(cell: str, dtype: torch.dtype, what: str, bidirectional: b
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_float64_against_float64(cell: str, backend: str, scale: float) -> None:
-    """No wider type says what is right, but two ways of computing it differ by rounding alone."""
+def test_float64_matches_torch_at_every_scale(cell: str, backend: str, scale: float) -> None:
+    """No wider type gives the truth, but two ways to compute it differ only by rounding."""
     ours, theirs, x, states, pulled = problem(cell, torch.float64, scale, "input and state", backend=backend)
     expected = their_run(theirs, x, states, pulled, torch.float64)
     for name, error in relative(call(ours, x, states, pulled, lengths=LENGTHS), expected).items():
@@ -115,8 +116,8 @@ def test_float64_against_float64(cell: str, backend: str, scale: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_state_that_decays(cell: str, backend: str, dtype: torch.dtype) -> None:
-    """After the input has stopped: what is left of it after 60 steps has its digits still."""
+def test_decaying_state_keeps_its_digits(cell: str, backend: str, dtype: torch.dtype) -> None:
+    """After the input has stopped, its remainder still has its digits after 60 steps."""
     layer = masked(cell, INPUT, HIDDEN, batch_first=True, bias=False, backend=backend)
     for parameter in layer.parameters():
         torch.nn.init.uniform_(parameter, 0.02, 0.04)
@@ -135,8 +136,8 @@ def test_a_state_that_decays(cell: str, backend: str, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_most_digits_at_every_scale(cell: str, backend: str, dtype: torch.dtype) -> None:
-    """Where terms cancel an element's error has no bound; most elements' have."""
+def test_median_error_stays_near_torchs(cell: str, backend: str, dtype: torch.dtype) -> None:
+    """If terms cancel, one element's error has no bound, but the errors of most elements have."""
     for scale in (1.0, 1e-3, 1e-6):
         ours = masked(cell, INPUT, HIDDEN, batch_first=True, bidirectional=True, bias=False, backend=backend).to(dtype)
         theirs = plain(cell, INPUT, HIDDEN, batch_first=True, bidirectional=True, bias=False).to(dtype)

@@ -24,22 +24,22 @@ def script(name: str) -> Any:
 hooks = script("site_hooks")
 
 
-def test_every_page_is_in_the_navigation() -> None:
+def test_navigation_lists_every_page() -> None:
     listed = re.findall(r"^ +- [^:\n]*: (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     written = [path.name for path in (ROOT / "docs").glob("*.md")]
     assert sorted(listed) == sorted([*written, *hooks.PAGES])
 
 
-def test_every_section_of_the_readme_is_on_one_page() -> None:
+def test_readme_section_stands_on_one_page() -> None:
     placed = [
         title for parts in hooks.PAGES.values() for source, titles in parts if source == "README.md" for title in titles
     ]
     assert sorted([*placed, "More"]) == sorted(
         hooks.sections((ROOT / "README.md").read_text())
-    )  # the navigation is More
+    )  # the site has its navigation instead of More
 
 
-def test_a_page_has_one_title_and_every_heading_of_its_source() -> None:
+def test_page_has_one_title_and_all_headings() -> None:
     for page, parts in hooks.PAGES.items():
         text = hooks.text_of(page)
         headings = [line for line, is_code in hooks.lines(text) if hooks.is_heading(line, is_code)]
@@ -49,7 +49,7 @@ def test_a_page_has_one_title_and_every_heading_of_its_source() -> None:
             assert set(filter(None, titles or there)) <= {line.lstrip("#").strip() for line in headings}
 
 
-def test_links_are_made_to_work_on_the_site() -> None:
+def test_links_work_on_the_site() -> None:
     def linked(link: str, source: str = "README.md", repository: str | None = None) -> str:
         return str(hooks.with_links(link, source, repository))
 
@@ -59,14 +59,14 @@ def test_links_are_made_to_work_on_the_site() -> None:
     assert linked("[a](../README.md#speed)", "docs/resets.md") == "[a](speed.md#speed)"
     assert linked("[a](../benchmarks/plot.py)", "docs/bptt.md") == "`benchmarks/plot.py`"
     assert linked("[a](LICENSE)", repository="https://host/a/") == "[a](https://host/a/blob/main/LICENSE)"
-    assert linked("[a](#nowhere)") == "[a](index.md#nowhere)"  # for mkdocs to refuse
+    assert linked("[a](#nowhere)") == "[a](index.md#nowhere)"  # mkdocs refuses it
     with pytest.raises(FileNotFoundError, match="README"):
         linked("[a](nothing.py)")
     assert linked("[a](https://b/c.md)") == "[a](https://b/c.md)"
     assert linked("```\n[a](b.md)\n```\n") == "```\n[a](b.md)\n```\n"
 
 
-def test_long_names_in_tables_may_be_broken_at_their_joints() -> None:
+def test_long_names_in_tables_may_break() -> None:
     def cell(code: str) -> str:
         return str(hooks.on_page_content(f"<table><tr><td><code>{code}</code></td></tr></table>"))
 
@@ -77,6 +77,6 @@ def test_long_names_in_tables_may_be_broken_at_their_joints() -> None:
     assert hooks.on_page_content("<p><code>torch._dynamo.config.allow_rnn</code></p>").count("<wbr>") == 0
 
 
-def test_the_pictures_of_semantics_are_what_the_layer_computes() -> None:
+def test_semantics_pictures_match_the_layer() -> None:
     for name, picture in script("draw_semantics").pictures().items():
         assert (ROOT / "docs" / "images" / f"semantics-{name}.svg").read_text() == picture

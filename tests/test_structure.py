@@ -1,4 +1,4 @@
-"""The tree is as CONTRIBUTING.md draws it: imports go down, no backend imports another, no file or function is long."""
+"""The tree follows CONTRIBUTING.md: imports go down, no backend imports another, no file or function is long."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ FLOORS = (
     ("_probe", "_memory"),
     ("_torch",),
 )
-"""From the top. A module imports from floors below its own, and from its own folder."""
+"""The floors, from the top. A module imports from floors below its own, and from its own folder."""
 
 
 def floor(module: str) -> tuple[int, str]:
-    """Where a module stands, and the room on that floor."""
+    """Returns a module's floor, and its room on that floor."""
     found = [
         (len(room), number, room)
         for number, rooms in enumerate(FLOORS)
@@ -69,17 +69,17 @@ def test_imports_go_down(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
-def test_a_file_can_be_read_at_a_sitting(module: str) -> None:
+def test_file_has_at_most_350_lines(module: str) -> None:
     assert len(MODULES[module].read_text().splitlines()) <= 350
 
 
 OF_TORCH = {"__init__"}
-"""Whose arguments are those of torch.nn's constructors, and three options."""
+"""Functions that take the arguments of torch.nn's constructors, and three options."""
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
-def test_a_function_can_be_read_at_a_glance(module: str) -> None:
-    """At most 60 lines, and at most eight arguments: a tuple holds what belongs together."""
+def test_function_is_short_and_takes_few_arguments(module: str) -> None:
+    """A function has at most 60 lines and eight arguments. A tuple holds arguments that belong together."""
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             given = node.args
@@ -89,8 +89,8 @@ def test_a_function_can_be_read_at_a_glance(module: str) -> None:
             assert node.end_lineno - node.lineno < 60, node.name
 
 
-def test_a_file_name_stands_once() -> None:
-    """In the repository, but for the names that Python and GitHub give a meaning to."""
+def test_file_name_is_unique() -> None:
+    """Each name is unique in the repository, except names that have a meaning for Python or GitHub."""
     root = Path(__file__).parent.parent
     folders = ("masked_rnn", "tests", "benchmarks", "examples", "docs")
     names = [path.name for folder in folders for path in (root / folder).rglob("*.*") if path.suffix in KINDS]
@@ -105,20 +105,20 @@ TESTS = [path for path in Path(__file__).parent.rglob("*.py") if path.name != "m
 
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
-def test_no_test_reads_a_clock(path: Path) -> None:
-    """On a busy machine it would fail: speed is measured in benchmarks/."""
+def test_tests_read_no_clock(path: Path) -> None:
+    """A test with a clock would fail on a busy machine. benchmarks/ measures speed."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
             assert called not in CLOCKS, f"line {node.lineno}"
 
 
-def test_hypothesis_reads_no_clock_either() -> None:
+def test_hypothesis_reads_no_clock() -> None:
     assert settings().deadline is None
     assert HealthCheck.too_slow in settings().suppress_health_check
 
 
-def test_one_module_asks_for_addresses() -> None:
-    """`_memory.py` checks a tensor before it gives its address away."""
+def test_one_module_reads_addresses() -> None:
+    """`_memory.py` checks a tensor before it returns its address."""
     asking = {module for module, path in MODULES.items() if "data_ptr" in path.read_text()}
     assert asking == {"_memory"}

@@ -1,4 +1,4 @@
-"""`padded`, with lengths on the device, waits for nothing: no op on its way needs a value on the host."""
+"""`padded` does not wait if lengths are on the device: none of its ops needs a value on the host."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import INPUT, masked
+from support.oracle import INPUT, masked
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -42,13 +42,15 @@ def _is_mask(index: Any) -> bool:
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("given", ["lengths", "mask", "neither"])
-def test_no_op_waits(cell: str, bidirectional: bool, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padded_backend_never_waits(
+    cell: str, bidirectional: bool, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layer = masked(cell, num_layers=2, bidirectional=bidirectional, batch_first=True, backend="padded")
     x = torch.randn(3, 6, INPUT, requires_grad=True)
     values = {"lengths": torch.tensor([6, 0, 2]), "mask": torch.rand(3, 6) > 0.5, "neither": None}
     for module in (lengths, inputs, call):
         monkeypatch.setattr(module, "is_on_host", lambda _t: False)
-    for reading in ("tolist", "numpy"):  # which pass by the dispatcher
+    for reading in ("tolist", "numpy"):  # these bypass the dispatcher
         monkeypatch.setattr(Tensor, reading, lambda *_, name=reading: pytest.fail(f"{name} waits for the device"))
     with NoWaiting():
         output, _ = layer(x, **({} if given == "neither" else {given: values[given]}))
@@ -56,7 +58,7 @@ def test_no_op_waits(cell: str, bidirectional: bool, given: str, monkeypatch: py
     assert x.grad is not None
 
 
-def test_the_mode_refuses_what_waits() -> None:
+def test_no_waiting_mode_refuses_waiting_ops() -> None:
     x = torch.randn(3)
     for waiting in (lambda: x.sum().item(), lambda: x.nonzero(), lambda: x[x > 0], lambda: bool(x.any())):
         with NoWaiting(), pytest.raises(AssertionError, match="waits for the device"):

@@ -1,4 +1,4 @@
-"""Every name of torch that is private, or not in every release, taken away: the layer is still right."""
+"""The layer stays right without any one of the names of torch that are private, or not in every release."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ NAMES = (
     "_maybe_max_seqlen",
 )
 
-# One process that has torch and not the package forks one for each name. There `_torch` sees torch without the name,
-# and torch itself is whole.
+# A process that has imported torch, but not the package, forks once for each name. In the fork, `_torch` sees torch
+# without the name, while torch itself is whole.
 SCRIPT = """
 import json, os, sys, traceback, types
 from pathlib import Path
@@ -151,7 +151,7 @@ def check():
     assert getattr(_torch.torch, "_assert_async", None) is None
 
 
-# What is loaded at the first use of it, loaded once.
+# Loads, once for all forks, what torch loads at its first use.
 gru, one = torch.nn.GRU(1, 1), torch.zeros(1, 1, 1)
 make_fx(lambda x: gru(x)[0])(one)
 with FakeTensorMode():
@@ -195,11 +195,11 @@ def found() -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_without(name: str, found: dict[str, str]) -> None:
+def test_layer_is_right_without_private_name(name: str, found: dict[str, str]) -> None:
     assert not found[name], found[name]
 
 
-def test_one_file_owns_them() -> None:
+def test_private_names_stand_in_one_file() -> None:
     """No other file reads a private name of torch."""
     private = re.compile(r"\btorch(?:\.\w+)*\._\w+|\bops\.(?:aten|mkldnn)\b")
     for path in SOURCE.rglob("*.py"):

@@ -1,4 +1,4 @@
-"""Where values are not there, or an example's: torch.jit.trace, ONNX by it, torch.fx, make_fx, fake tensors."""
+"""Calls without values, or with those of an example: torch.jit.trace, ONNX by it, torch.fx, make_fx, fake tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from oracle import BACKENDS, INPUT, ONE_STATE_AND_TWO, as_tuple, masked
+from support.oracle import BACKENDS, INPUT, ONE_STATE_AND_TWO, as_tuple, masked
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -61,8 +61,8 @@ def arguments(layer: Any, given: str, batch: int, steps: int, full: bool) -> tup
 @pytest.mark.parametrize("given", ["lengths", "mask", "packed", "neither"])
 @pytest.mark.parametrize(("bidirectional", "batch_first"), [(True, True), (False, False)])
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
-def test_a_traced_layer_takes_other_lengths(cell: str, given: str, bidirectional: bool, batch_first: bool) -> None:
-    """Whatever the example's were: none shorter than T, which otherwise count as none, or some; or one step."""
+def test_traced_layer_takes_other_lengths(cell: str, given: str, bidirectional: bool, batch_first: bool) -> None:
+    """The example's lengths may all be T, which otherwise count as no lengths, or shorter; or T may be 1."""
     layer = masked(cell, num_layers=2, bidirectional=bidirectional, batch_first=batch_first)
     model = Model(layer, given)
     for steps, full in ((5, True), (5, False), (1, True)):
@@ -73,7 +73,7 @@ def test_a_traced_layer_takes_other_lengths(cell: str, given: str, bidirectional
 
 
 @pytest.mark.parametrize("backend", ["packed", "bptt", "scan"])
-def test_a_backend_that_cannot_be_traced_says_so(cell: str, backend: str) -> None:
+def test_backend_reports_why_it_cannot_be_traced(cell: str, backend: str) -> None:
     layer = masked(cell, backend=backend, batch_first=True)
     what = "the number of steps" if backend == "scan" else "the lengths"
     words = f"backend='{backend}' can't run this call: torch.jit.trace would keep {what} of this call.*backend='auto'"
@@ -81,7 +81,7 @@ def test_a_backend_that_cannot_be_traced_says_so(cell: str, backend: str) -> Non
         torch.jit.trace(Model(layer, "lengths"), arguments(layer, "lengths", 3, 5, False))
 
 
-def test_a_nested_input_cannot_be_traced(backend: str) -> None:
+def test_nested_input_is_refused_in_trace(backend: str) -> None:
     layer = masked("gru", backend=backend)
     nested = torch.nested.nested_tensor([torch.randn(n, INPUT) for n in (2, 3)], layout=torch.jagged)
     with pytest.raises(
@@ -93,7 +93,7 @@ def test_a_nested_input_cannot_be_traced(backend: str) -> None:
 @pytest.mark.parametrize("given", ["lengths", "mask"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_the_older_onnx_exporter(cell: str, given: str, tmp_path: Any) -> None:
+def test_older_onnx_exporter_matches_layer(cell: str, given: str, tmp_path: Any) -> None:
     if cell == "lstm-proj":
         pytest.skip("torch's exporter has no LSTM with a projection")
     layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True)
@@ -126,7 +126,7 @@ class Whole(nn.Module):
         return output * 2
 
 
-def test_fx_takes_it_for_a_leaf(cell: str) -> None:
+def test_fx_treats_layer_as_leaf(cell: str) -> None:
     model = Whole(cell)
     traced = torch.fx.symbolic_trace(model)
     assert [str(n.target) for n in traced.graph.nodes if n.op == "call_module"] == ["before", "layer"]
@@ -157,7 +157,7 @@ def test_make_fx_keeps_no_lengths(cell: str, given: str) -> None:
 
 @pytest.mark.parametrize(("batch", "steps"), [(0, 5), (3, 0), (0, 0)])
 @pytest.mark.parametrize("given", ["lengths", "mask"])
-def test_fake_tensors_of_no_steps(cell: str, given: str, batch: int, steps: int) -> None:
+def test_fake_tensors_without_steps_run(cell: str, given: str, batch: int, steps: int) -> None:
     with FakeTensorMode():
         layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True)
         real = {"lengths": torch.zeros(batch, dtype=torch.int64), "mask": torch.zeros(batch, steps, dtype=torch.bool)}
@@ -169,10 +169,10 @@ def test_fake_tensors_of_no_steps(cell: str, given: str, batch: int, steps: int)
 @pytest.mark.parametrize("given", ["lengths", "list", "mask", "packed", "neither", "unbatched"])
 @pytest.mark.parametrize(
     ("cell", "name"),
-    [*itertools.product(ONE_STATE_AND_TWO, ("auto", *BACKENDS)), ("lstm", "auto"), ("lstm", "padded")],  # oneDNN's
+    [*itertools.product(ONE_STATE_AND_TWO, ("auto", *BACKENDS)), ("lstm", "auto"), ("lstm", "padded")],  # oneDNN's LSTM
 )
-def test_fake_tensors(cell: str, given: str, name: str) -> None:
-    """Shapes without values, there and back; a backend that needs values says so."""
+def test_fake_tensors_give_shapes_or_reason(cell: str, given: str, name: str) -> None:
+    """Forward and backward need shapes only. A backend that needs values is refused with the reason."""
     with FakeTensorMode():
         layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=name)
         x = torch.randn(3, 5, INPUT, requires_grad=True)
@@ -185,7 +185,7 @@ def test_fake_tensors(cell: str, given: str, name: str) -> None:
             rows = torch.randn(8, INPUT, requires_grad=True)
             order = torch.tensor([0, 1, 2])
             input = PackedSequence(rows, torch.tensor([3, 2, 1, 1, 1]), order, order)
-        # Packed rows: torch.nn's own kernel reads their number at each step.
+        # torch.nn's own kernel reads the number of packed rows at each step.
         refuses = given == "packed" or (name in ("packed", "bptt") and given in ("lengths", "list", "mask"))
         if refuses:
             with pytest.raises(ValueError, match="it reads lengths, which have no values here"):
@@ -197,7 +197,7 @@ def test_fake_tensors(cell: str, given: str, name: str) -> None:
         assert all(p.grad is not None and p.grad.shape == p.shape for p in layer.parameters())
 
 
-def test_fx_of_a_subclass_that_knows_no_resets() -> None:
+def test_fx_traces_subclass_without_resets() -> None:
     class Older(MaskedGRU):
         def forward(self, input: Any, hx: Any = None, lengths: Any = None, *, mask: Any = None) -> Any:
             return super().forward(input, hx, lengths, mask=mask)

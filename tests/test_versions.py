@@ -1,4 +1,4 @@
-"""What docs/versions.md says to use instead of what is not supported, where no other file runs it."""
+"""Replacements that docs/versions.md names for unsupported features, unless another file runs them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.shape_inference import quant_pre_process
-from oracle import CELLS, HIDDEN, INPUT, as_tuple, masked, needs_torch
+from support.oracle import CELLS, HIDDEN, INPUT, as_tuple, masked, needs_torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,7 +34,7 @@ class Model(nn.Module):
         return output, *as_tuple(last)
 
 
-def test_each_row_names_its_tests() -> None:
+def test_table_row_names_its_tests() -> None:
     rows = [row.strip("| ").split(" | ") for row in TABLE.splitlines()[1:]]
     assert len(rows) > 9
     for what, instead, run_by in rows:
@@ -46,8 +46,8 @@ def test_each_row_names_its_tests() -> None:
 @needs_torch("2.13", "torch.onnx.export(dynamo=True)")
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
 @pytest.mark.parametrize("cell", ["gru", "lstm", "rnn-tanh"])
-def test_int8_in_onnx_runtime(cell: str, options: dict[str, Any], tmp_path: Path) -> None:
-    """An LSTM, after `quant_pre_process`; a GRU or RNN stays as it is."""
+def test_int8_quantization_shrinks_only_lstm(cell: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """An LSTM becomes smaller, after `quant_pre_process`. A GRU or RNN stays unchanged."""
     whole, ready, small = (str(tmp_path / name) for name in ("model.onnx", "ready.onnx", "int8.onnx"))
     model = Model(masked(cell, 32, 64, batch_first=True, **options)).eval()
     x, lengths = torch.randn(4, 7, 32), torch.tensor([7, 3, 0, 5])
@@ -74,8 +74,8 @@ def test_int8_in_onnx_runtime(cell: str, options: dict[str, Any], tmp_path: Path
 
 
 @pytest.mark.slow
-def test_aot_inductor_without_python(tmp_path: Path) -> None:
-    """A process that knows nothing of the package."""
+def test_aot_inductor_runs_without_package(tmp_path: Path) -> None:
+    """The process does not import the package."""
     model = Model(masked("gru", batch_first=True, backend="scan")).eval()
     x, lengths = torch.randn(3, 2, INPUT), torch.tensor([2, 0, 1])
     path = str(tmp_path / "model.pt2")
@@ -99,7 +99,7 @@ def test_aot_inductor_without_python(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-W", "ignore", "-c", script, str(tmp_path)], check=True, cwd=tmp_path)
 
 
-def test_products_are_counted(cell: str) -> None:
+def test_flop_counter_counts_all_products(cell: str) -> None:
     layer = masked(cell, batch_first=True, backend="scan")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         layer(torch.randn(3, 5, INPUT), lengths=[5, 2, 1])
@@ -123,7 +123,7 @@ esac
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a script of bash")
-def test_a_log_of_several_releases_has_them_all(tmp_path: Path) -> None:
+def test_versions_log_keeps_every_release(tmp_path: Path) -> None:
     python, log = tmp_path / "python", tmp_path / "log"
     python.write_text(PYTHON_THAT_PRETENDS)
     python.chmod(0o755)
@@ -135,7 +135,7 @@ def test_a_log_of_several_releases_has_them_all(tmp_path: Path) -> None:
             stderr=subprocess.STDOUT,
             check=False,
         )
-    assert done.returncode == 1  # that of the one in the middle
+    assert done.returncode == 1  # the exit status of the one in the middle
     expected = []
     for name in ("2.6.0", "2.9.1", "2.13.0"):
         expected += [f"a test of {name}", f"12 passed on {name}", f"torch {name}, Python 3.11: 12 passed on {name}"]

@@ -3,8 +3,9 @@
     python -m pytest tests/thorough.py --dist load
 
 makes 20,000 calls that are right and 2,500 that are wrong, runs 4,000 more whose tensors end at a page that may not be
-touched, and trains for 10,000 steps of varied shapes while it watches the memory (some minutes). Not part of the suite:
-nothing collects this file by itself. MASKED_RNN_CALLS sets how many calls that are right each of the ten tests makes.
+touched, and trains for 10,000 steps of varied shapes while it watches the memory (some minutes). This file is not part
+of the suite, because pytest does not collect it by itself. MASKED_RNN_CALLS sets the number of right calls in each of
+the ten tests.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import guarded
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import BACKENDS, CELLS, INPUT, Run, call, cotangents, masked, oracle, random_states
+from support import guarded
+from support.oracle import BACKENDS, CELLS, INPUT, Run, call, cotangents, masked, oracle, random_states
 from torch import Tensor
 
 from masked_rnn._backends.bptt import library
@@ -53,7 +54,7 @@ def draw_layer(draw: st.DrawFn, cell: str) -> Any:
     }
     sizes = (INPUT, draw(st.sampled_from([3, 4, 17, 33])))
     layer = masked(cell, *sizes, **options).to(draw(st.sampled_from([torch.float64, torch.float32])))
-    # Ten times the weights make a layer chaotic, and inputs of 30 saturate it: compared in float64 alone.
+    # Weights ten times as large make a layer chaotic, and inputs of 30 saturate it. Both are compared only in float64.
     scale = draw(st.sampled_from([1.0, 1e-3, 10.0] if layer.weight_ih_l0.dtype == torch.float64 else [1.0, 1e-3]))
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -62,7 +63,7 @@ def draw_layer(draw: st.DrawFn, cell: str) -> Any:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_calls_that_are_right(cell: str, loops: str) -> None:
+def test_right_calls_match_oracle(cell: str, loops: str) -> None:
     @settings(max_examples=CALLS, **COMMON)
     @given(st.data(), st.integers(0, 2**32 - 1))
     def run(data: st.DataObject, seed: int) -> None:
@@ -94,7 +95,7 @@ def test_calls_that_are_right(cell: str, loops: str) -> None:
         with_hx = draw(st.booleans())
         first = states if with_hx else [torch.zeros_like(h) for h in states]
         pulled = [c.to(dtype) for c in cotangents(layer, batch, steps)]
-        # Empty batches have nothing that the oracle could join.
+        # The oracle has no results to join for an empty batch.
         expected = oracle(layer, x, mask, first, pulled, resets) if batch else None
         dirty = torch.where(mask.unsqueeze(-1), x, garbage)
         found = call(layer, dirty, states if with_hx else None, pulled, **arguments)
@@ -106,7 +107,7 @@ def test_calls_that_are_right(cell: str, loops: str) -> None:
         assert all(t.eq(0).all() for t in padded)
         try:
             assert_near(found, expected)
-        except AssertionError:  # a chaotic layer, or a wrong value: the oracle itself tells, from values a bit away
+        except AssertionError:  # a chaotic layer, or a wrong value: the oracle on values a rounding away decides
             close = [t.double() * (1 + torch.finfo(dtype).eps * torch.randn_like(t.double())) for t in (x, *first)]
             assert_near(found, expected, oracle(layer, close[0], mask, close[1:], pulled, resets))
 
@@ -114,9 +115,9 @@ def test_calls_that_are_right(cell: str, loops: str) -> None:
 
 
 def assert_near(found: Run, expected: Run, close: Run | None = None) -> None:
-    """Relative to each tensor's largest element, with a floor: a saturated gate's gradient has lost its digits in torch
-    too. `close` is what input and states a rounding away give: its distance, 300 times over, is allowed as well. Small
-    values are test_scale's. What overflows in float32 alone is not compared."""
+    """Compares relative to each tensor's largest element. There is a floor, because a saturated gate's gradient has
+    lost its digits in torch too. `close` is the result for input and states a rounding away: 300 times its distance is
+    allowed as well. test_scale.py tests small values. Values that overflow only in float32 are not compared."""
     tolerance, floor = (1e-10, 1e-13) if found.output.dtype == torch.float64 else (2e-4, 2e-9)
     runs = (tensors(run, found.gradients) for run in (found, expected, close or expected))
     for own, truth, near in zip(*runs, strict=True):
@@ -162,7 +163,7 @@ WRONG: list[Any] = [
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_calls_that_are_wrong(cell: str) -> None:
+def test_wrong_calls_raise_documented_errors(cell: str) -> None:
     @settings(max_examples=max(1, CALLS // 4), **COMMON)
     @given(st.data())
     def run(data: st.DataObject) -> None:
@@ -180,7 +181,7 @@ def test_calls_that_are_wrong(cell: str) -> None:
 
 
 @pytest.mark.parametrize("part", range(8))
-def test_memory_beside_a_tensor_is_not_touched(part: int) -> None:
+def test_memory_beside_tensors_is_not_touched(part: int) -> None:
     cases = guarded.random_cases(CALLS // 4, seed=1 + part)
     faults = guarded.run_cases(cases)
     assert not faults, {k: (cases[k], fault) for k, fault in faults.items()}
@@ -188,11 +189,11 @@ def test_memory_beside_a_tensor_is_not_touched(part: int) -> None:
 
 @pytest.mark.parametrize("loops", LOOPS)
 def test_memory_stays_flat(loops: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over training steps of varied shapes, forms and options: what 6,000 steps have filled, 4,000 more don't raise."""
+    """Trains with varied shapes, forms and options: the peak of the first 6,000 steps must hold for 4,000 more."""
     pytest.importorskip("resource", reason="Windows does not tell")
     if loops == "ops":
         monkeypatch.setenv(library.VARIABLE, "none")
-    # It keeps a kernel for each of the last 1,024 shapes, nn.LSTM's as well: some 100 MB.
+    # oneDNN caches a kernel for each of the last 1,024 shapes, for nn.LSTM too: some 100 MB.
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1")
     torch.multiprocessing.spawn(train_for_long, (str(tmp_path / "peaks"),))
     peaks = json.loads((tmp_path / "peaks").read_text())
@@ -221,8 +222,8 @@ def train_for_long(_: int, path: str) -> None:
     Path(path).write_text(json.dumps(peaks))
 
 
-def test_the_oracle_can_fail() -> None:
-    """The comparison sees a state that runs through padding."""
+def test_comparison_notices_state_through_padding() -> None:
+    """Checks that the comparison notices a state that runs through padding."""
     layer = masked("gru", batch_first=True).double()
     x, mask = torch.randn(2, 4, INPUT, dtype=torch.float64), torch.tensor([[1, 1, 0, 0], [1] * 4]).bool()
     states, pulled = random_states(layer, 2), cotangents(layer, 2, 4)

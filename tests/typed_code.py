@@ -1,6 +1,6 @@
-"""Code as a user types it, for mypy and pyright to check; nothing runs it.
+"""Code that a user would write. mypy and pyright check it; nothing runs it.
 
-A line that bears an ignore must be an error: both report an ignore that is not needed.
+A line with an ignore must be an error, because both checkers report an ignore that is not needed.
 """
 # pyright: strict
 
@@ -22,7 +22,7 @@ packed: PackedSequence = pack_sequence([x[0], x[1, :2]])
 
 
 def constructing() -> tuple[nn.GRU, nn.LSTM, nn.RNN, nn.Module]:
-    """Each is what torch.nn's is."""
+    """Checks that each layer is also an instance of torch.nn's."""
     gru = MaskedGRU(4, 3, 2, True, True, 0.5, True, "cpu", torch.float32, enforce_sorted=True, flatten_hidden=False)
     lstm = MaskedLSTM(4, 3, 2, True, True, 0.5, True, 2, torch.device("cpu"), torch.float32, backend="bptt")
     rnn = MaskedRNN(4, 3, 2, "relu", True, True, 0.5, True, "cpu", torch.float32, backend="packed")
@@ -84,7 +84,7 @@ def sharing(gru: nn.GRU, lstm: nn.LSTM, rnn: nn.RNN) -> None:
 
 
 class Named(MaskedLSTM):
-    """A subclass that keeps the layer's forward has its type."""
+    """A subclass that keeps the layer's forward keeps its types."""
 
     def __init__(self, name: str, hidden_size: int) -> None:
         super().__init__(4, hidden_size, batch_first=True)
@@ -92,7 +92,7 @@ class Named(MaskedLSTM):
 
 
 class Tagger(MaskedGRU):
-    """A subclass with a forward of its own is called as that one is, here with lengths in second place."""
+    """A subclass with its own forward takes that forward's arguments, here with lengths in second place."""
 
     def forward(self, input: Tensor, lengths: Sequence[int]) -> Tensor:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
         _, last = super().forward(input, lengths=lengths)

@@ -20,7 +20,7 @@ Cell = Callable[[Array, State], tuple[Array, State]]
 
 
 def dynamic_rnn(cell: Cell, inputs: Array, sequence_length: Array | None, initial_state: State) -> tuple[Array, State]:
-    """Outputs (N, T, P) and the last state, from inputs (N, T, I).
+    """Returns outputs (N, T, P) and the last state, from inputs (N, T, I).
 
     TensorFlow on `sequence_length`: "Used to copy-through state and zero-out outputs when past a batch element's
     sequence length."
@@ -45,7 +45,7 @@ def bidirectional_dynamic_rnn(
     initial_state_fw: State,
     initial_state_bw: State,
 ) -> tuple[tuple[Array, Array], tuple[State, State]]:
-    """`(output_fw, output_bw), (output_state_fw, output_state_bw)`.
+    """Returns `(output_fw, output_bw), (output_state_fw, output_state_bw)`.
 
     TensorFlow on `sequence_length`: "If not provided, all batch entries are assumed to be full sequences; and time
     reversal is applied from time `0` to `max_time` for each sequence."
@@ -57,7 +57,7 @@ def bidirectional_dynamic_rnn(
 
 
 def reverse_sequence(inputs: Array, sequence_length: Array | None) -> Array:
-    """`tf.reverse_sequence`: row n with its first `sequence_length[n]` steps reversed, and the rest left in place."""
+    """Reverses the first `sequence_length[n]` steps of row n, and leaves the rest, as `tf.reverse_sequence` does."""
     if sequence_length is None:
         return inputs[:, ::-1]
     result = inputs.copy()
@@ -67,7 +67,10 @@ def reverse_sequence(inputs: Array, sequence_length: Array | None) -> Array:
 
 
 def gru_cell(W_ih: Array, W_hh: Array, b_ih: Array, b_hh: Array) -> Cell:
-    """PyTorch's and cuDNN's GRU, whose reset gate comes after the product. Gates r, z, n; weights (3H, I), (3H, H)."""
+    """Returns PyTorch's and cuDNN's GRU, whose reset gate comes after the product.
+
+    Gates r, z, n; weights (3H, I), (3H, H).
+    """
 
     def step(x, state):
         (h,) = state
@@ -83,7 +86,9 @@ def gru_cell(W_ih: Array, W_hh: Array, b_ih: Array, b_hh: Array) -> Cell:
 
 
 def classic_gru_cell(gate_kernel: Array, gate_bias: Array, candidate_kernel: Array, candidate_bias: Array) -> Cell:
-    """`tf.nn.rnn_cell.GRUCell`, whose reset gate comes before the product. Gates r, u; kernels (I + H, 2H), (I + H, H).
+    """Returns `tf.nn.rnn_cell.GRUCell`, whose reset gate comes before the product.
+
+    Gates r, u; kernels (I + H, 2H), (I + H, H).
 
     https://www.tensorflow.org/api_docs/python/tf/compat/v1/nn/rnn_cell/GRUCell
     """
@@ -100,7 +105,7 @@ def classic_gru_cell(gate_kernel: Array, gate_bias: Array, candidate_kernel: Arr
 
 
 def lstm_cell(W_ih: Array, W_hh: Array, b_ih: Array, b_hh: Array, W_hr: Array | None = None) -> Cell:
-    """PyTorch's LSTM. Gates i, f, g, o; weights (4H, I), (4H, P); W_hr (P, H) projects h.
+    """Returns PyTorch's LSTM. Gates i, f, g, o; weights (4H, I), (4H, P); W_hr (P, H) projects h.
 
     Keras has the same gates in the same order, calls g c, and stores the transposed weights and the biases' sum.
     """
@@ -118,7 +123,7 @@ def lstm_cell(W_ih: Array, W_hh: Array, b_ih: Array, b_hh: Array, W_hr: Array | 
 
 
 def rnn_cell(W_ih: Array, W_hh: Array, b_ih: Array, b_hh: Array) -> Cell:
-    """PyTorch's tanh RNN: `tf.nn.rnn_cell.BasicRNNCell` with the weights apart. Weights (H, I), (H, H)."""
+    """Returns PyTorch's tanh RNN: `tf.nn.rnn_cell.BasicRNNCell` with separate weights (H, I), (H, H)."""
 
     def step(x, state):
         (h,) = state
@@ -133,7 +138,7 @@ def sigmoid(a: Array) -> Array:
 
 
 def layer_cells(layer, k: int = 0) -> list[Cell]:
-    """The cells of a `torch.nn` recurrent layer's k-th layer, forward and, where there is one, backward."""
+    """Returns the cells of a `torch.nn` recurrent layer's k-th layer: forward and, if there is one, backward."""
     cell = {"GRU": gru_cell, "LSTM": lstm_cell, "RNN_TANH": rnn_cell}[layer.mode]
     return [cell(*direction_weights(layer, k, suffix)) for suffix in ("", "_reverse")[: 1 + layer.bidirectional]]
 

@@ -1,4 +1,4 @@
-"""Every layer, on every backend, against TensorFlow's dynamic_rnn as NumPy reproduces it; no TensorFlow needed."""
+"""Compares every layer, on every backend, with dynamic_rnn in NumPy. TensorFlow is not needed."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def random_input(*shape, seed=2):
 
 
 def random_states(layer, batch, seed=3):
-    """The initial states of a layer, each (L·D, N, P or H)."""
+    """Returns initial states of a layer, each (L·D, N, P or H)."""
     rng = np.random.default_rng(seed)
     stacked = layer.num_layers * (1 + layer.bidirectional)
     widths = [layer.proj_size or H, H] if layer.mode == "LSTM" else [H]
@@ -58,7 +58,7 @@ def random_states(layer, batch, seed=3):
 
 
 def run_layer(layer, x, lengths, states):
-    """Output (N, T, D·P), and the last states, each (N, L·D·P or H)."""
+    """Returns the output (N, T, D·P), and the last states, each (N, L·D·P or H)."""
     hx = None if states is None else tuple(map(torch.from_numpy, states))
     if hx is not None and layer.mode != "LSTM":
         (hx,) = hx
@@ -67,7 +67,7 @@ def run_layer(layer, x, lengths, states):
 
 
 def run_numpy(layer, x, lengths, states):
-    """The same, by the reproduction: each layer reads the one below, and the last states stand side by side."""
+    """Returns the same by the reproduction. Each layer reads the one below; the last states stand side by side."""
     if states is None:
         states = tuple(np.zeros_like(h) for h in random_states(layer, len(x)))
     lasts = []
@@ -85,7 +85,7 @@ def run_numpy(layer, x, lengths, states):
 
 
 def random_cell(kind, rng):
-    """A cell with random weights, and a random state of six rows for it."""
+    """Returns a cell with random weights, and a random state of six rows for it."""
     if kind == "classic GRU":
         shapes = [(I + H, 2 * H), (2 * H,), (I + H, H), (H,)]
         cell = classic_gru_cell
@@ -131,7 +131,7 @@ def test_layer_with_padding_and_lengths_equals_no_padding(kind, backend, bidirec
 
 
 @pytest.mark.parametrize("kind", ["GRU", "classic GRU", "LSTM", "RNN"])
-def test_reproduction_with_padding_and_lengths_equals_each_row_alone(kind):
+def test_reproduction_equals_each_row_alone(kind):
     rng = np.random.default_rng(4)
     (cell_fw, fw), (cell_bw, bw) = random_cell(kind, rng), random_cell(kind, rng)
     x = rng.normal(size=(N, T, I))
@@ -147,8 +147,8 @@ def test_reproduction_with_padding_and_lengths_equals_each_row_alone(kind):
                 assert_allclose(h[n : n + 1], expected_h, **CLOSE)
 
 
-def test_reproduction_by_hand():
-    """A cell that sums what it reads, so that every number can be checked by eye."""
+def test_reproduction_matches_hand_computed_sums():
+    """The cell sums its input, so that every number can be checked by eye."""
 
     def running_sum(x, state):
         h = state[0] + x
@@ -163,14 +163,14 @@ def test_reproduction_by_hand():
     assert_array_equal(states[1][0][:, 0], [107, 224, 300])
 
 
-def test_reverse_sequence_by_hand():
+def test_reverse_sequence_matches_hand_computed_rows():
     x = np.arange(1.0, 10).reshape(3, 3, 1)
     assert_array_equal(reverse_sequence(x, [3, 2, 0])[..., 0], [[3, 2, 1], [5, 4, 6], [7, 8, 9]])
     assert_array_equal(reverse_sequence(x, None)[..., 0], [[3, 2, 1], [6, 5, 4], [9, 8, 7]])
 
 
 @pytest.mark.parametrize("scale", [0, 1])
-def test_the_two_gru_forms_agree_only_without_recurrent_weights(scale):
+def test_gru_forms_agree_only_without_recurrent_weights(scale):
     rng = np.random.default_rng(5)
     W_ih, W_hh = rng.normal(size=(3 * H, I)), scale * rng.normal(size=(3 * H, H))
     b_ih = rng.normal(size=3 * H)

@@ -1,4 +1,4 @@
-"""from_keras against Keras itself: outputs, states and masks; and what it refuses.
+"""Compares from_keras with Keras itself: outputs, states, masks and refusals.
 
 Keras 3 runs on the backend that KERAS_BACKEND names, TensorFlow by default. Skipped where Keras is missing;
 MASKED_RNN_REQUIRE_TENSORFLOW=1 makes that a failure.
@@ -14,7 +14,7 @@ import torch
 
 from masked_rnn import MaskedGRU, MaskedLSTM, MaskedRNN
 
-# Keras's own, of what it calls.
+# Keras's own warnings, about functions that it calls.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -39,12 +39,12 @@ def keras(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what TensorFlow and what it imports find in each other
+            warnings.simplefilter("ignore")  # TensorFlow and its dependencies warn of each other
             yield importlib.import_module(request.param)
 
 
 def built(keras, kind, bidirectional=False, features=I, **options):
-    """A Keras layer that returns all, its weights random, biases too."""
+    """Returns a Keras layer that returns sequences and states. Its weights and biases are random."""
     layer = getattr(keras.layers, kind)(H, return_sequences=True, return_state=True, **options)
     if bidirectional:
         layer = keras.layers.Bidirectional(layer)
@@ -63,14 +63,14 @@ def as_array(value):
 @pytest.mark.parametrize("use_bias", [False, True])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_outputs_and_states(keras, kind, bidirectional, use_bias, mask):
+def test_outputs_and_states_match_keras(keras, kind, bidirectional, use_bias, mask):
     layer = built(keras, kind, bidirectional, use_bias=use_bias)
     ours = LAYERS[kind].from_keras(layer)
     x = np.random.default_rng(4).normal(size=(N, T, I)).astype("float32")
     real = None if MASKS[mask] is None else np.array(MASKS[mask], bool)
     output, *states = map(as_array, layer(x, mask=real))
     found, last = ours(torch.from_numpy(x), mask=None if real is None else torch.from_numpy(real))
-    shown = np.ones((N, T), bool) if real is None else real  # Keras repeats the output before at a masked step
+    shown = np.ones((N, T), bool) if real is None else real  # Keras repeats the previous output at a masked step
     np.testing.assert_allclose(as_array(found)[shown], output[shown], atol=1e-5)
     lasts = last if isinstance(last, tuple) else (last,)
     each = len(lasts)
@@ -80,7 +80,7 @@ def test_outputs_and_states(keras, kind, bidirectional, use_bias, mask):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_options_and_dtype(keras, kind):
+def test_from_keras_keeps_options_and_dtype(keras, kind):
     layer = built(keras, kind, dtype="float64")
     ours = LAYERS[kind].from_keras(layer, flatten_hidden=False, backend="scan")
     assert (ours.flatten_hidden, ours.backend, ours.batch_first) == (False, "scan", True)
@@ -88,12 +88,12 @@ def test_options_and_dtype(keras, kind):
     assert all(p.requires_grad for p in ours.parameters())
 
 
-def test_a_relu(keras):
+def test_relu_is_taken_over(keras):
     ours = MaskedRNN.from_keras(built(keras, "SimpleRNN", activation="relu"))
     assert ours.nonlinearity == "relu"
 
 
-def test_time_major():
+def test_time_major_clears_batch_first():
     tf_keras = pytest.importorskip("tf_keras")
     assert not MaskedGRU.from_keras(built(tf_keras, "GRU", time_major=True)).batch_first
 
@@ -109,14 +109,14 @@ def test_time_major():
         ("LSTM", {"stateful": True}, "stateful=True keeps the state"),
     ],
 )
-def test_what_is_refused(keras, kind, options, words):
+def test_unsupported_options_are_refused(keras, kind, options, words):
     layer = getattr(keras.layers, kind)(H, **options)
     layer.build((N, T, I))
     with pytest.raises(ValueError, match=words):
         LAYERS[kind].from_keras(layer)
 
 
-def test_what_a_bidirectional_refuses(keras):
+def test_unsupported_bidirectional_is_refused(keras):
     for merge_mode in ("sum", None):
         layer = keras.layers.Bidirectional(keras.layers.GRU(H), merge_mode=merge_mode)
         layer.build((None, None, I))
@@ -147,7 +147,7 @@ def test_other_layers_are_refused(keras):
         MaskedGRU.from_keras(keras.layers.GRU(H))
 
 
-def test_dropout_is_left_out_with_a_warning(keras):
+def test_dropout_is_left_out_with_warning(keras):
     layer = built(keras, "GRU", dropout=0.2, recurrent_dropout=0.1)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", UserWarning)
@@ -160,7 +160,7 @@ def test_dropout_is_left_out_with_a_warning(keras):
     assert {warning.filename for warning in ours} == {__file__}
 
 
-def test_a_backward_half_counts_too(keras):
+def test_backward_half_is_checked_too(keras):
     def bidirectional(**options):
         halves = keras.layers.GRU(H), keras.layers.GRU(H, go_backwards=True, **options)
         layer = keras.layers.Bidirectional(halves[0], backward_layer=halves[1])
@@ -173,7 +173,7 @@ def test_a_backward_half_counts_too(keras):
         MaskedGRU.from_keras(bidirectional(dtype="float64"))
 
 
-def test_a_subclass_of_a_keras_layer(keras):
+def test_keras_subclass_is_accepted(keras):
     class Mine(keras.layers.GRU):
         pass
 

@@ -16,7 +16,7 @@ from masked_rnn import MaskedGRU
 IDS = np.array([1, 2, 3, 0])
 """0 is the padding: its row is [1, 0, 0, 0], not zeros."""
 INPUTS = {"no padding": (3, None), "padded, no lengths": (4, None), "padded, lengths=[3]": (4, [3])}
-"""How many of the ids are read, and the lengths given with them."""
+"""The number of ids that are read, and the lengths given with them."""
 
 # The columns are those of INPUTS; last is the forward direction's, then the backward direction's.
 TABLES = {
@@ -53,11 +53,11 @@ TABLES = {
 }
 
 FREE_Z = 0.25
-"""The update gate where the numbers leave it free; small enough that every candidate then lies in (-1, 1)."""
+"""The update gate if the numbers do not determine it. It is so small that every candidate lies in (-1, 1)."""
 
 
 def gates_of(table):
-    """For each direction, z and n of the ids in the order of IDS."""
+    """Returns z and n of the ids in the order of IDS, for each direction."""
     return [solve(numbers(table[d][0]), numbers(table[d][1]), d) for d in ("forward", "backward") if d in table]
 
 
@@ -66,7 +66,7 @@ def solve(unpadded, padded, direction):
     if direction == "forward":
         before = np.append(0, padded[:-1])
     else:
-        # Reading 0, 3, 2, 1 or 3, 2, 1: what the padding adds to the state shrinks by z at each step.
+        # This direction reads 0, 3, 2, 1 or 3, 2, 1. The padding's share of the state shrinks by z at each step.
         added = np.append(padded[:3] - unpadded, padded[3])
         z[:3] = added[:3] / added[1:]
         before = np.append(padded[1:], 0)
@@ -76,7 +76,7 @@ def solve(unpadded, padded, direction):
 
 
 def input_weights(z, n):
-    """W_iz and W_in, (1, 4): a one-hot row picks its id's column."""
+    """Returns W_iz and W_in, (1, 4). A one-hot row picks its id's column."""
     W_iz, W_in = np.zeros((2, 1, 4))
     W_iz[0, IDS] = np.log(z / (1 - z))
     W_in[0, IDS] = np.arctanh(n)
@@ -130,7 +130,7 @@ RUNS = {
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 @pytest.mark.parametrize("column", range(3), ids=INPUTS)
 @pytest.mark.parametrize("system", TABLES)
-def test_table(system, column, run):
+def test_printed_table_is_reproduced(system, column, run):
     table = TABLES[system]
     steps, lengths = list(INPUTS.values())[column]
     x = np.eye(4)[IDS[:steps]][None]

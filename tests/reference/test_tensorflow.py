@@ -1,8 +1,8 @@
-"""The layers and the NumPy reproduction against TensorFlow itself: outputs, last states and every gradient.
+"""Compares the layers and the NumPy reproduction with TensorFlow itself: outputs, last states and every gradient.
 
 TensorFlow's dynamic_rnn and bidirectional_dynamic_rnn run in graph mode, in float64. Its own GRUCell applies the reset
-gate before the product and can't share weights with `nn.GRU`: it proves the relations. A cell of the cuDNN form, and
-TensorFlow's LSTM and RNN cells, carry a layer's weights: they prove the numbers.
+gate before the product and can't share weights with `nn.GRU`, so it proves the relations. A cell of the cuDNN form, and
+TensorFlow's LSTM and RNN cells, carry a layer's weights, so they prove the numbers.
 
 Skipped where TensorFlow is missing; MASKED_RNN_REQUIRE_TENSORFLOW=1 makes that a failure.
 """
@@ -20,7 +20,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from masked_rnn import MaskedGRU, MaskedLSTM, MaskedRNN
 
-# What is reproduced here has been deprecated since TensorFlow 2.0; its cells say so whenever one is made.
+# These functions have been deprecated since TensorFlow 2.0. Their cells warn of it whenever one is made.
 pytestmark = pytest.mark.filterwarnings("ignore:`tf.nn.rnn_cell.*` is deprecated:UserWarning")
 
 LAYERS = {
@@ -43,13 +43,13 @@ def tf():
             pytest.fail(f"MASKED_RNN_REQUIRE_TENSORFLOW=1, but this {words}")
         pytest.skip(words)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TF_USE_LEGACY_KERAS", "1")  # or tf.compat.v1.nn.rnn_cell is not there
+        patch.setenv("TF_USE_LEGACY_KERAS", "1")  # otherwise tf.compat.v1.nn.rnn_cell is missing
         patch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what TensorFlow and what it imports find in each other
+            warnings.simplefilter("ignore")  # TensorFlow and its dependencies warn of each other
             import tensorflow
 
-            _ = tensorflow.compat.v1.nn.rnn_cell.GRUCell  # imported when first asked for
+            _ = tensorflow.compat.v1.nn.rnn_cell.GRUCell  # imported at its first use
         yield tensorflow
 
 
@@ -62,7 +62,7 @@ class Result(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What goes into a layer, and the random cotangents of what comes out."""
+    """The inputs of a layer, and random cotangents of its results."""
 
     x: np.ndarray
     lengths: list[int] | None
@@ -113,9 +113,9 @@ def suffixes(layer):
 
 
 def to_tensorflow(layer, weights, suffix, gradients=False):
-    """A direction's weights, or their gradients, as the TensorFlow cell lists its own.
+    """Returns a direction's weights, or their gradients, in the order of the TensorFlow cell.
 
-    TensorFlow has one bias where PyTorch has two that are added: its value is their sum, its gradient that of both.
+    TensorFlow has one bias where PyTorch adds two. Its value is their sum, and its gradient is that of both.
     """
     w_ih, w_hh, b_ih, b_hh = (weights[f"{n}_l0{suffix}"] for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
     if layer.mode == "GRU":
@@ -139,7 +139,7 @@ def make_cell(tf, layer):
 
 def cudnn_gru_cell(tf):
     class CudnnGRUCell(tf.compat.v1.nn.rnn_cell.RNNCell):
-        """The reset gate after the product, as cuDNN and PyTorch have it."""
+        """Applies the reset gate after the product, as cuDNN and PyTorch do."""
 
         state_size = output_size = H
 
@@ -200,7 +200,7 @@ def set_weights(tf, session, cells, values):
 
 @pytest.fixture(scope="module")
 def in_tensorflow(tf):
-    """The result of each problem, computed once for all backends."""
+    """Returns a function that computes the result of each problem once for all backends."""
     results = {}
 
     def get(kind, bidirectional, lengths):
@@ -252,12 +252,12 @@ def run_numpy(cells, problem):
 
 
 class Classic(NamedTuple):
-    """TensorFlow's GRUCell in two directions: what it gave for the rows in one batch and alone, and its weights."""
+    """TensorFlow's GRUCell in two directions: its results for the rows in one batch and alone, and its weights."""
 
     output: np.ndarray
     last: np.ndarray
     alone: list[tuple[np.ndarray, np.ndarray]]
-    """Of the rows that have a step."""
+    """The results of the rows that have a step."""
     weights: list[list[np.ndarray]]
 
 
@@ -293,7 +293,7 @@ def classic(tf):
     return Classic(output, last, alone, weights)
 
 
-def test_tensorflow_with_padding_and_lengths_equals_each_row_alone(classic):
+def test_tensorflow_equals_each_row_alone(classic):
     _, lengths, hx = classic_problem()
     alone = iter(classic.alone)
     for n, length in enumerate(lengths):
@@ -315,7 +315,7 @@ def test_reproduction_equals_tensorflow_with_its_gru_cell(classic):
 
 
 def run_keras(tf, layer, x, mask, states):
-    """The same by a Keras layer for each direction; the second reads time, and the mask, from the end."""
+    """Runs a Keras layer for each direction. The second reads time, and the mask, from the end."""
     layers = tf.keras.layers
     cls = {"GRU": layers.GRU, "LSTM": layers.LSTM, "RNN_TANH": layers.SimpleRNN}[layer.mode]
     options = {"return_sequences": True, "return_state": True, "zero_output_for_mask": True, "dtype": "float64"}
@@ -335,7 +335,7 @@ def run_keras(tf, layer, x, mask, states):
 
 
 def to_keras(layer, suffix):
-    """Kernel, recurrent kernel and bias: gates z, r, h for r, z, n, with two biases; i, f, c, o for i, f, g, o."""
+    """Returns kernel, recurrent kernel, bias: gates z, r, h for r, z, n, with two biases; i, f, c, o for i, f, g, o."""
     weights = [p.detach().numpy() for name, p in layer.named_parameters() if name.endswith(f"_l0{suffix}")]
     if layer.mode == "GRU":
         w_ih, w_hh, b_ih, b_hh = (np.concatenate([np.split(w, 3)[k] for k in (1, 0, 2)]) for w in weights)

@@ -1,8 +1,8 @@
-"""A device written in Python: each op runs on the CPU tensors within, and what would wait for a device is noted.
+"""A device written in Python: each op runs on the CPU tensors inside, and each wait for the device is noted.
 
-It is as strict as CUDA about ops that mix devices. Recurrent layers take ATen's fused cells there, as on CUDA without
-cuDNN; with `strict_kernel.with_cudnn`, a kernel as strict as cuDNN. No test may have run a backward before this is
-imported: autograd then starts its threads, one for each device that it knows.
+It is as strict as CUDA about ops that mix devices. Recurrent layers run ATen's fused cells there, as on CUDA without
+cuDNN. With `strict_kernel.with_cudnn` they run a kernel as strict as cuDNN. Import this module before any test runs a
+backward, because autograd then starts its threads, one for each device that it knows.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _noted: list[str] = []
 
 @contextmanager
 def watching() -> Iterator[list[str]]:
-    """What waits for the device, by the op's name; `upload` for a copy from the host."""
+    """Notes each op that waits for the device, by its name, and each copy from the host, as `upload`."""
     _noted.clear()
     yield _noted
 
@@ -53,7 +53,7 @@ class SimulatedTensor(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(t is not cls for t in types):
-            return NotImplemented  # a nested tensor takes itself apart
+            return NotImplemented  # a nested tensor unwraps itself
         return run(func, *args, **(kwargs or {}))
 
     def data_ptr(self) -> int:
@@ -70,7 +70,7 @@ class SimulatedTensor(Tensor):
 
 
 def run(func: Any, *args: Any, **kwargs: Any) -> Any:
-    """An op, on the CPU tensors within."""
+    """Runs an op on the CPU tensors inside."""
     name = func._schema.name.removeprefix("aten::")
     given: list[Tensor] = []
     inner = [_each(lambda t: _open(t, given), value) for value in args]
@@ -83,7 +83,7 @@ def run(func: Any, *args: Any, **kwargs: Any) -> Any:
         to_host = to_host or not isinstance(given[0], SimulatedTensor)
         if to_host or not isinstance(given[-1], SimulatedTensor):
             _noted.append(name if to_host else "upload")
-    elif name != "_pack_padded_sequence":  # whose lengths have to be on the CPU
+    elif name != "_pack_padded_sequence":  # its lengths have to be on the CPU
         _refuse_mixed(func, name, args, given)
     if name in WAITS or _depends_on_values(name, args, kwargs):
         _noted.append(name)
@@ -94,13 +94,13 @@ def run(func: Any, *args: Any, **kwargs: Any) -> Any:
         return SimulatedTensor(result[0]), result[1]
     if to_host:
         return given[0] if name == "copy_" else result
-    # An op in place returns what it was given.
+    # An in-place op returns the tensor that it was given.
     same = {id(t.held): t for t in given if isinstance(t, SimulatedTensor)}
     return _each(lambda t: same[id(t)] if id(t) in same else SimulatedTensor(t), result)
 
 
 def _each(change: Callable[[Tensor], Any], value: Any) -> Any:
-    """As a pytree's map, which takes most of the time here."""
+    """Does what a pytree's map does, which would take most of the time here."""
     if isinstance(value, Tensor):
         return change(value)
     return type(value)(_each(change, v) for v in value) if isinstance(value, list | tuple) else value
@@ -110,13 +110,13 @@ def _open(t: Tensor, given: list[Tensor]) -> Tensor:
     given.append(t)
     if not isinstance(t, SimulatedTensor):
         return t
-    # `t.data = ...` and ops that resize would go unseen.
+    # `t.data = ...` and ops that resize would otherwise go unnoticed.
     assert (t.shape, t.dtype) == (t.held.shape, t.held.dtype)
     return t.held
 
 
 def _follow(func: Any, *args: Any, **kwargs: Any) -> None:
-    """`transpose_` and its like, on the outer tensor's own shape and strides."""
+    """Applies `transpose_` and similar ops to the outer tensor's own shape and strides."""
     with no_dispatch():
         before = torch._C._meta_in_tls_dispatch_include()
         torch._C._set_meta_in_tls_dispatch_include(True)
@@ -127,7 +127,7 @@ def _follow(func: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _refuse_mixed(func: Any, name: str, args: Any, given: list[Tensor]) -> None:
-    """As CUDA: a number may come as a CPU tensor without dimensions, and indices may be on the CPU."""
+    """Refuses what CUDA refuses. A number may be a CPU tensor without dimensions, and indices may be on the CPU."""
     if len(given) < 2:
         return
     indices = [i for i in args[1] if i is not None] if name in INDEXING else []
@@ -187,11 +187,11 @@ FUSED = {
     "_thnn_fused_lstm_cell": _lstm,
     "_thnn_fused_lstm_cell_backward_impl": _lstm_backward,
 }
-"""They have no CPU kernel."""
+"""These ops have no CPU kernel."""
 
 
 class _Module:
-    """What `torch.<device>` has to offer."""
+    """The functions that `torch.<device>` must have."""
 
     @staticmethod
     def is_initialized() -> bool:
@@ -232,7 +232,7 @@ backend_registration._setup_privateuseone_for_python_backend("simulated", _Modul
 DEVICE = torch.device("simulated", 0)
 _aten, _any = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
 _any.fallback(run, "PrivateUse1")
-# Their own kernels would give the result its size later, or leave the copy to an op that the fallback does not reach.
+# PyTorch's kernels would set the result's size later, or leave the copy to an op that the fallback does not reach.
 for _op in (torch.ops.aten.arange.default, torch.ops.aten.arange.start, torch.ops.aten.arange.start_step):
     _aten.impl(_op, partial(run, _op), "PrivateUse1")
 _aten.impl(

@@ -1,6 +1,6 @@
 """Tensors whose memory ends, or begins, at a page that may not be touched, and layers run over them.
 
-    python tests/guarded.py < cases.json
+    PYTHONPATH=tests python tests/support/guarded.py 0 < cases.json
 
 runs each case of a JSON list, forward and backward, and compares every result with `backend="scan"` over ordinary
 tensors. One access outside of a tensor ends the process: `run_cases` starts it, and says which case it died in.
@@ -19,33 +19,36 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from oracle import CELLS, as_hx, as_tuple, masked, state_shapes
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from support.oracle import CELLS, as_hx, as_tuple, masked, state_shapes
+
 Case = dict[str, Any]
+TESTS = Path(__file__).parent.parent
 PAGE = mmap.PAGESIZE
 FORMS = ("full", "lengths", "mask", "resets", "lengths and resets", "mask and resets", "packed", "nested", "unbatched")
 SIDES = ("end", "begin")
 SIZES = (1, 2, 3, 5, 7, 8, 9, 15, 17, 31, 33)
-"""Around what vectors of 2 to 16 numbers hold."""
+"""Sizes around the widths of vectors of 2 to 16 numbers."""
 
 
 def random_cases(number: int, seed: int) -> list[Case]:
-    """Cells, forms and sides in turn, so that each meets each; the rest is drawn."""
+    """Draws cases. Cells, forms and sides take turns, so that every combination occurs; the rest is random."""
     draw = random.Random(seed)
     turns = [(cell, form, side) for side in SIDES for form in FORMS for cell in CELLS]
     cases = []
     for k in range(number):
         cell, form, side = turns[k % len(turns)]
         hidden = draw.choice([h for h in SIZES if h > 2])
-        large = draw.random() < 0.1  # work enough for two threads
+        large = draw.random() < 0.1  # enough work for two threads
         case = {
             "cell": cell,
             "form": form,
@@ -70,7 +73,7 @@ def random_cases(number: int, seed: int) -> list[Case]:
     return cases
 
 
-# The parent's side
+# In the parent process
 
 
 def run_cases(cases: Sequence[Case]) -> dict[int, str]:
@@ -78,9 +81,10 @@ def run_cases(cases: Sequence[Case]) -> dict[int, str]:
 
 
 def run_apart(script: str, cases: Sequence[Any], deaths: int = 5) -> dict[int, str]:
-    """What went wrong in a script that calls `run_each`, by the case's number.
+    """Runs a script that calls `run_each`. Returns its faults by the case's number.
 
-    A case that ends its process is one fault, and the rest runs on. After so many deaths the rest counts as failed.
+    A case that ends its process is one fault, and a new process runs the rest. After so many deaths the rest counts as
+    failed.
     """
     faults: dict[int, str] = {}
     first = 0
@@ -98,13 +102,15 @@ def run_apart(script: str, cases: Sequence[Any], deaths: int = 5) -> dict[int, s
 
 
 def _run_child(script: str, cases: Sequence[Any], first: int, faults: dict[int, str]) -> tuple[int, int]:
-    """The last case that it began, and how it ended."""
+    """Runs the cases from `first` on. Returns the last case that began, and the exit status."""
+    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     child = subprocess.run(
         [sys.executable, script, str(first)],
         input=json.dumps(list(cases)),
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"},  # a busy machine has no time to spin
+        # On a busy machine threads must not spin.
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"},
     )
     reached = first
     for line in child.stdout.splitlines():
@@ -116,7 +122,7 @@ def _run_child(script: str, cases: Sequence[Any], first: int, faults: dict[int, 
     return reached, child.returncode
 
 
-# The child's side
+# In the child process
 
 
 @cache
@@ -127,7 +133,7 @@ def _protect() -> Any:
 
 
 def guarded_flat(numel: int, dtype: torch.dtype, side: str) -> Tensor:
-    """New memory, filled with NaN, or with ones: whoever reads what was not written sees it."""
+    """Returns new memory, filled with NaN or with ones, so that a read of unwritten memory shows."""
     if numel == 0:
         return torch.empty(0, dtype=dtype)
     size = numel * dtype.itemsize
@@ -138,13 +144,13 @@ def guarded_flat(numel: int, dtype: torch.dtype, side: str) -> Tensor:
         if _protect()(page, PAGE, 0):
             raise OSError(ctypes.get_errno(), "mprotect")
     offset = PAGE + (inside - size if side == "end" else 0)
-    # The tensor keeps the memory: both go together.
+    # The tensor keeps the memory alive: both are freed together.
     flat = torch.frombuffer(memory, dtype=dtype, count=numel, offset=offset)
     return flat.fill_(torch.nan if dtype.is_floating_point else 1)
 
 
 def guarded(tensor: Tensor, side: str) -> Tensor:
-    """A copy with the same strides; the same tensor where it has holes, or where elements share memory."""
+    """Returns a copy with the same strides, or the tensor itself if it has holes or elements that share memory."""
     span = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
     if tensor.numel() == 0 or span != tensor.numel():
         return tensor
@@ -153,7 +159,7 @@ def guarded(tensor: Tensor, side: str) -> Tensor:
 
 
 class Guarding(TorchDispatchMode):
-    """While it is on, whatever an op of PyTorch allocates, and what comes from NumPy or a list, is guarded."""
+    """Guards every tensor that an op of PyTorch allocates, or that comes from NumPy or a list."""
 
     def __init__(self, side: str) -> None:
         super().__init__()
@@ -171,7 +177,7 @@ class Guarding(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if types or not _allocates(func):  # a nested tensor is known by the offsets that it was made with
+        if types or not _allocates(func):  # a nested tensor must keep the offsets that it was made with
             return result
         if isinstance(result, (list, tuple)):
             return type(result)(map(self._guard, result))
@@ -189,7 +195,7 @@ class Guarding(TorchDispatchMode):
 
 @cache
 def _allocates(func: Any) -> bool:
-    """Whether its results are new memory."""
+    """Returns whether the op's results are new memory."""
     if func.name() in ("aten::_unsafe_view", "aten::lift_fresh"):
         return False
     return all(result.alias_info is None for result in func._schema.returns)
@@ -203,7 +209,7 @@ def make_layer(case: Case, backend: str) -> Any:
 
 
 def given_tensors(case: Case, layer: Any) -> dict[str, Any]:
-    """The tensors of a call, as they stand with the batch first; made anew they are the same."""
+    """Returns the tensors of a call, batch first. They are the same each time."""
     made = torch.Generator().manual_seed(case["seed"])
     lengths_of = np.random.default_rng(case["seed"])
     N, T, I = case["batch"], case["steps"], case["input"]  # noqa: E741
@@ -222,13 +228,13 @@ def given_tensors(case: Case, layer: Any) -> dict[str, Any]:
 
 
 def run_case(case: Case, layer: Any, side: str | None) -> list[Tensor]:
-    """Output, last states and every gradient. Guarded where there is a side."""
+    """Returns the output, last states and every gradient. Guards the tensors if there is a side."""
 
     def own(tensor: Tensor) -> Tensor:
         return tensor.clone() if side is None else guarded(tensor.contiguous(), side)
 
     def laid_out(tensor: Tensor) -> Tensor:
-        """(N, T, ...) in the layer's layout."""
+        """Brings (N, T, ...) into the layer's layout."""
         return own(tensor if layer.batch_first else tensor.transpose(0, 1))
 
     given, form = given_tensors(case, layer), case["form"]
@@ -299,7 +305,7 @@ def check_case(case: Case) -> None:
 
 
 def trespass(case: Case) -> None:
-    """Touch the number just beside a guarded tensor, as a wrong bound would."""
+    """Touches the number just beside a guarded tensor, as a wrong bound would."""
     dtype = getattr(torch, case["dtype"])
     tensor = guarded(torch.ones(33, dtype=dtype), case["side"])
     beside = tensor.data_ptr() + (33 if case["side"] == "end" else -1) * dtype.itemsize
@@ -311,7 +317,7 @@ def trespass(case: Case) -> None:
 
 
 def run_each(check: Callable[[Any], None]) -> None:
-    """The script's part of `run_apart`."""
+    """Runs the cases in the child, and reports to `run_apart`."""
     cases, first = json.load(sys.stdin), int(sys.argv[1])
     for number in range(first, len(cases)):
         print(number, end="", flush=True)
@@ -324,6 +330,6 @@ def run_each(check: Callable[[Any], None]) -> None:
 
 
 if __name__ == "__main__":
-    import torch.fx.experimental.proxy_tensor  # it tells a recording from any other mode
+    import torch.fx.experimental.proxy_tensor  # needed to distinguish a recording from any other mode
 
     run_each(lambda case: trespass(case) if "trespass" in case else check_case(case))

@@ -1,6 +1,6 @@
 """PyTorch's kernels on a CPU, made as strict as cuDNN: they refuse what `_cudnn_rnn` and its backward refuse.
 
-As in aten/src/ATen/native/cudnn/RNN.cpp. The words are those of PyTorch. L layers, D directions, N batch.
+The checks follow aten/src/ATen/native/cudnn/RNN.cpp. The error texts are PyTorch's. L layers, D directions, N batch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from masked_rnn._backends import kernels
 
 
 def with_cudnn(monkeypatch: pytest.MonkeyPatch, runs: Callable[[Tensor], bool] = lambda _x: True) -> None:
-    """Have cuDNN run where `runs` says so, in the shape of a kernel as strict."""
+    """Runs a kernel as strict as cuDNN wherever `runs` returns True."""
     monkeypatch.setattr(kernels, "runs_cudnn", runs)
     for mode, kernel in list(kernels.KERNELS.items()):
         monkeypatch.setitem(kernels.KERNELS, mode, StrictKernel(kernel, runs))
@@ -42,7 +42,7 @@ class StrictKernel:
 
 
 def check_kinds(x: Tensor, others: Sequence[Tensor]) -> None:
-    """As `check_attributes`. Autocast makes the dtypes one before."""
+    """Checks what `check_attributes` checks. Autocast makes the dtypes equal beforehand."""
     for t in others:
         assert t.device == x.device, "Input and parameter tensors are not at the same device"
         if not torch.is_autocast_enabled(x.device.type):
@@ -71,7 +71,7 @@ def check_states(
 
 
 def check_chunk(weights: Sequence[Tensor], has_biases: bool) -> None:
-    """The matrices, then the biases, from the start of their memory on; zeros where there are no biases."""
+    """Checks that matrices, then biases, lie from the start of their memory on, and zeros if there are no biases."""
     inner = [opened(w).detach() for w in weights]
     memory = torch.empty(0, dtype=inner[0].dtype).set_(inner[0].untyped_storage())
     at = 0
@@ -90,7 +90,7 @@ def check_chunk(weights: Sequence[Tensor], has_biases: bool) -> None:
 
 
 def opened(t: Tensor) -> Tensor:
-    """The CPU tensor within one of the simulated device."""
+    """Returns the CPU tensor inside one of the simulated device."""
     inner: Tensor = getattr(t, "held", t)
     return inner
 
@@ -107,7 +107,7 @@ class Run(torch.autograd.Function):
             hx: Any = rest[:n] if n == 2 else rest[0]
             where = () if batch_sizes is None else (batch_sizes,)
             output, *last = kernel(x, *where, hx, list(rest[n:]), *options)
-            if batch_sizes is None and options[5]:  # its memory lies time first
+            if batch_sizes is None and options[5]:  # cuDNN's output lies time first in memory
                 output = output.transpose(0, 1).contiguous().transpose(0, 1)
             return output, *last
 

@@ -1,4 +1,4 @@
-"""The one truth every backend is held to: `torch.nn`'s layer on each sequence alone, in float64.
+"""The reference for every backend: `torch.nn`'s layer on each sequence alone, in float64.
 
 Everything here is batch-first: x (N, T, I), mask (N, T), True at real steps; states (L·D, N, P).
 """
@@ -28,12 +28,12 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "rnn-relu": ("RNN", {"nonlinearity": "relu"}),
 }
 ONE_STATE_AND_TWO = ("gru", "lstm-proj")
-"""What is decided before a cell runs tells cells apart by their states alone."""
+"""One cell with one state, and one with two. Code that runs before a cell distinguishes cells only by their states."""
 INPUT, HIDDEN = 4, 3
 
 
 def torch_before(version: str) -> bool:
-    """Whether this is a torch older than the given release."""
+    """Returns whether torch is older than the given release."""
 
     def numbers(text: str) -> list[int]:
         return [int(part) for part in text.split("+")[0].split(".")[:2]]
@@ -42,7 +42,7 @@ def torch_before(version: str) -> bool:
 
 
 def needs_torch(version: str, what: str) -> Any:
-    """Skip a test where torch is too old; docs/versions.md lists what that is."""
+    """Skips a test if torch is too old. docs/versions.md lists what needs a newer release."""
     return pytest.mark.skipif(torch_before(version), reason=f"{what} needs torch {version}")
 
 
@@ -108,8 +108,8 @@ def oracle(
     pulled: Sequence[Tensor],
     resets: Tensor | None = None,
 ) -> Run:
-    """Each sequence alone, its masked steps cut out and its outputs put back in place; of one that is cut by resets,
-    each segment alone. Found once for the same layer and tensors: a test asks for each backend."""
+    """Runs each sequence alone: cuts out its masked steps and puts its outputs back in place. If resets cut a sequence,
+    each segment runs alone. Results are cached by layer and tensors, because a test asks once for each backend."""
     given = (*layer.parameters(), x, mask, *states, *pulled, *([] if resets is None else [resets]))
     facts = (layer.mode, layer.num_layers, layer.bidirectional, layer.bias, layer.proj_size, len(states), len(given))
     key = hashlib.sha256(repr(facts).encode())
@@ -143,7 +143,7 @@ def _each_alone(
             output = output.index_copy(1, times, ran)
             ends.append(as_tuple(end))
         if ends:
-            # Forwards the last segment leaves the state, backwards the first.
+            # The last segment leaves the forward state, the first segment the backward state.
             forwards = _of_directions(layer, ends[-1], (True, False))
             backwards = _of_directions(layer, ends[0], (False, True))
             own = tuple(a + b for a, b in zip(forwards, backwards, strict=True))
@@ -155,7 +155,7 @@ def _each_alone(
 
 
 def cut(mask: Tensor, resets: Tensor | None) -> list[tuple[Tensor, bool]]:
-    """The times of each segment's real steps (T,), and whether a reset stands before it."""
+    """Returns the times of each segment's real steps (T,), and whether a reset stands before the segment."""
     segments: list[tuple[list[int], bool]] = []
     anew = False
     for t, real in enumerate(mask.tolist()):
@@ -169,7 +169,7 @@ def cut(mask: Tensor, resets: Tensor | None) -> list[tuple[Tensor, bool]]:
 
 
 def _of_directions(layer: Any, states: Sequence[Tensor], kept: tuple[bool, bool]) -> tuple[Tensor, ...]:
-    """States (L·D, 1, P), zero in the directions that are not kept."""
+    """Returns states (L·D, 1, P), zero in the directions that are not kept."""
     D = 2 if layer.bidirectional else 1
     keep = torch.tensor(kept[:D]).repeat(layer.num_layers).view(-1, 1, 1)
     return tuple(torch.where(keep, h, torch.zeros_like(h)) for h in states)
@@ -198,7 +198,7 @@ def _plain_wide(layer: Any) -> Any:
 
 
 def call(layer: Any, x: Tensor, states: Sequence[Tensor] | None, pulled: Sequence[Tensor], **given: Any) -> Run:
-    """The layer under test, in its own layout, brought back to batch-first."""
+    """Runs the layer under test in its own layout, and returns batch-first results."""
     x = x.detach().clone().requires_grad_()
     leaves = [] if states is None else [h.detach().clone().to(x.dtype).requires_grad_() for h in states]
     if not layer.batch_first:
@@ -226,7 +226,7 @@ def assert_same(found: Run, expected: Run, atol: float = 1e-10, note: object = "
 def _assert_close(found: Tensor, expected: Tensor, atol: float, what: str, note: object) -> None:
     found = wide(found)
     if found.shape == expected.shape and bool(((found - expected).abs() <= atol).all()):
-        return  # torch.testing's own way takes ten times as long
+        return  # torch.testing.assert_close takes ten times as long
     torch.testing.assert_close(found, expected, rtol=0, atol=atol, msg=_told(what, note))
 
 
@@ -239,7 +239,7 @@ def every(**options: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def which_ran(monkeypatch: Any) -> list[str]:
-    """The names of the backends that run from here on, as they do."""
+    """Returns a list to which each backend that runs from here on adds its name."""
     names: list[str] = []
     run, takes_the_short_way = _dispatch._run, _dispatch.takes_the_short_way
 

@@ -1,4 +1,4 @@
-"""What the tests of the native loops share."""
+"""Helpers for the tests of the native loops."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import as_hx, as_tuple, masked
 from torch import Tensor
 
 from masked_rnn._backends.bptt import library
 from masked_rnn._backends.bptt.library import LEVELS, Library
+from support.oracle import as_hx, as_tuple, masked
 
-ROOT = Path(__file__).parent.parent
+TESTS = Path(__file__).parent.parent
 found = library.find()
 needs_native = pytest.mark.skipif(isinstance(found, str), reason=f"the native loops do not run: {found}")
 SOURCES = sorted((library.FOLDER / "native").glob("*.cpp"))
-"""None in an installed wheel."""
+"""Empty in an installed wheel."""
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 
 def levels() -> list[Any]:
-    """The kinds of CPU that this one can run; AVX-512 played by AVX2 where that is the highest."""
+    """Returns the kinds of CPU that this one can run. If AVX2 is the highest, it also plays AVX-512."""
     if isinstance(found, str):
         return [pytest.param("default", marks=needs_native)]
     own: list[Any] = list(LEVELS[: found.level + 1])
@@ -41,7 +41,7 @@ def levels() -> list[Any]:
 
 @cache
 def play_avx512(folder: Path) -> Library:
-    """Build the library with AVX-512's loops, their registers and tiles, compiled for AVX2."""
+    """Builds the library with AVX-512's loops, their registers and tiles, compiled for AVX2."""
     flags = ["-std=c++17", "-O1", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-Wno-psabi"]
     assert COMPILER is not None
     command = [COMPILER, *flags, "-DPLAY_AVX512", '-DSOURCES_DIGEST=""', "-c"]
@@ -61,14 +61,14 @@ def use_loops_of_ops(patch: pytest.MonkeyPatch) -> None:
 
 
 def use_own_threads(patch: pytest.MonkeyPatch) -> None:
-    """In place of GNU's OpenMP."""
+    """Makes the loops start threads of their own instead of using GNU's OpenMP."""
     from masked_rnn._backends.bptt import threads
 
     patch.setattr(threads, "_start", lambda: 0)
 
 
 def make(cell: str, inputs: int, hidden: int, fed_back: int | None = None, **options: Any) -> Any:
-    """A layer that runs `bptt`; a projection to `fed_back`, or to half of the hidden size."""
+    """Returns a layer that runs `bptt`. A projection is to `fed_back`, by default to half of the hidden size."""
     if cell == "lstm-proj":
         options["proj_size"] = fed_back or max(1, hidden // 2)
     kind = "lstm" if cell == "lstm-proj" else cell
@@ -78,7 +78,7 @@ def make(cell: str, inputs: int, hidden: int, fed_back: int | None = None, **opt
 def train(
     layer: Any, x: Any, states: Sequence[Tensor], pulls: str = "output and last", **given: Any
 ) -> list[Tensor | None]:
-    """Output, last states, those of inference, and every gradient that is wanted, pulled back from `pulls`."""
+    """Returns the results of training and inference, and every gradient that is wanted, pulled back from `pulls`."""
     generator = torch.Generator().manual_seed(4)
     packs = isinstance(x, torch.nn.utils.rnn.PackedSequence)
     data = x.data if packs else x
@@ -100,7 +100,7 @@ def train(
 
 
 def assert_close(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None], units: float = 30) -> None:
-    """So many units of the greatest number's last place."""
+    """Allows an error of so many units in the last place of the largest number."""
     for a, b in zip(ours, theirs, strict=True):
         assert (a is None) == (b is None)
         if a is None or b is None or not a.numel():
@@ -115,7 +115,7 @@ def assert_equal(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None])
 
 
 def run_python(code: str, **environment: str) -> str:
-    path = os.pathsep.join([str(Path(library.__file__).parents[3]), str(ROOT / "tests")])
+    path = os.pathsep.join([str(Path(library.__file__).parents[3]), str(TESTS)])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2", **environment}
     done = subprocess.run(
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment, check=False
