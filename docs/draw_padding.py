@@ -1,6 +1,6 @@
-"""Draws docs/images/padding.svg: a GRU's state over a padded batch, without lengths and with.
+"""Draws docs/images/padding.svg: a GRU's state over a padded batch, without lengths and with them.
 
-python docs/draw_padding.py, with matplotlib installed.
+Run it by `python docs/draw_padding.py`, with matplotlib installed.
 """
 
 from __future__ import annotations
