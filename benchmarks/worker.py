@@ -111,7 +111,7 @@ class Bench:
         return took
 
     def memory(self, contender: Contender, problem: Problem, small: Problem) -> float:
-        """Returns by how many MiB one training step raises the peak. A small step before loads modules."""
+        """Returns by how many MiB one training step raises the peak, after a small step has loaded modules."""
         self.runner(contender, small).train()
         runner = self.runner(contender, problem)
         before = reset_peak()

@@ -66,7 +66,7 @@ class Mazes:
         self.light, self.junction, self.end = self.draw()
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Draws episodes: is the light on, the step at the junction, the last step. Half of them are cut off."""
+        """Draws whether the light is on, the junction's step and the last step. Half of the episodes are cut off."""
         junction = torch.randint(5, 14, (MAZES,))
         cut_at = (torch.rand(MAZES) * junction).long()
         return torch.rand(MAZES) < 0.5, junction, torch.where(torch.rand(MAZES) < 0.5, cut_at, junction)

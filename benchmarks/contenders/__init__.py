@@ -45,7 +45,7 @@ class Contender:
     is_layer: bool = True
     """False: it has no result to check."""
     devices: tuple[str, ...] = ("cpu",)
-    """Devices on which it can run. If it can run on several, the option `device` chooses."""
+    """Devices on which it can run. If there are several, the option `device` selects one."""
 
     def missing(self) -> list[str]:
         return [package for package in self.needs if find_spec(package) is None]
