@@ -1,4 +1,4 @@
-"""Builds the native loops, where there is a compiler. All else that the package is: pyproject.toml."""
+"""Builds the native loops if there is a compiler. pyproject.toml has the rest of the package's configuration."""
 
 from pathlib import Path
 from runpy import run_path
@@ -11,7 +11,7 @@ DIGEST = run_path(str(ENGINE / "digest.py"))["sources_digest"](ENGINE / "native"
 
 
 class Wheel(bdist_wheel):
-    """The wheel's name tells whether the library is in it: cp311-abi3-<platform>, or py3-none-<platform> without it."""
+    """Names the wheel cp311-abi3-<platform> if the library is in it, else py3-none-<platform>."""
 
     def get_tag(self) -> tuple[str, str, str]:
         python, abi, platform = super().get_tag()
@@ -39,7 +39,7 @@ setup(
             ],
             extra_link_args=["-pthread"],
             py_limited_api=True,
-            optional=True,  # without it the loops of PyTorch's ops run
+            optional=True,  # without the library, the loops of PyTorch's ops run
         )
     ],
 )

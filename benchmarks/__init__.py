@@ -1,1 +1,1 @@
-"""The benchmark suite: `python -m benchmarks --help`, and README.md."""
+"""The benchmark suite. README.md describes it; `python -m benchmarks --help` lists the options."""

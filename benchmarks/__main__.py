@@ -1,4 +1,4 @@
-"""Runs the suite, prints what it found and writes the CSV."""
+"""Runs the benchmark suite, prints the tables and writes the CSV."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .works import run
 
 PUBLISHED = Path(__file__).resolve().parent / "results"
 BUSY = 0.5
-"""The load from which on times are worth little."""
+"""With a load above this, times are not reliable."""
 
 
 def main() -> int:
@@ -109,7 +109,7 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
 
 
 def file_name(quick: bool, plan: Plan) -> str:
-    """<device>-torch<version>-<date>.csv; a run that isn't the whole suite says so."""
+    """Returns <device>-torch<version>-<date>.csv, with more words if the run is not the whole suite."""
     parts = [
         plan.device,
         f"torch{version('torch').split('+')[0]}",
@@ -147,12 +147,12 @@ def card() -> str:
 
 
 def load() -> float:
-    """Over the last minute, where the system tells."""
+    """Returns the load of the last minute. 0 if the system does not report it."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def loops() -> str:
-    """Those that masked_rnn runs in on the CPU."""
+    """Returns which loops masked_rnn runs on the CPU."""
     from masked_rnn import get_env_info
 
     info = get_env_info()
@@ -168,5 +168,5 @@ def processor() -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers are ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers end, too
     sys.exit(main())

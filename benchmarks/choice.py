@@ -1,7 +1,8 @@
-"""What `auto` chooses between on the CPU: `padded` and `bptt`, by how much of a batch is padding.
+"""Times `padded` and `bptt`, between which `auto` chooses on the CPU, on batches with more and less padding.
 
-`python -m benchmarks.choice` prints each shape's times, side by side in one process, what won, and what `auto` took.
-The rule is `kernel_is_faster` in masked_rnn/_backends/kernels.py; docs/backends.md has it in words.
+`python -m benchmarks.choice` prints the times for each shape, measured in one process, the backend that `auto` takes,
+and how much slower it is if it is not the faster one. The rule is `kernel_is_faster` in
+masked_rnn/_backends/kernels.py; docs/backends.md explains it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .report import print_table
 
 SHAPES = ((512, 300, 4), (128, 200, 4), (64, 200, 8), (128, 200, 16), (32, 100, 16), (64, 100, 64), (16, 100, 128))
 SMALL = ((1, 12, 64), (1, 100, 32), (1, 300, 64), (2, 16, 64), (4, 12, 64), (4, 100, 32), (8, 300, 16))
-"""N, T, H; I is H."""
+"""N, T, H. The input size I is H."""
 ROUNDS = 7
 
 

@@ -1,7 +1,8 @@
-"""Numbers below 1e-38, which many CPUs compute tens of times as slowly: masked_rnn beside torch.nn.
+"""Compares masked_rnn with torch.nn on numbers below 1e-38, which many CPUs compute tens of times as slowly.
 
 `python -m benchmarks.denormals` prints, for each cell, how many times as long a training step (forward, backward of the
-output) takes on input, states and gradients of 1e-40 as on ordinary ones. A loop that stumbles over them shows tens.
+output) takes on input, states and gradients of 1e-40 as on ordinary ones. If a loop is slowed down by them, the number
+is above ten.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def train(layer: nn.Module, x: Tensor) -> None:
 
 
 def slower_by(work: Callable[[Tensor], None], rounds: int) -> float:
-    """Times as long on tiny numbers as on ordinary ones, which take turns."""
+    """Returns how many times as long the work takes on tiny numbers as on ordinary ones. The two take turns."""
     ordinary = torch.rand(STEPS, BATCH, WIDTH)
     inputs = (ordinary, ordinary * TINY)
     times: tuple[Times, Times] = ({}, {})

@@ -1,7 +1,7 @@
-"""Batches of sequences of like length, against random ones: how much less time an epoch of training takes.
+"""Times an epoch of training over random batches, and over batches of sequences of similar length.
 
 `python -m benchmarks.like_lengths` prints the time of an epoch (forward, backward of the output) over random batches,
-and how many times as long that is as over batches made as docs/recipes.md makes them. The two take turns.
+and how many times as long it is as over batches that are made as in docs/recipes.md. The two take turns.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .measure import Times, ratio
 from .report import print_table
 
 SEQUENCES, LONGEST, BATCH, POOL, WIDTH = 3200, 200, 32, 50, 128
-"""A pool is so many batches, whose sequences are sorted by length."""
+"""A pool of POOL batches is sorted by length."""
 Forward = Callable[[Tensor, Tensor], Tensor]
 """Input (N, T, I), lengths (N,) -> output."""
 
@@ -63,7 +63,7 @@ def contenders() -> dict[str, tuple[nn.Module, Forward]]:
 
 
 def epoch(layer: nn.Module, forward: Forward, batches: list[Tensor]) -> float:
-    """Seconds, of the layer alone: its input is made before."""
+    """Returns the seconds that the layer takes, without the time to make its input."""
     seconds = 0.0
     for lengths in batches:
         x = torch.randn(len(lengths), int(lengths.max()), WIDTH)

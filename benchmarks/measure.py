@@ -1,4 +1,4 @@
-"""Timing in turns: A B C A B C …, so that what slows the machine for a while slows all alike."""
+"""Timing in turns, A B C A B C …, so that a machine that is slow for a while slows all contenders equally."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .problem import Problem
 from .worker import ContenderError, Worker
 
 TURN = 0.1
-"""Seconds that one turn lasts if a step is shorter; the median of its steps counts."""
+"""Seconds of one turn. Shorter steps are repeated, and their median counts."""
 MOST_ROUNDS = 200
 
 
@@ -34,9 +34,10 @@ def take_turns(
     told: Callable[[str], None],
     give_up: Callable[[Entry, str], None],
 ) -> dict[Entry, Times]:
-    """Until the seconds are used up, shared equally; an entry that has used its share sits out, but not too early.
+    """Times entries in turns until the seconds, which they share equally, are used up.
 
-    The check that went before was each entry's warm-up. An entry that raises is given up, and has no times.
+    An entry that has used its share takes no more turns, but each has `least_rounds`. The check before was each entry's
+    warm-up. An entry that raises is given up, and has no times.
     """
     share = seconds / len(entries)
     turn = min(TURN, share / least_rounds)
@@ -60,5 +61,5 @@ def take_turns(
 
 
 def ratio(ours: Times, theirs: Times) -> float:
-    """How many times as long as ours, by the rounds in which both ran."""
+    """Returns how many times as long as ours theirs took: the median over the rounds in which both ran."""
     return median(theirs[k] / ours[k] for k in ours.keys() & theirs.keys())

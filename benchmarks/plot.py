@@ -1,4 +1,4 @@
-"""Draws the figures of README and docs from the CSV of a run, legible on light and on dark pages.
+"""Draws the charts of the docs from the CSV of a run. They can be read on light and on dark pages.
 
 `python -m benchmarks.plot FILE.csv … [--out docs/images]`
 """
@@ -18,7 +18,7 @@ from .contenders import CONTENDERS
 from .rows import Row, read
 
 GREY = "#7a7a7a"
-"""Text and lines: a contrast above 4 on white and on black."""
+"""The color of text and lines: its contrast is above 4 on white and on black."""
 COLOURS = {
     "masked_rnn": "#d9480f",
     "recipe": "#3b82c4",
@@ -30,7 +30,7 @@ COLOURS = {
     "onnxruntime": "#c75c8d",
 }
 WIDTH = 5.0
-"""Inches: letters are about as large as the text's on a phone, where a picture is 360 pixels wide."""
+"""In inches. On a phone, where a picture is 360 pixels wide, its letters are about as large as the text's."""
 LABELS = {c.name: c.label for c in CONTENDERS}
 STYLE = {
     "axes.edgecolor": GREY,
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def bars(cell: str, work: str, rows: Sequence[Row]) -> Figure:
-    """How many times as long as masked_rnn the others take, by shape. Of Keras's two ways, the faster."""
+    """Draws how many times as long as masked_rnn the others take, by shape. For Keras, the faster of its two ways."""
     shapes = list(dict.fromkeys(row.shape for row in rows))
     groups = [["recipe"], ["padded"], ["keras", "keras-xla"], ["flax"], ["paddle"], ["onnxruntime"]]
     groups = [group for group in groups if any(row.contender in group for row in rows)]
@@ -119,7 +119,7 @@ def growth(cell: str, work: str, rows: Sequence[Row]) -> Figure:
 
 
 def plain_ticks(axis: Axis) -> None:
-    """Of a logarithmic axis."""
+    """Labels a logarithmic axis with plain numbers."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())

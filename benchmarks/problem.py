@@ -1,4 +1,4 @@
-"""What is run: a shape, and the arrays that belong to it, the same in every process.
+"""Problems for the contenders: a shape and its arrays, which are the same in every process.
 
 T time, N batch, I input, H hidden, D directions, L layers.
 """
@@ -47,7 +47,7 @@ SHAPES = (
 
 class Data(NamedTuple):
     input: Array
-    """(N, T, I), random at padding too: a contender that reads padding is found out."""
+    """(N, T, I), random at padding too, so that a contender that reads padding gives wrong results."""
     lengths: Array
     weights: dict[str, Array]
     """By nn.GRU's names."""
@@ -62,13 +62,13 @@ class Problem:
     cell: str
     shape: Shape
     full: bool = False
-    """Every length is T, and a layer that can do without lengths gets none."""
+    """True: every length is T, and a layer that can run without lengths gets none."""
     hidden_bias: bool = True
     """False: b_hn is zero, for a GRU without that bias."""
     seed: int = 0
 
     def lengths(self) -> Array:
-        """Uniform on [1, T], one of them T. A seed gives every T the same fractions of it."""
+        """Draws lengths uniform on [1, T], one of them T. A seed gives the same fractions of any T."""
         N, T = self.shape.N, self.shape.T
         if self.full:
             return np.full(N, T)
@@ -102,9 +102,9 @@ class Problem:
         return Data(normal(N, T, I), lengths, weights, d_output, d_states)
 
     def flops(self, step: str) -> int:
-        """Of the products that a step ("train" or "infer") can't do without, at real steps only.
+        """Counts the operations of the products that a step ("train" or "infer") needs, at real steps only.
 
-        Forward: W_ih x and W_hh h. Backward: dh, dW_hh, dW_ih; dx between layers, not of the input.
+        Forward: W_ih x and W_hh h. Backward: dh, dW_hh, dW_ih, and dx between layers, but not dx of the input.
         """
         _, _, I, H, L, _ = self.shape  # noqa: E741
         D, rows = self.shape.D, int(self.lengths().sum())
@@ -116,9 +116,9 @@ class Problem:
 
 
 class Result(NamedTuple):
-    """What a contender gives back for checking, laid out as torch lays it out."""
+    """A contender's results for the check, in torch's layout."""
 
     output: Array
     states: tuple[Array, ...]
     grads: dict[str, Array] | None
-    """By nn.GRU's names; those the contender has. None: it doesn't train."""
+    """By nn.GRU's names, those that the contender has. None if it doesn't train."""

@@ -1,7 +1,7 @@
-"""What a run prints: progress, speed-ups by shape, memory, and the share of the peak.
+"""Prints progress, and tables of speed-ups by shape, memory, and the share of the peak.
 
-`python -m benchmarks.report FILE.csv … [--of masked_rnn-ops]` prints the tables of earlier runs, as
-docs/benchmarks.md has them.
+`python -m benchmarks.report FILE.csv … [--of masked_rnn-ops]` prints the tables of earlier runs, like those in
+docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ Progress = tuple[Callable[[str], None], Callable[[int], None], Callable[[], None
 
 @contextmanager
 def progress() -> Iterator[Progress]:
-    """Functions: what is being done, how many steps there will be, one is done. Plain lines without rich."""
+    """Yields functions that report what is being done, how many steps there are, and that one is done.
+
+    Without the package rich, they print plain lines.
+    """
     try:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bar
@@ -40,11 +43,11 @@ def progress() -> Iterator[Progress]:
 
 OURS = "masked_rnn"
 AGAINST = (("recipe",), ("padded",), ("keras", "keras-xla"), ("flax",), ("paddle",), ("onnxruntime",))
-"""Keras counts by the faster of its two ways."""
+"""In each group, the faster counts: Keras has two ways."""
 
 
 def held_against(rows: Sequence[Row], of: str) -> list[Row]:
-    """The rows with ratios to another contender than masked_rnn: those of the medians."""
+    """Returns the rows with ratios to the contender `of` in place of masked_rnn: ratios of the median ratios."""
     own = {(row.cell, row.work, row.shape): row.ratio_to_masked_rnn for row in rows if row.contender == of}
     found = []
     for row in rows:
@@ -54,7 +57,7 @@ def held_against(rows: Sequence[Row], of: str) -> list[Row]:
 
 
 def print_speedups(rows: Sequence[Row], of: str = OURS) -> None:
-    """How many times as long as a contender the others take, a line for each shape."""
+    """Prints how many times as long as a contender the others take, a line for each shape."""
     together = {names[0]: names for names in AGAINST}
     known = dict.fromkeys([of, f"{OURS}-ops", *together, *(c.name for c in CONTENDERS)])
     for cell, work in dict.fromkeys((row.cell, row.work) for row in rows):
@@ -76,7 +79,7 @@ def print_speedups(rows: Sequence[Row], of: str = OURS) -> None:
 
 
 def print_summary(rows: Sequence[Row], of: str = OURS) -> None:
-    """How many times as fast a contender is: the geometric mean over shapes, the worst and the best."""
+    """Prints how many times as fast a contender is: the geometric mean over shapes, the worst and the best."""
     for cell in dict.fromkeys(row.cell for row in rows):
         mine = [row for row in rows if row.cell == cell]
         works = [w for w in ("training", "training without lengths", "inference") if any(r.work == w for r in mine)]
@@ -92,7 +95,7 @@ def print_summary(rows: Sequence[Row], of: str = OURS) -> None:
 
 
 def print_peaks(rows: Sequence[Row]) -> None:
-    """Memory that a training step adds, and products a second beside those of large `torch.mm`."""
+    """Prints the memory that a training step adds, and products a second beside those of large `torch.mm`."""
     memory = [[r.cell, r.shape, r.contender, f"{r.peak_mib:.0f}"] for r in rows if r.peak_mib]
     speed = [[r.cell, r.shape, r.contender, f"{r.gflops:.0f}"] for r in rows if r.gflops]
     for unit, table in (("MiB", memory), ("GFLOP/s", speed)):
@@ -102,7 +105,7 @@ def print_peaks(rows: Sequence[Row]) -> None:
 
 
 def print_table(table: Sequence[Sequence[str]]) -> None:
-    """As Markdown."""
+    """Prints a table as Markdown."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for k, line in enumerate(table):
         print("| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |")

@@ -1,8 +1,8 @@
-"""Resets within rows, as in reinforcement learning: masked_rnn beside loops written by hand, and TorchRL.
+"""Compares masked_rnn with loops written by hand and TorchRL on resets within rows, as in reinforcement learning.
 
 `python -m benchmarks.resets` prints how many times as long as `MaskedGRU(...)(x, hx, resets=resets)` each of them takes
 in training (forward, backward of the output under a fixed random cotangent, every parameter's gradient) and inference.
-A contender whose output or gradients differ from ours is called wrong, and not timed.
+A contender whose output or gradients differ from ours is printed as wrong, and is not timed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Contender(NamedTuple):
     """The output (N, T, H)."""
 
     def run(self, cotangent: Tensor, learns: bool) -> tuple[Tensor, ...]:
-        """The output; in training the gradients of w_ih, w_hh, b_ih and b_hh as well."""
+        """Returns the output; in training also the gradients of w_ih, w_hh, b_ih and b_hh."""
         with torch.set_grad_enabled(learns):
             output = self.forward()
         gradients = torch.autograd.grad(output, list(self.layer.parameters()), cotangent) if learns else ()
@@ -59,7 +59,7 @@ class Contender(NamedTuple):
 def draw(steps: int, device: str) -> Task:
     torch.manual_seed(1)
     resets = torch.rand(BATCH, steps) < 1 / EPISODE
-    resets[0, 0] = True  # so that a state which is handed in is dropped, too
+    resets[0, 0] = True  # so that an initial state is dropped, too
     x, cotangent = torch.randn(2, BATCH, steps, WIDTH)
     return Task(*(t.to(device) for t in (x, torch.randn(1, BATCH, WIDTH), resets, cotangent)))
 
@@ -83,7 +83,7 @@ def loop_cell(task: Task) -> Contender:
 
 
 def loop_gru(task: Task) -> Contender:
-    """As CleanRL and sb3-contrib run nn.LSTM: the layer, a step at a time."""
+    """Runs nn.GRU one step at a time, as CleanRL and sb3-contrib run nn.LSTM."""
     layer, keep = nn.GRU(WIDTH, WIDTH, batch_first=True, device=task.x.device), 1 - task.resets.float()
 
     def forward() -> Tensor:
@@ -97,13 +97,16 @@ def loop_gru(task: Task) -> Contender:
 
 
 def torchrl(task: Task, backend: str = "pad") -> Contender:
-    """`pad`, its default, cuts rows at resets, pads the pieces and packs them for nn.GRU; `scan` goes step by step."""
+    """Runs TorchRL's GRUModule.
+
+    Its default backend `pad` cuts rows at resets, pads the pieces and packs them for nn.GRU. `scan` runs step by step.
+    """
     from tensordict import TensorDict
     from torchrl.modules import GRUModule, set_recurrent_mode
 
     keys = {"in_keys": ["x", "state"], "out_keys": ["output", ("next", "state")]}
     module = GRUModule(WIDTH, WIDTH, recurrent_backend=backend, device=task.x.device, **keys)
-    # As a rollout leaves it: a state for each step, of which those that pieces begin with are read.
+    # A rollout has a state for each step. The module reads those at the beginning of pieces.
     states = torch.zeros(*task.resets.shape, 1, WIDTH, device=task.x.device)
     states[:, 0, 0] = task.hx[0] * ~task.resets[:, :1]
 
@@ -125,12 +128,12 @@ OTHERS: dict[str, Callable[[Task], Contender]] = {
 
 
 def compare(ours: Contender, other: Contender, cotangent: Tensor, learns: bool, budget: float) -> tuple[str, Times]:
-    """How many times as long as ours the other takes, or by how much it is wrong; and our seconds.
+    """Returns how many times as long as ours the other takes, or by how much it is wrong; and our seconds.
 
-    They take turns until the budget is spent; without one, each has one turn. The check is their warm-up.
+    They take turns until the budget is spent. Without a budget, each has one turn. The check is their warm-up.
     """
     found, expected = other.run(cotangent, learns), ours.run(cotangent, learns)
-    # Gradients are sums over all steps: relative to the largest, where that is above 1.
+    # Gradients are sums over all steps, so their errors are relative to the largest value, if that is above 1.
     scales = [1.0, *(max(1.0, g.abs().max().item()) for g in expected[1:])]
     apart = [((a - b).abs().max() / scale).item() for a, b, scale in zip(found, expected, scales, strict=True)]
     if not all(d <= TOLERANCE for d in apart):
@@ -163,7 +166,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     busy = load()
 
-    torch.backends.cudnn.allow_tf32 = False  # which is no cause to call a contender wrong
+    torch.backends.cudnn.allow_tf32 = False  # else its rounding would count as a wrong result
     task = draw(QUICK_STEPS if arguments.quick else STEPS, arguments.device)
     ours = masked(task)
     seconds: dict[str, list[float]] = {"training": [], "inference": []}
@@ -178,7 +181,7 @@ def main() -> None:
                 budget = 0 if arguments.quick else arguments.budget
                 cells[work, name], mine = compare(ours, other, task.cotangent, work == "training", budget)
                 seconds[work] += mine.values()
-        except Exception as error:  # whatever a package that does not fit this torch raises
+        except Exception as error:  # a package that does not fit this torch may raise anything
             if not name.startswith("torchrl"):
                 raise
             left_out.append(f"left out: {name} ({type(error).__name__}: {error})")

@@ -1,4 +1,4 @@
-"""One row of the CSV, and the file."""
+"""The rows of the CSV, and how the file is written and read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Row:
     median_ms: float | None = None
     quartile_range_ms: float | None = None
     ratio_to_masked_rnn: float | None = None
-    """Median over the rounds of its time through masked_rnn's: above one, masked_rnn is faster (or smaller)."""
+    """Its time divided by masked_rnn's, median over the rounds. Above 1, masked_rnn is faster (or smaller)."""
     rounds: int | None = None
     peak_mib: float | None = None
     gflops: float | None = None
@@ -34,7 +34,7 @@ class Row:
 
 
 def write(path: Path, rows: Iterable[Row], facts: Mapping[str, str]) -> None:
-    """Facts about the run go first, as comments."""
+    """Writes the CSV. It begins with facts about the run, as comments."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         for name, fact in facts.items():
@@ -58,7 +58,7 @@ def read(path: Path) -> list[Row]:
 
 
 def speedups(rows: Iterable[Row], work: str, against: Sequence[str]) -> dict[str, float]:
-    """By shape: how many times as fast as the fastest of those it is held against."""
+    """Returns, by shape, how many times as fast masked_rnn is as the fastest of the contenders `against`."""
     found: dict[str, float] = {}
     for row in rows:
         if row.work == work and row.contender in against and row.ratio_to_masked_rnn:

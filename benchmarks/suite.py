@@ -1,4 +1,4 @@
-"""What every work needs: who takes part, who was found right, the turns, and the rows that come of them."""
+"""The parts that every work needs: the choice of contenders, their check, the timing in turns, and the rows."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ BY_CELL = ("growth", "memory", "peak", "one_step", "threads", "busy")
 WORKS = ("training", "inference", *BY_CELL)
 ON_CUDA = ("training", "inference", "growth", "one_step")
 TF32 = 5e-3
-"""What an output may be off by where products are made in TensorFloat-32, as cuDNN's are."""
+"""The tolerance where products are made in TensorFloat-32, as cuDNN's are."""
 STEPS = {"training": "train", "inference": "infer"}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything."""
+    """The works, shapes and contenders of a run, and how long it may take."""
 
     cells: tuple[str, ...] = ("gru", "lstm", "rnn")
     works: tuple[str, ...] = WORKS
     shapes: tuple[Shape, ...] = SHAPES
     only: tuple[str, ...] | None = None
-    """Names of the contenders that masked_rnn meets; None: all."""
+    """Names of the contenders to compare with masked_rnn. None: all."""
     backends: bool = False
     """Also time masked_rnn with each backend forced."""
     captured: bool = False
@@ -41,7 +41,7 @@ class Plan:
     least_rounds: int = 7
     growth: tuple[int, ...] = (250, 500, 1000, 2000, 4000)
     recipe_up_to: int = 2000
-    """The recipe's cost is quadratic in T: at 4000 a step takes minutes."""
+    """The longest T for the recipe: its cost is quadratic in T, and at 4000 a step takes minutes."""
     memory: int = 2000
     threads: int = 2
     device: str = "cpu"
@@ -61,12 +61,12 @@ QUICK = Plan(
 class Suite:
     plan: Plan
     told: Callable[[str], None]
-    """What is being done, for the progress bar."""
+    """Reports to the progress bar what is being done."""
     advance: Callable[[], None]
-    """One of `steps()` is done."""
+    """Reports that one of `steps()` is done."""
     rows: list[Row] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
-    """Why, by contender and, where it is not for the whole run, by shape."""
+    """The reason, by contender, and by shape if it is not left out for the whole run."""
     workers: dict[str, Worker] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
@@ -82,7 +82,7 @@ class Suite:
         return len(self.plan.cells) * (each + sum(work in works for work in BY_CELL))
 
     def contenders(self, cell: str) -> list[Contender]:
-        """Those that can run here; the others are left out by name."""
+        """Returns the contenders that can run here. The names of the others go to `left_out`."""
         wanted = (*CONTENDERS, *(BACKENDS * self.plan.backends), *(CAPTURED * self.plan.captured))
         device = self.plan.device
         chosen = [c for c in wanted if c == OURS or self.plan.only is None or c.name in self.plan.only]
@@ -99,7 +99,7 @@ class Suite:
         return worker
 
     def race(self, suffix: str, contenders: Sequence[Contender], problem: Problem, works: Sequence[str]) -> None:
-        """The works of one shape, by contenders that were found right."""
+        """Checks contenders at one shape, and times the works of those that are right."""
         title = f"{problem.cell} {problem.shape}"
         fine = self.found_right(contenders, problem, "training" in works)
         for work in works:
@@ -111,7 +111,7 @@ class Suite:
         self.drop()
 
     def found_right(self, contenders: Sequence[Contender], problem: Problem, training: bool) -> list[Contender]:
-        """Checks both steps of each against the oracle; a contender that fails is left out, and named."""
+        """Checks both steps of each contender against the oracle. One that fails goes to `left_out`."""
         fine = []
         truths: dict[Problem, Result] = {}
         for contender in contenders:

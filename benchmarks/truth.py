@@ -1,4 +1,4 @@
-"""The truth that every contender must meet before it is timed: what each sequence alone gives, in float64."""
+"""Right results for the check of contenders before they are timed: those of each sequence alone, in float64."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from .problem import CELLS, PARTS, Array, Problem, Result, Shape
 
 LAYERS: dict[str, type[nn.RNNBase]] = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
 TOLERANCE = 1e-4
-"""Of float32 against the truth, relative to the largest true value."""
+"""The largest allowed error of float32, relative to the largest true value."""
 
 
 def oracle(problem: Problem, training: bool) -> Result:
-    """By the equations, a step at a time; a row's state is held where it has no step, which `prove` proves right."""
-    torch.set_num_threads(1)  # the products are small: on a busy machine a second thread only waits
+    """Computes the results by the equations, step by step, and holds a row's state where it has no step.
+
+    `prove` checks this against each sequence alone.
+    """
+    torch.set_num_threads(1)  # the products are too small for a second thread to help
     data, (_, T, _, _, L, _) = problem.data(), problem.shape
     weights = {name: torch.from_numpy(w).double().requires_grad_(training) for name, w in data.weights.items()}
     real = torch.arange(T) < torch.from_numpy(data.lengths)[:, None]
@@ -44,7 +47,7 @@ def oracle(problem: Problem, training: bool) -> Result:
 
 
 def step(cell: str, a: Tensor, g: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """From a = W_ih x + b_ih and g = W_hh h + b_hh to the next states."""
+    """Computes the next states from a = W_ih x + b_ih and g = W_hh h + b_hh."""
     h = states[0]
     if cell == "gru":
         (a_r, a_z, a_n), (g_r, g_z, g_n) = a.chunk(3, 1), g.chunk(3, 1)
@@ -59,7 +62,7 @@ def step(cell: str, a: Tensor, g: Tensor, states: tuple[Tensor, ...]) -> tuple[T
 
 
 def prove() -> None:
-    """That on a small problem the oracle gives what torch's layers give for each sequence alone."""
+    """Checks on a small problem that the oracle gives what torch's layers give for each sequence alone."""
     for cell in CELLS:
         problem = Problem(cell, Shape(5, 6, 3, 4, 2, True))
         if wrong := faults(problem, oracle(problem, True), alone(problem), 1e-12):
@@ -67,7 +70,7 @@ def prove() -> None:
 
 
 def alone(problem: Problem) -> Result:
-    """torch's own layer on one sequence after the other, in float64."""
+    """Runs torch's own layer on one sequence after the other, in float64."""
     data, shape = problem.data(), problem.shape
     layer = LAYERS[problem.cell](shape.I, shape.H, shape.L, bidirectional=shape.bidirectional, dtype=torch.float64)
     layer.load_state_dict({name: torch.from_numpy(w) for name, w in data.weights.items()})
@@ -86,7 +89,7 @@ def alone(problem: Problem) -> Result:
 
 
 def faults(problem: Problem, result: Result, truth: Result, tolerance: float = TOLERANCE) -> list[str]:
-    """What is wrong with a result, in words. Outputs are compared at real steps only."""
+    """Returns what is wrong with a result, in words. Outputs are compared at real steps only."""
     if len(result.states) != len(truth.states):
         return [f"{len(result.states)} last states instead of {len(truth.states)}"]
     real = np.arange(problem.shape.T) < problem.lengths()[:, None]
@@ -106,5 +109,5 @@ def _fault(name: str, ours: Array, true: Array, tolerance: float) -> str:
         return f"{name} has shape {ours.shape}, not {true.shape}"
     error = float(
         np.abs(ours - true).max() / (np.abs(true).max() or 1)
-    )  # one step from a state of zeros: W_hh has no gradient
+    )  # after one step from a zero state, W_hh has a gradient of 0
     return "" if error <= tolerance else f"{name} is off by {error:.1e} of its largest value"

@@ -1,11 +1,11 @@
-"""Times this checkout's CPU layers against those of another one, in turns: how much faster a change has made them.
+"""Times this checkout's CPU layers and those of another one, in turns, to show how much faster a change made them.
 
     git worktree add ../before 7380e2d  # 1.6.0
     python -m benchmarks.versions --other ../before
 
-Each checkout runs in a process of its own, stopped while the other works. A figure is the median over the rounds of
-(the other's time / ours). Behind it stand the products that each side makes a second, over the whole call, as a share
-of what torch.mm makes: where the other is near it, there is little left to win.
+Each checkout runs in its own process, which is stopped while the other works. A figure is the median over the rounds of
+(the other's time / ours). After it come the products that each side makes a second, over the whole call, as a share of
+those of torch.mm. If the other's share is near 100 %, there is little to gain.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from typing import Any
 from .problem import CELLS, SHAPES, Problem, Shape
 
 SGEMM = 2048
-"""Rows and columns of the matrices whose product is the measure."""
+"""The size of the square matrices that torch.mm multiplies for comparison."""
 HERE = Path(__file__).resolve().parent.parent
 
 
 class Checkout:
-    """A process that imports `masked_rnn` from a folder, and times its layers."""
+    """A process that imports `masked_rnn` from a folder and times its layers."""
 
     def __init__(self, folder: Path, threads: int, environment: dict[str, str]) -> None:
         code = f"import sys; sys.path.insert(0, {str(folder)!r}); import masked_rnn; "
@@ -59,7 +59,7 @@ class Checkout:
 
 
 def serve(threads: int) -> None:
-    """The far end: answers a cell, a shape, whether to train, whether lengths are given, and for how long to run."""
+    """Runs in a checkout's process. A question is a cell, a shape, whether every length is T, a step, and seconds."""
     import torch
 
     from .contenders.bare_products import Sgemm
@@ -89,7 +89,7 @@ def shape_of(text: str) -> Shape:
 
 
 def compare(sides: list[Checkout], problem: Problem, step: str, arguments: argparse.Namespace, title: str) -> float:
-    """Print how many times as fast the first side is at one shape, and return it."""
+    """Prints how many times as fast the first side is at one shape, and returns it."""
     question = (problem.cell, tuple(problem.shape), problem.full, step)
     for side in sides:
         side.ask(*question, 0)
@@ -136,5 +136,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the checkouts' processes, often stopped, end too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that stopped checkouts end, too
     main()

@@ -1,7 +1,7 @@
-"""A process for each framework, so that none meets another's threads, and only one works at a time.
+"""Runs each framework in its own process, so that their threads do not disturb each other. Only one works at a time.
 
-The timing is taken inside. A worker whose turn is over is stopped by a signal, so that threads which spin while they
-wait for work (OpenMP's do) cost the next one nothing.
+The time is measured inside the process. A worker whose turn is over is stopped by a signal, so that threads that spin
+while they wait for work (OpenMP's do) cost the next worker nothing.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ ENVIRONMENT = {
 
 
 class ContenderError(Exception):
-    """What a contender raised, or that its process died."""
+    """A contender raised an error, or its process died."""
 
 
 class Worker:
-    """The near end. Every method of `Bench` can be called on it."""
+    """The main process's handle of a worker. Every method of `Bench` can be called on it."""
 
     def __init__(self, threads: int, device: str = "cpu") -> None:
         self.log = tempfile.NamedTemporaryFile()  # noqa: SIM115
@@ -83,7 +83,7 @@ class Worker:
 
 
 class Bench:
-    """The far end: the contenders of one framework, at work."""
+    """Runs the contenders of one framework inside a worker process."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
@@ -100,7 +100,7 @@ class Bench:
         return self.runner(contender, problem).result(training)
 
     def turn(self, contender: Contender, problem: Problem, step: str, seconds: float) -> list[float]:
-        """The seconds that each step took: as many as fit, at least one."""
+        """Runs steps for so many seconds, at least one step. Returns how long each took."""
         run = getattr(self.runner(contender, problem), step)
         took: list[float] = []
         while not took or sum(took) < seconds:
@@ -111,7 +111,7 @@ class Bench:
         return took
 
     def memory(self, contender: Contender, problem: Problem, small: Problem) -> float:
-        """MiB by which one training step raises the peak, after a small step that loads what is loaded once."""
+        """Returns by how many MiB one training step raises the peak, after a small step has loaded modules."""
         self.runner(contender, small).train()
         runner = self.runner(contender, problem)
         before = reset_peak()
@@ -133,7 +133,7 @@ def serve(pipe: Connection, threads: int, device: str, log_path: str) -> None:
     log = os.open(log_path, os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    if hasattr(os, "sched_setaffinity"):  # for frameworks that take every core they may use
+    if hasattr(os, "sched_setaffinity"):  # some frameworks use every core that they may
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     bench = Bench(threads)
     while True:
@@ -148,7 +148,7 @@ def serve(pipe: Connection, threads: int, device: str, log_path: str) -> None:
 
 
 def reset_peak() -> int:
-    """Bytes in use now. On Linux the peak starts again from here."""
+    """Returns the bytes in use now. On Linux the peak starts again from here."""
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")

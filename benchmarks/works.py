@@ -1,5 +1,7 @@
-"""The works, each of which adds its rows to the suite's: training and inference by shape; then, for each cell, growth
-over T, memory, the share of the machine's peak, a call of one step, more threads, and a busy machine.
+"""The works, each of which adds its rows to the suite's.
+
+They are training and inference by shape; then, for each cell, growth over T, memory, the share of the machine's peak, a
+call of one step, more threads, and a busy machine.
 """
 
 from __future__ import annotations
@@ -34,7 +36,10 @@ def long(T: int) -> Shape:
 
 
 def one_step(suite: Suite, cell: str) -> None:
-    """A step, as one decodes, acts or streams, without lengths and with, all 1; against PyTorch's layer."""
+    """Times a call of one step, as in decoding, acting or streaming, without lengths and with (all 1).
+
+    It is compared with PyTorch's layer.
+    """
     contenders = [c for c in suite.contenders(cell) if c in (OURS, PADDED)]
     for shape, with_lengths in product(ONE_STEP, (False, True)):
         suffix = " of one step" + " with lengths" * with_lengths
@@ -42,7 +47,7 @@ def one_step(suite: Suite, cell: str) -> None:
 
 
 def threads(suite: Suite, cell: str) -> None:
-    """Training on one thread, and on all: how many times as fast."""
+    """Times training on one thread, and on all."""
     problem = Problem(cell, SHARED)
     suite.found_right([OURS], problem, True)
     alone = replace(OURS, name="masked_rnn, one thread")
@@ -57,7 +62,7 @@ def threads(suite: Suite, cell: str) -> None:
 
 
 def busy(suite: Suite, cell: str) -> None:
-    """Training on a quiet machine, and beside a process that keeps one core busy, in turns."""
+    """Times training on a quiet machine, and beside a process that keeps one core busy, in turns."""
     problem = Problem(cell, SHARED)
     contenders = [c for c in suite.contenders(cell) if c in (OURS, PADDED, RECIPE)]
     fine = suite.found_right(contenders, problem, True)
@@ -76,7 +81,7 @@ def busy(suite: Suite, cell: str) -> None:
 
 
 def growth(suite: Suite, cell: str) -> None:
-    """Training over T, every T in one interleaving: the slow ones twice, the others as long as there is time."""
+    """Times training at every T, all in turns: the slow ones twice, the others as long as there is time."""
     entries = []
     for T in suite.plan.growth:
         problem = Problem(cell, long(T))
@@ -91,7 +96,7 @@ def growth(suite: Suite, cell: str) -> None:
 
 
 def memory(suite: Suite, cell: str) -> None:
-    """The peak that one training step adds, each in a process of its own."""
+    """Measures how much memory one training step adds to the peak, each contender in its own process."""
     problem = Problem(cell, long(suite.plan.memory))
     peaks = {}
     for contender in suite.contenders(cell):
@@ -111,7 +116,7 @@ def memory(suite: Suite, cell: str) -> None:
 
 
 def peak(suite: Suite, cell: str) -> None:
-    """Products a second in training, and the most that this machine does in a plain product."""
+    """Measures products a second in training, and the most that this machine reaches in a plain product."""
     problems = [Problem(cell, shape) for shape in PEAK_SHAPES]
     for problem in problems:
         suite.found_right([OURS], problem, True)
@@ -139,7 +144,7 @@ def peak(suite: Suite, cell: str) -> None:
 
 
 class _Beside:
-    """A worker whose turns are taken beside a neighbour."""
+    """A worker whose turns run beside a process that keeps a core busy, the neighbour."""
 
     def __init__(self, worker: Worker, neighbour: int) -> None:
         self.worker, self.neighbour = worker, neighbour
@@ -156,7 +161,7 @@ class _Beside:
 
 @contextmanager
 def _neighbour() -> Iterator[int]:
-    """The process that keeps a core busy, stopped until its time comes."""
+    """Starts the process that keeps a core busy. It is stopped except during turns."""
     process = get_context("spawn").Process(target=_keep_busy, daemon=True)
     process.start()
     assert process.pid is not None
@@ -192,7 +197,7 @@ RUN: dict[str, Callable[[Suite, str], None]] = {
 
 
 def run(suite: Suite) -> None:
-    """Run the works of a plan, cell by cell."""
+    """Runs the works of a plan, cell by cell."""
     prove()
     works = [work for work in STEPS if work in suite.plan.works]
     for cell in suite.plan.cells:

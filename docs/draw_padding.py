@@ -1,6 +1,6 @@
-"""Draws docs/images/padding.svg: a GRU's state over a padded batch, without lengths and with.
+"""Draws docs/images/padding.svg: a GRU's state over a padded batch, without lengths and with them.
 
-python docs/draw_padding.py, with matplotlib installed.
+Run it by `python docs/draw_padding.py`, with matplotlib installed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main() -> None:
         with_lengths, _ = MaskedGRU.from_gru(gru)(x, lengths=LENGTHS)
 
     mpl.rcParams.update({"text.color": GREY, "axes.labelcolor": GREY, "svg.hashsalt": "masked_rnn", "font.size": 11})
-    mpl.rcParams["svg.fonttype"] = "none"  # the reader's own fonts
+    mpl.rcParams["svg.fonttype"] = "none"  # text stays text, in the reader's fonts
     figure = Figure(figsize=(5.2, 3.2), layout="constrained")
     columns = figure.subplots(len(LENGTHS), 2, sharex=True, sharey=True)
     titles = ("nn.GRU(x):\nthe state runs on through padding", "MaskedGRU(x, lengths=[16, 9, 4]):\nit stops")

@@ -1,6 +1,6 @@
-"""Draws docs/images/semantics-*.svg: the examples of docs/semantics.md, as the layer computes them.
+"""Draws docs/images/semantics-*.svg, the pictures of docs/semantics.md, from what the layer computes.
 
-python docs/draw_semantics.py
+Run it by `python docs/draw_semantics.py`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def drawn(titles: list[str], rows: int, parts: list[str]) -> str:
 
 
 def steps(x: Tensor, mask: Tensor, hx: Tensor | None = None, resets: Tensor | None = None) -> str:
-    """A row for each sequence: its initial state, if there is one, its steps and its last state."""
+    """Draws a row for each sequence: its initial state, if there is one, its steps and its last state."""
     counting = MaskedRNN(1, 1, nonlinearity="relu", bias=False, batch_first=True)
     for weight in counting.parameters():
         nn.init.ones_(weight)
@@ -69,7 +69,7 @@ def steps(x: Tensor, mask: Tensor, hx: Tensor | None = None, resets: Tensor | No
 
 
 def layout() -> str:
-    """A row for each sequence: the states of its layers and directions, side by side."""
+    """Draws a row for each sequence: the states of its layers and directions, side by side."""
     h_0 = torch.tensor([[[10.0 * n + k] for n in range(3)] for k in range(4)])
     layer = MaskedRNN(1, 1, num_layers=2, bidirectional=True, batch_first=True)
     with torch.no_grad():

@@ -1,6 +1,6 @@
-"""Docstrings as mkdocs needs them: Sphinx's marks, as in torch.nn's own docstrings, turned into Markdown.
+"""Turns docstrings into Markdown for mkdocs: they have Sphinx's marks, as torch.nn's own docstrings do.
 
-Equations become HTML, which every browser draws without a script or a font of its own.
+Equations become HTML, which every browser shows without a script or an extra font.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _equation(match: re.Match[str]) -> str:
 
 
 def to_html(latex: str) -> str:
-    """What of LaTeX the docstrings use; anything else is an error."""
+    """Converts the LaTeX that the docstrings use. Other LaTeX raises an error."""
 
     def replaced(part: re.Match[str]) -> str:
         low, high, command, letter = part.groups()
@@ -56,11 +56,11 @@ def to_html(latex: str) -> str:
 
 
 def _described(match: re.Match[str]) -> str:
-    """Not a list of names that the reader of docstrings knows: a heading, and what stands below it."""
+    """Makes `Inputs` or `Outputs`, which mkdocstrings does not know as a section, a heading with text below it."""
     names = ", ".join(f"`{name}`" for name in match[2].split(", "))
     return f"**{match[1]}:** {names}\n\n{textwrap.dedent(match[3])}"
 
 
 def _listed(match: re.Match[str]) -> str:
-    """A remark below a list is no item of it."""
+    """Separates a remark below a list from the list, so that it does not become an item."""
     return f"{match[1]}:\n{match[2]}\n{textwrap.dedent(match[3])}"

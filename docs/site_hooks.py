@@ -1,6 +1,6 @@
-"""What mkdocs asks while it builds the site: pages that other files own, and links that leave docs/.
+"""Hooks of mkdocs, which add pages made from files outside of docs/, and change links that leave docs/.
 
-A page in PAGES has no file in docs/. Its text is that of files in the repository, or of some of their sections.
+A page in PAGES has no file in docs/. Its text comes from files in the repository, or from some of their sections.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PAGES: dict[str, list[tuple[str, list[str] | None]]] = {
     "contributing.md": [("CONTRIBUTING.md", WHOLE)],
     "changelog.md": [("CHANGELOG.md", WHOLE)],
 }
-"""From which files each page comes, and which of their sections; "" is what stands before the first."""
+"""For each page, its source files and the sections it takes from them. "" is the text before the first section."""
 CODE = re.compile(r"(?<=<code>)[^<]*(?=</code>)")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:)([^)#]*)(#[^)]*)?\)")
 
@@ -38,7 +38,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Long names in tables may be broken at their joints; the browser breaks them nowhere else."""
+    """Allows line breaks inside long names in tables, at dots, slashes and underscores. A browser would allow none."""
     return re.sub(r"<t[dh][ >].*?</t[dh]>", lambda cell: CODE.sub(with_breaks, cell[0]), html, flags=re.DOTALL)
 
 
@@ -47,7 +47,7 @@ def with_breaks(code: re.Match[str]) -> str:
 
 
 def text_of(page: str, repository: str | None = None) -> str:
-    """A page in PAGES. Its first heading is of level 1; what comes from further files stands below it."""
+    """Returns the text of a page in PAGES. Its first heading has level 1; further parts are sections below it."""
     parts = []
     for source, wanted in PAGES[page]:
         found = sections((ROOT / source).read_text())
@@ -57,7 +57,7 @@ def text_of(page: str, repository: str | None = None) -> str:
 
 
 def sections(text: str) -> dict[str, str]:
-    """The text of each section of level 2 by its heading. What comes before the first has the name ""."""
+    """Returns the text of each section of level 2 by its heading. The text before the first has the name ""."""
     found = {"": ""}
     title = ""
     for line, is_code in lines(text):
@@ -69,7 +69,7 @@ def sections(text: str) -> dict[str, str]:
 
 
 def at_level(text: str, level: int) -> str:
-    """The same section with its first heading, and those below it, moved to a level."""
+    """Returns a section with its first heading moved to a level, and those below it by as much."""
     first = next((line for line, is_code in lines(text) if is_heading(line, is_code)), "# ")
     by = level - len(first.split(" ")[0])
     return "".join(
@@ -82,7 +82,7 @@ def is_heading(line: str, is_code: bool) -> bool:
 
 
 def lines(text: str) -> list[tuple[str, bool]]:
-    """Each line, and whether it stands in a fence of code."""
+    """Returns each line, and whether it belongs to a fenced block of code."""
     found, is_code = [], False
     for line in text.splitlines(keepends=True):
         is_fence = line.startswith("```")
@@ -92,7 +92,7 @@ def lines(text: str) -> list[tuple[str, bool]]:
 
 
 def with_links(text: str, source: str, repository: str | None) -> str:
-    """Links of a file of the repository, made to work on the site."""
+    """Changes the links of a file of the repository so that they work on the site."""
 
     def replaced(link: re.Match[str]) -> str:
         image, label, target, anchor = link.groups()
@@ -111,12 +111,15 @@ def with_links(text: str, source: str, repository: str | None) -> str:
 
 
 def with_pipes(line: str) -> str:
-    r"""In a table GitHub needs \| within code; Python's Markdown would print the backslash."""
+    r"""Replaces \| within code of a table. GitHub needs the backslash; Python's Markdown would print it."""
     return re.sub(r"`[^`]*`", lambda code: code[0].replace(r"\|", "|"), line) if line.startswith("|") else line
 
 
 def page_of(path: str, anchor: str | None) -> str | None:
-    """The page of a file that holds a heading. If none does it is the file's first page, where mkdocs will miss it."""
+    """Returns the page that holds a heading of a file. If none does, returns the file's first page.
+
+    mkdocs then reports the missing heading.
+    """
     pages = [(page, wanted) for page, parts in PAGES.items() for source, wanted in parts if source == path]
     for page, wanted in pages:
         for title, text in sections((ROOT / path).read_text()).items():
@@ -128,5 +131,5 @@ def page_of(path: str, anchor: str | None) -> str | None:
 
 
 def anchor_of(heading: str) -> str:
-    """As GitHub makes it, and the site's table of contents."""
+    """Returns the anchor that GitHub and the site's table of contents make of a heading."""
     return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")

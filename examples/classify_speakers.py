@@ -1,17 +1,17 @@
-"""Tell nine speakers by their voice, from the last hidden state: the same model with lengths and without.
+"""Classifies nine speakers by their voice, from the last hidden state: the same model with lengths and without.
 
 The data are 640 real utterances of two vowels, /ae/, by nine men: 12 LPC cepstrum coefficients a frame, 7 to 29
-frames an utterance. (JapaneseVowels: 270 to train on, 370 to test on. aeon carries it, nothing is downloaded.)
-Utterances are zero-padded to the longest of their batch, as is usual. One model is given their lengths, the other
-isn't.
+frames an utterance. (JapaneseVowels: 270 for training, 370 for testing. The package aeon contains it; nothing is
+downloaded.) Utterances are zero-padded to the longest of their batch, as is usual. One model gets their lengths, the
+other does not.
 
-Both learn the task. Then the test batch is padded by more frames, as happens when a batch holds one long utterance:
-the model with lengths answers exactly as before, the other has learned how much padding to expect.
+Both learn the task. Then the test batch is padded by more frames, as happens when a batch contains one long utterance.
+The model with lengths answers exactly as before. The other one has learned to expect a certain amount of padding.
 
     python -m pip install -e ".[examples]"
     python examples/classify_speakers.py
 
-prints both accuracies and draws examples/output/classify_speakers.png. `--short` is a quick trial of a few epochs.
+This prints both accuracies and draws examples/output/classify_speakers.png. `--short` is a quick trial of a few epochs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PLOT = Path(__file__).parent / "output" / "classify_speakers.png"
 EXTRA_FRAMES = (0, 5, 10, 20, 30, 50, 100)
 REQUIRED_ACCURACY = 0.95
 Data = tuple[list[Tensor], Tensor]
-"""Utterances, each (frames, 12), and who speaks each, 0 to 8."""
+"""Utterances, each (frames, 12), and the speaker of each, 0 to 8."""
 
 
 class SpeakerClassifier(nn.Module):
@@ -58,7 +58,7 @@ def main() -> None:
     args = parser.parse_args()
     epochs = 4 if args.short else args.epochs
 
-    # The matrices are so small that a second thread waits more than it works.
+    # The matrices are too small for a second thread to help.
     torch.set_num_threads(1)
     train, test = load()
     models: dict[str, SpeakerClassifier] = {}
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def load() -> tuple[Data, Data]:
-    """The standard split, each coefficient scaled by its mean and deviation over the training frames."""
+    """Returns the standard split, each coefficient normalized by its mean and deviation over the training frames."""
     data = []
     for split in ("train", "test"):
         utterances, speakers = load_japanese_vowels(split=split)
@@ -110,7 +110,7 @@ def load() -> tuple[Data, Data]:
 
 
 def train_epochs(model: SpeakerClassifier, data: Data, epochs: int, use_lengths: bool) -> Iterator[None]:
-    """Yields after each epoch."""
+    """Trains a model, and yields after each epoch."""
     utterances, speakers = data
     batch_size, peak = 32, 5e-3
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak)
@@ -131,14 +131,14 @@ def train_epochs(model: SpeakerClassifier, data: Data, epochs: int, use_lengths:
 
 
 def batch(utterances: list[Tensor], extra_frames: int = 0) -> tuple[Tensor, Tensor]:
-    """Zero-padded to the longest and then by some more: (N, T, 12), and the lengths (N,)."""
+    """Returns utterances zero-padded to the longest and by some more frames, (N, T, 12), and their lengths (N,)."""
     x = pad_sequence(utterances, batch_first=True)
     return pad(x, (0, 0, 0, extra_frames)), torch.tensor([len(u) for u in utterances])
 
 
 @torch.no_grad()
 def predict(model: SpeakerClassifier, data: Data, use_lengths: bool, extra_frames: int = 0) -> Tensor:
-    """Who speaks each utterance, all of them in one batch."""
+    """Returns the predicted speaker of each utterance. All utterances run in one batch."""
     x, lengths = batch(data[0], extra_frames)
     return model.eval()(x, lengths if use_lengths else None).argmax(1)
 

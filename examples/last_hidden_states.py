@@ -1,9 +1,9 @@
-"""What padding does to a GRU's last hidden state, and what `lengths` does about it.
+"""Shows how padding changes a GRU's last hidden state, and how `lengths` prevents it.
 
-1. One small sequence, ids 1 2 3, beside the same sequence padded with a 0: without lengths and with.
+1. One small sequence, ids 1 2 3, and the same sequence padded with a 0: without lengths and with them.
 2. A batch of real sentences of unequal length, one of them empty, each compared with the same sentence run alone.
 
-Both parts end in checks, so the command fails if what it prints is not so. It needs nothing but torch:
+Both parts end in checks, so the command fails if a printed result is wrong. It needs only torch:
 
     python examples/last_hidden_states.py
 """
@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from masked_rnn import MaskedGRU
 
-# Emily Dickinson, 1891; and a sentence without a single character, as real data has them.
+# Emily Dickinson, 1891, and an empty sentence, as it occurs in real data.
 SENTENCES = [
     '"Hope" is the thing with feathers',
     "That perches in the soul,",
@@ -37,9 +37,9 @@ def main() -> None:
 
 @torch.no_grad()
 def three_runs_of_one_sequence(bidirectional: bool) -> None:
-    """Ids 1 2 3 as one-hot vectors, hidden size 1: unpadded; padded by id 0; padded by id 0 with lengths=[3].
+    """Runs ids 1 2 3 as one-hot vectors, hidden size 1: unpadded; padded by id 0; padded by id 0 with lengths=[3].
 
-    The id 0 becomes the vector [1, 0, 0, 0]: padding is a step like any other to a layer that isn't told its length.
+    The id 0 becomes the vector [1, 0, 0, 0]. Without lengths, the layer runs padding as a step like any other.
     """
     torch.manual_seed(7)
     gru = MaskedGRU(input_size=4, hidden_size=1, batch_first=True, bidirectional=bidirectional)
@@ -71,7 +71,7 @@ def three_runs_of_one_sequence(bidirectional: bool) -> None:
 
 @torch.no_grad()
 def a_batch_of_sentences() -> None:
-    """Characters in, two layers, two directions: the last state of every row, against nn.GRU on that row alone."""
+    """Compares each sentence's last state in a batch with that of nn.GRU on the sentence alone."""
     torch.manual_seed(0)
     alphabet = sorted(set("".join(SENTENCES)))
     embed = nn.Embedding(1 + len(alphabet), 16, padding_idx=0)  # embeds padding as zeros, which still move a GRU
@@ -89,7 +89,7 @@ def a_batch_of_sentences() -> None:
     print("\nLast states of a padded batch: largest difference from the same sentence run alone by nn.GRU\n")
     print(f"  {'sentence':<40}{'length':>6}{'nn.GRU':>12}{'MaskedGRU, lengths':>22}")
     for row, sentence in enumerate(SENTENCES):
-        # nn.GRU refuses an empty sequence. No step is taken, so the initial state of zeros remains.
+        # nn.GRU refuses an empty sequence. Its last state must be its initial state, which is zero.
         alone = flatten(plain(embed(sequences[row])[None])[1])[0] if sentence else torch.zeros(2 * 2 * 32)
         wrong = largest_difference(without_lengths[row], alone)
         right = largest_difference(with_lengths[row], alone)
@@ -100,7 +100,7 @@ def a_batch_of_sentences() -> None:
 
 
 def flatten(h_n: Tensor) -> Tensor:
-    """nn.GRU's last states (layers · directions, N, H) as MaskedGRU returns them: (N, layers · directions · H)."""
+    """Turns nn.GRU's last states (layers · directions, N, H) into MaskedGRU's form: (N, layers · directions · H)."""
     return h_n.transpose(0, 1).flatten(1)
 
 

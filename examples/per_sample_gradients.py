@@ -1,13 +1,13 @@
-"""One gradient for each sequence of a padded batch, by torch.func: what training with privacy asks for.
+"""Computes one gradient for each sequence of a padded batch, by torch.func, as training with privacy needs.
 
-DP-SGD (Abadi et al., 2016) bounds what a model can learn from any one person: each sample's own gradient is clipped to
-a fixed norm before the gradients are averaged and noise is added. A batch's usual gradient is already a mean, too late
-to clip. vmap(grad(...)) gives all the samples' gradients at once, and the samples' lengths are mapped over too.
+DP-SGD (Abadi et al., 2016) bounds what a model can learn from any one person. It clips each sample's own gradient to a
+fixed norm, averages the gradients and adds noise. The usual gradient of a batch is already a mean, so it can't be
+clipped for each sample. vmap(grad(...)) gives the gradients of all samples at once. It maps over their lengths too.
 
-Here a MaskedGRU learns to tell nine speakers by their voice (JapaneseVowels, which aeon carries; nothing is
-downloaded). The per-sample gradients are first compared with a loop in which each utterance runs alone, without
-padding. Then the model is trained by DP-SGD. How much privacy the noise buys is a matter for a privacy accountant,
-which is not shown.
+Here a MaskedGRU learns to classify nine speakers by their voice (JapaneseVowels, which the package aeon contains;
+nothing is downloaded). The per-sample gradients are first compared with a loop in which each utterance runs alone,
+without padding. Then the model is trained by DP-SGD. A privacy accountant would compute how much privacy the noise
+gives; this is not shown.
 
     python -m pip install -e ".[examples]"
     python examples/per_sample_gradients.py
@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from masked_rnn import MaskedGRU
 
 Gradients = dict[str, Tensor]
-"""A parameter's name -> its gradients, one a sample: (N, *the parameter's shape)."""
+"""A parameter's name -> its gradients, one for each sample: (N, *the parameter's shape)."""
 CLIP = 1.0
 NOISE = 0.5
 TOLERANCE = 1e-4
@@ -47,7 +47,7 @@ class SpeakerClassifier(nn.Module):
 
 def main() -> None:
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # the matrices are so small that a second thread waits more than it works
+    torch.set_num_threads(1)  # the matrices are too small for a second thread to help
     utterances, speakers = load("train")
     x = pad_sequence(utterances, batch_first=True)
     lengths = torch.tensor([len(u) for u in utterances])
@@ -56,11 +56,11 @@ def main() -> None:
     def loss(params: Gradients, x: Tensor, length: Tensor, speaker: Tensor) -> Tensor:
         return cross_entropy(functional_call(model, params, (x, length)), speaker)
 
-    # The parameters are shared (None); utterances, lengths and speakers are taken one by one (0).
+    # All samples share the parameters (None); each has its own utterance, length and speaker (0).
     per_sample = vmap(grad(loss), in_dims=(None, 0, 0, 0))
     params = {name: p.detach() for name, p in model.named_parameters()}
 
-    per_sample(params, x, lengths, speakers)  # the first call loads what torch.func needs: not timed
+    per_sample(params, x, lengths, speakers)  # not timed: the first call loads modules for torch.func
     start = time.perf_counter()
     together = per_sample(params, x, lengths, speakers)
     middle = time.perf_counter()
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def one_by_one(model: SpeakerClassifier, utterances: list[Tensor], speakers: Tensor) -> Gradients:
-    """Plain autograd, one unpadded utterance at a time."""
+    """Returns the gradients by plain autograd, one unpadded utterance at a time."""
     names = [name for name, _ in model.named_parameters()]
     grads = [
         torch.autograd.grad(cross_entropy(model(u), s), list(model.parameters()))
@@ -104,12 +104,12 @@ def one_by_one(model: SpeakerClassifier, utterances: list[Tensor], speakers: Ten
 
 
 def norm(gradients: Gradients) -> Tensor:
-    """Each sample's gradient norm over all parameters: (N,)."""
+    """Returns each sample's gradient norm over all parameters, (N,)."""
     return torch.cat([g.flatten(1) for g in gradients.values()], dim=1).norm(dim=1)
 
 
 def clip(gradients: Gradients) -> tuple[Gradients, Tensor]:
-    """Each sample's gradient, shortened to norm CLIP where it is longer, and the norms before."""
+    """Scales each sample's gradient down to norm CLIP if it is longer. Returns the gradients and the norms before."""
     norms = norm(gradients)
     scale = (CLIP / norms).clamp(max=1.0)
     return {name: torch.einsum("n,n...->n...", scale, g) for name, g in gradients.items()}, norms
@@ -124,7 +124,7 @@ def evaluate(model: SpeakerClassifier, params: Gradients, utterances: list[Tenso
 
 
 def load(split: str) -> tuple[list[Tensor], Tensor]:
-    """Utterances, each (frames, 12), and who speaks each, 0 to 8."""
+    """Returns utterances, each (frames, 12), and the speaker of each, 0 to 8."""
     utterances, speakers = load_japanese_vowels(split=split)
     return (
         [torch.tensor(u.T, dtype=torch.float32) for u in utterances],

@@ -1,21 +1,21 @@
-"""Walk a maze and remember what stood at its entrance: a recurrent policy whose state starts anew with each episode.
+"""Trains a recurrent policy in a maze. It has to remember the first step, and its state starts anew in each episode.
 
 The maze is a T. At the first step of an episode a light is on or off. A corridor of 4 to 12 steps follows, in which
 nothing is seen. At the junction the policy turns left or right: right is correct if the light was on. Half of the
-episodes are cut off before the junction, as by a time limit, and the next one begins without a sign of it. So a light
-that was on may belong to the last episode, and only `resets` tell the policy which.
+episodes are cut off before the junction, as by a time limit, and the policy does not see that the next one begins. So a
+light that was on may belong to the last episode, and only `resets` say whether it does.
 
-The policy is a MaskedGRU and a linear layer, trained by REINFORCE. It acts in 64 mazes, step by step, and hands the
-state on. In learning, a whole rollout goes through the layer in one call, with `resets` where an episode starts: about
-nine episodes in each row. The log-probabilities of learning have to equal those of acting.
+The policy is a MaskedGRU and a linear layer, trained by REINFORCE. It acts in 64 mazes, step by step, and passes the
+state from step to step. To learn, one call runs a whole rollout, with `resets` where an episode starts: about nine
+episodes in each row. The example checks that acting and learning give the same log-probabilities.
 
-Beside it, with the same seeds: the same policy without resets, whose state runs on from one episode into the next, and
-one without memory, reset before each step.
+With the same seeds, it trains two other policies: the same one without resets, whose state runs on from one episode
+into the next, and one without memory, whose state is reset before each step.
 
     python -m pip install -e ".[examples]"
     python examples/recurrent_policy.py
 
-prints how often each one turns correctly at the end of training, for five seeds, and draws
+This prints how often each policy turns correctly at the end of training, for five seeds, and draws
 examples/output/recurrent_policy.png, or the file given by `--out`. `--short` is a quick trial of a few updates.
 """
 
@@ -40,7 +40,7 @@ COLOURS = {"with resets": "#2e7fc2", "without resets": "#c0392b", "without memor
 GREY = "#7a7a7a"
 MAZES, STEPS, HIDDEN = 64, 64, 32
 LAST = 20
-"""Updates at the end of training over which correct turns are counted."""
+"""Correct turns are counted over so many updates at the end of training."""
 
 
 class Policy(nn.Module):
@@ -59,25 +59,25 @@ class Policy(nn.Module):
 
 
 class Mazes:
-    """Mazes side by side. Where an episode ends, the next one begins."""
+    """Many mazes at once. When an episode ends, the next one begins in the same maze."""
 
     def __init__(self) -> None:
         self.t = torch.zeros(MAZES, dtype=torch.long)
         self.light, self.junction, self.end = self.draw()
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Whether the light is on, the step at the junction, and the last step: half of the episodes are cut off."""
+        """Draws whether the light is on, the junction's step and the last step. Half of the episodes are cut off."""
         junction = torch.randint(5, 14, (MAZES,))
         cut_at = (torch.rand(MAZES) * junction).long()
         return torch.rand(MAZES) < 0.5, junction, torch.where(torch.rand(MAZES) < 0.5, cut_at, junction)
 
     def observe(self) -> tuple[Tensor, Tensor]:
-        """What is seen (N, 2): the light and the junction. And where an episode starts (N,)."""
+        """Returns the observations (N, 2), which are light and junction, and where an episode starts (N,)."""
         starts = self.t == 0
         return torch.stack([self.light & starts, self.t == self.junction], 1).float(), starts
 
     def step(self, actions: Tensor) -> Tensor:
-        """The rewards (N,): 1 for a correct turn, -1 for a wrong one, 0 away from the junction."""
+        """Runs a step. Returns the rewards (N,): 1 for a correct turn, -1 for a wrong one, 0 away from the junction."""
         correct = actions.bool() == self.light
         rewards = torch.where(self.t == self.junction, 2.0 * correct - 1, 0.0)
         ended = self.t == self.end
@@ -90,7 +90,7 @@ class Mazes:
 
 
 def train(variant: str, seed: int, updates: int) -> Tensor:
-    """The share of correct turns in each update's rollout, (updates,)."""
+    """Trains a policy. Returns the share of correct turns in each update's rollout, (updates,)."""
     torch.manual_seed(seed)  # the same initial weights for all variants
     policy, mazes = Policy(variant), Mazes()
     optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
@@ -128,7 +128,7 @@ def main() -> None:
     args = parser.parse_args()
     seeds, updates = (1, 20) if args.short else (args.seeds, args.updates)
 
-    torch.set_num_threads(1)  # the matrices are so small that a second thread waits more than it works
+    torch.set_num_threads(1)  # the matrices are too small for a second thread to help
     table = Table("policy", *(f"seed {seed}" for seed in range(seeds)), "processor time, s", title="Correct turns, %")
     shares: dict[str, Tensor] = {}
     for variant in COLOURS:
@@ -151,10 +151,10 @@ def final(shares: Tensor) -> Tensor:
 
 
 def plot(shares: dict[str, Tensor], out: Path) -> None:
-    """The mean over seeds in a band from the worst to the best, each over ten updates."""
+    """Plots the mean over seeds, in a band from the worst seed to the best. Each point is a mean over ten updates."""
     mpl.rcParams.update({"text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY, "font.size": 11})
     mpl.rcParams.update({"xtick.color": GREY, "ytick.color": GREY, "svg.hashsalt": "masked_rnn"})
-    mpl.rcParams["svg.fonttype"] = "none"  # the reader's own fonts
+    mpl.rcParams["svg.fonttype"] = "none"  # text stays text, in the reader's fonts
     figure = Figure(figsize=(5.2, 3.2), layout="constrained")
     axes = figure.subplots()
     for (variant, of_seeds), style in zip(shares.items(), ("-", "--", ":"), strict=True):

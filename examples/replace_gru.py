@@ -1,11 +1,11 @@
-"""Existing code with nn.GRU and a checkpoint: change one line, then give lengths.
+"""Replaces nn.GRU in existing code with a checkpoint: one line is changed, then lengths are given.
 
-1. `Before` is a model as one finds it, built on nn.GRU. Its weights are saved to a file.
-2. `After` differs in the line that makes the layer. It loads the same file and gives the same results.
-3. `AfterWithLengths` passes `lengths` on. Only now do the results change: they no longer depend on padding.
-4. `MaskedGRU.from_gru` does the same to a model that is already in memory.
+1. `Before` is a common model, built on nn.GRU. Its weights are saved to a file.
+2. `After` differs only in the line that makes the layer. It loads the same file and gives the same results.
+3. `AfterWithLengths` passes `lengths` to the layer. Its results differ: they no longer depend on padding.
+4. `MaskedGRU.from_gru` replaces the layer of a model that is already in memory.
 
-It needs nothing but torch:
+It needs only torch:
 
     python examples/replace_gru.py
 """
@@ -108,7 +108,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 def gradient_difference(a: nn.Module, b: nn.Module, x: Tensor) -> float:
-    """Of one loss, over all parameters."""
+    """Returns the largest difference between the gradients of one loss, over all parameters."""
     grads = [torch.autograd.grad(m(x).square().sum(), list(m.parameters())) for m in (a, b)]
     return max(difference(g, h) for g, h in zip(*grads, strict=True))
 

@@ -1,12 +1,12 @@
-"""A long signal, a few steps at a time: the state handed on from window to window, as if all had come at once.
+"""Runs a long signal window by window. The state goes from window to window, so the result is that of the whole signal.
 
-Two sensors' signals of different length are fed in windows to a layer that runs forwards. What comes out is compared
-with the whole signal at once. The processor time of a window is printed: it does not grow with what came before, and
-other work on the machine does not count.
+The signals of two sensors, of different length, run in windows through a layer of one direction. The result is compared
+with that of the whole signal in one call. The processor time of a window is printed. It does not grow with the number
+of windows before, and other work on the machine does not count.
 
     python examples/stream.py
 
-needs nothing but torch. `--short` is a shorter signal.
+This needs only torch. `--short` is a shorter signal.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> None:
     steps = 1_000 if args.short else args.steps
 
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # processor time counts a second thread's waiting, too
+    torch.set_num_threads(1)  # processor time would count the waiting of a second thread, too
     layer = MaskedGRU(8, 64, num_layers=2, batch_first=True).eval()
     signal = torch.randn(2, steps, 8)
     lengths = torch.tensor([steps, steps * 3 // 5])  # the second sensor stops early
@@ -53,13 +53,13 @@ def main() -> None:
 
 
 def stream(layer: MaskedGRU, signal: Tensor, lengths: Tensor, window: int) -> tuple[Tensor, Tensor, list[float]]:
-    """The outputs of all windows side by side, the last state, and the processor time of each window."""
+    """Returns the outputs of all windows, concatenated, the last state, and the processor time of each window."""
     state: Tensor | None = None
     outputs, seconds = [], []
     for start in range(0, signal.size(1), window):
         part = signal[:, start : start + window]
         began = time.process_time()
-        # How many of the window's steps are real: 0 once a signal has ended, and then its state stands still.
+        # The lengths in this window are 0 once a signal has ended; its state then does not change.
         output, state = layer(part, state, lengths=(lengths - start).clamp(0, part.size(1)))
         seconds.append(time.process_time() - began)
         outputs.append(output)

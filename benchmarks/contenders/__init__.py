@@ -1,4 +1,4 @@
-"""The contenders: which there are, what each needs, and what it can do. Importing this imports no framework."""
+"""The list of contenders, with the packages and the abilities of each. Importing this module imports no framework."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ..problem import CELLS, Problem, Result
 
 
 class Runner(Protocol):
-    """A contender at work on one problem. Building it may be slow; `infer` and `train` are timed and must block."""
+    """Runs a contender on one problem. Building it may be slow. `infer` and `train` are timed, and must block."""
 
     def __init__(self, problem: Problem, threads: int, **options: Any) -> None: ...
 
     def infer(self) -> Any:
-        """The output and last states, without gradients."""
+        """Computes the output and last states, without gradients."""
 
     def train(self) -> Any:
-        """Forward, backward of output and last states under the problem's cotangents, every parameter's gradient."""
+        """Runs forward, and backward of output and last states under the problem's cotangents, to every parameter."""
 
     def result(self, training: bool) -> Result: ...
 
@@ -30,22 +30,22 @@ class Runner(Protocol):
 class Contender:
     name: str
     module: str
-    """Of this package; contenders of one module share a process."""
+    """A module of this package. Contenders of one module share a process."""
     runner: str
     """The class in that module."""
     needs: tuple[str, ...]
-    """Packages, by the names they are imported by."""
+    """The packages, by the names under which they are imported."""
     options: Mapping[str, Any] = field(default_factory=dict, compare=False)
     trains: bool = True
     takes_lengths: bool = True
-    """False: runs over padding, so it can only be right, and is only checked, where every length is T."""
+    """False: it runs over padding, so it is right only if every length is T, and is checked only then."""
     has_hidden_bias: bool = True
-    """False: its GRU has no b_hn, so it is checked with that bias zero."""
+    """False: its GRU has no b_hn, so it runs with weights in which this bias is zero."""
     cells: tuple[str, ...] = CELLS
     is_layer: bool = True
-    """False: there is no result to check."""
+    """False: it has no result to check."""
     devices: tuple[str, ...] = ("cpu",)
-    """Those it can run on; one that can choose is built with the option `device`."""
+    """Devices on which it can run. If there are several, the option `device` selects one."""
 
     def missing(self) -> list[str]:
         return [package for package in self.needs if find_spec(package) is None]
@@ -54,7 +54,7 @@ class Contender:
         return self if self.devices == ("cpu",) else replace(self, options={**self.options, "device": device})
 
     def fit(self, problem: Problem) -> Problem:
-        """The problem with weights that the contender can carry."""
+        """Returns the problem with weights that the contender can have."""
         return problem if self.has_hidden_bias or problem.cell != "gru" else replace(problem, hidden_bias=False)
 
     def version(self) -> str:
@@ -118,7 +118,7 @@ LENGTHS_ON_DEVICE = tuple(
     replace(c, name=f"{c.name}-lengths-there", options={**c.options, "lengths_there": True}, devices=("cuda",))
     for c in (OURS, RECIPE)
 )
-"""On an accelerator, with lengths that lie there too."""
+"""Run on an accelerator, with lengths on it, too."""
 GRAPH = Contender(
     "masked_rnn-graph", "torch_layers", "Graph", ("masked_rnn", "torch"), {"lengths_there": True}, devices=("cuda",)
 )

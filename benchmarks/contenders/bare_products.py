@@ -1,4 +1,4 @@
-"""The machine's own pace: matrix products alone, by torch. No layer; nothing to check."""
+"""Matrix products alone, by torch, to measure the speed of the machine. They are not a layer and are not checked."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..problem import GATES, Problem
 
 
 class Sgemm:
-    """A product of two float32 matrices of n rows and columns."""
+    """Multiplies two float32 matrices of n rows and columns."""
 
     def __init__(self, problem: Problem, threads: int, n: int) -> None:
         torch.set_num_threads(threads)
@@ -22,8 +22,10 @@ class Sgemm:
 
 
 class Products:
-    """The products that a step can't do without, at real steps, by torch's `mm`, `addmm_` and `baddbmm_`, and nothing
-    else: no activation, no padding moved, no memory asked for, no slice taken."""
+    """Makes only the products that a step needs, at real steps, by torch's `mm`, `addmm_` and `baddbmm_`.
+
+    It computes no activation, moves no padding, allocates no memory and takes no slice.
+    """
 
     def __init__(self, problem: Problem, threads: int) -> None:
         torch.set_num_threads(threads)

@@ -1,7 +1,7 @@
 """Flax: nnx.RNN with seq_lengths, under jax.jit.
 
-Its GRU resets after the product, as torch's does, but has no b_hn; the other hidden biases add to the input's, so
-that with b_hn = 0 the weights carry over. Its LSTM and simple cell have one bias, the sum of torch's two.
+Its GRU applies the reset gate after the product, as torch's does, but has no b_hn. The other hidden biases are added to
+the input's, so torch's weights can be used if b_hn = 0. Its LSTM and simple cell have one bias, the sum of torch's two.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Flax:
         return Result(np.asarray(output), tuple(np.asarray(h) for h in states), named)
 
     def cells(self, state: Any) -> list[Any]:
-        """The cells' parts of a state, in the order of `names`."""
+        """Returns the cells' parts of a state, in the order of `names`."""
         layers = [state["layers"][k] for k in range(self.problem.shape.L)]
         if self.problem.shape.bidirectional:
             return [layer[f"{way}_rnn"]["cell"] for layer in layers for way in ("forward", "backward")]

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from ..problem import PARTS, Array, Problem, Result
 
-# Where Keras keeps torch's gates: GRU r, z, n as z, r, n; LSTM i, f, g, o in torch's order.
+# The order of torch's gates in Keras: the GRU's r, z, n are z, r, n; the LSTM's i, f, g, o are in torch's order.
 ORDER = {"gru": (1, 0, 2), "lstm": (0, 1, 2, 3), "rnn": (0,)}
 LAYERS = {"gru": keras.layers.GRU, "lstm": keras.layers.LSTM, "rnn": keras.layers.SimpleRNN}
 
@@ -70,7 +70,10 @@ class Keras:
         return Result(output.numpy(), tuple(h.numpy() for h in states), named)
 
     def from_torch(self, weights: dict[str, Array], name: str) -> list[Array]:
-        """kernel (I, G·H), recurrent kernel, bias: (2, G·H) for the GRU, else one bias, the sum of torch's two."""
+        """Returns the kernel (I, G·H), the recurrent kernel, and the bias.
+
+        The bias is (2, G·H) for the GRU. Other cells have one bias, the sum of torch's two.
+        """
         w_ih, w_hh, b_ih, b_hh = (self.reorder(weights[f"{part}_{name}"], ORDER[self.problem.cell]) for part in PARTS)
         return [w_ih.T, w_hh.T, np.stack([b_ih, b_hh]) if self.problem.cell == "gru" else b_ih + b_hh]
 
@@ -94,7 +97,7 @@ def variables(cell: Any) -> list[tf.Variable]:
 
 
 def set_threads(threads: int) -> None:
-    """Once a process: TensorFlow refuses a change after its first operation."""
+    """Sets TensorFlow's threads, once in a process: it refuses a change after its first operation."""
     if tf.config.threading.get_intra_op_parallelism_threads() != threads:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(threads)

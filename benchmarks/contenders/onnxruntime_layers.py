@@ -1,5 +1,7 @@
-"""ONNX Runtime's GRU, LSTM and RNN nodes with sequence_lens, in a graph built by hand, and in one that masked_rnn
-exports. Time-major, its own layout."""
+"""ONNX Runtime's GRU, LSTM and RNN nodes with sequence_lens, in a graph built by hand or exported by masked_rnn.
+
+Both graphs are time-major, which is its own layout.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from ..problem import Array, Data, Problem, Result
 
-# Where ONNX keeps torch's gates: GRU r, z, n as z, r, n; LSTM i, f, g, o as i, o, f, g.
+# The order of torch's gates in ONNX: the GRU's r, z, n are z, r, n; the LSTM's i, f, g, o are i, o, f, g.
 ORDER = {"gru": (1, 0, 2), "lstm": (0, 3, 1, 2), "rnn": (0,)}
 
 
@@ -71,7 +73,7 @@ class Exported(OnnxRuntime):
 
 
 def by_hand(problem: Problem, weights: dict[str, Array]) -> ModelProto:
-    """x (T, N, I), lengths (N,) → output (T, N, D·H), h_n (L·D, N, H), and the LSTM's c_n."""
+    """Builds a graph: x (T, N, I), lengths (N,) → output (T, N, D·H), h_n (L·D, N, H), and the LSTM's c_n."""
     shape, D, op = problem.shape, problem.shape.D, problem.cell.upper()
     parts = ("h", "c") if op == "LSTM" else ("h",)
     initializers = {"flat": np.array([0, 0, -1], dtype=np.int64)}

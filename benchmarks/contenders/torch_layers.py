@@ -1,4 +1,4 @@
-"""masked_rnn, the hand-written recipe, and PyTorch's own layer over the padded batch."""
+"""masked_rnn, packing written by hand, and PyTorch's own layer over the padded batch."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Masked(TorchRunner):
 
 
 class Graph(Masked):
-    """Captured once, with its gradients, and replayed."""
+    """Captures masked_rnn once in a CUDA graph, with its gradients, and replays it."""
 
     def __init__(self, problem: Problem, threads: int, **options: Any) -> None:
         super().__init__(problem, threads, **options)
@@ -114,7 +114,7 @@ class Graph(Masked):
 
 
 class InOps(Masked):
-    """Without the native loops."""
+    """masked_rnn without the native loops."""
 
     def infer(self) -> tuple[Tensor, ...]:
         with without_native_loops():
@@ -127,7 +127,8 @@ class InOps(Masked):
 
 @contextmanager
 def without_native_loops() -> Iterator[None]:
-    from masked_rnn._backends.bptt import library  # not there in checkouts before 2.0, which benchmarks.versions times
+    # Not at the top: benchmarks.versions times checkouts before 2.0, which do not have it.
+    from masked_rnn._backends.bptt import library
 
     found = library.find
     library.find = lambda: "left out of this run"  # type: ignore[assignment]
@@ -144,7 +145,7 @@ class Padded(TorchRunner):
 
 
 class Recipe(TorchRunner):
-    """As it is written by hand in many projects."""
+    """Sorts, packs, unpacks and restores the order, as many projects do by hand."""
 
     def forward(self) -> tuple[Tensor, ...]:
         N, T, _ = self.input.shape
