@@ -1,7 +1,4 @@
-"""Hooks of mkdocs, which add pages made from files outside of docs/, and change links that leave docs/.
-
-A page in PAGES has no file in docs/. Its text comes from files in the repository, or from some of their sections.
-"""
+"""Hooks of mkdocs, which add pages that are files outside of docs/, and change links that leave docs/."""
 
 from __future__ import annotations
 
@@ -11,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-WHOLE = None
-PAGES: dict[str, list[tuple[str, list[str] | None]]] = {
-    "index.md": [("README.md", ["", "Before and after", "Options", "Recipes"])],
-    "examples.md": [("examples/README.md", WHOLE)],
-    "speed.md": [("README.md", ["Speed"]), ("benchmarks/README.md", WHOLE)],
-    "contributing.md": [("CONTRIBUTING.md", WHOLE)],
-    "changelog.md": [("CHANGELOG.md", WHOLE)],
+PAGES = {
+    "index.md": "README.md",
+    "examples.md": "examples/README.md",
+    "measuring.md": "benchmarks/README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
 }
-"""For each page, its source files and the sections it takes from them. "" is the text before the first section."""
+"""The source file of each page."""
 CODE = re.compile(r"(?<=<code>)[^<]*(?=</code>)")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:)([^)#]*)(#[^)]*)?\)")
 
@@ -47,38 +43,9 @@ def with_breaks(code: re.Match[str]) -> str:
 
 
 def text_of(page: str, repository: str | None = None) -> str:
-    """Returns the text of a page in PAGES. Its first heading has level 1; further parts are sections below it."""
-    parts = []
-    for source, wanted in PAGES[page]:
-        found = sections((ROOT / source).read_text())
-        for title in found if wanted is WHOLE else wanted:
-            parts.append(with_links(at_level(found[title], 2 if parts else 1), source, repository))
-    return "\n".join(parts)
-
-
-def sections(text: str) -> dict[str, str]:
-    """Returns the text of each section of level 2 by its heading. The text before the first has the name ""."""
-    found = {"": ""}
-    title = ""
-    for line, is_code in lines(text):
-        if line.startswith("## ") and not is_code:
-            title = line[3:].strip()
-            found[title] = ""
-        found[title] += line
-    return found
-
-
-def at_level(text: str, level: int) -> str:
-    """Returns a section with its first heading moved to a level, and those below it by as much."""
-    first = next((line for line, is_code in lines(text) if is_heading(line, is_code)), "# ")
-    by = level - len(first.split(" ")[0])
-    return "".join(
-        ("#" * by + line)[max(0, -by) :] if is_heading(line, is_code) else line for line, is_code in lines(text)
-    )
-
-
-def is_heading(line: str, is_code: bool) -> bool:
-    return not is_code and re.match(r"#+ ", line) is not None
+    """Returns the text of a page in PAGES."""
+    source = PAGES[page]
+    return with_links((ROOT / source).read_text(), source, repository)
 
 
 def lines(text: str) -> list[tuple[str, bool]]:
@@ -99,8 +66,8 @@ def with_links(text: str, source: str, repository: str | None) -> str:
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target)) if target else source
         if path.startswith("docs/"):
             return f"{image}[{label}]({path.removeprefix('docs/')}{anchor or ''})"
-        page = page_of(path, anchor)
-        if page:
+        if path in PAGES.values():
+            page = next(page for page, source in PAGES.items() if source == path)
             return f"[{label}]({page}{anchor or ''})"
         if not (ROOT / path).exists():
             raise FileNotFoundError(f"{source} points at {path}")
@@ -113,23 +80,3 @@ def with_links(text: str, source: str, repository: str | None) -> str:
 def with_pipes(line: str) -> str:
     r"""Replaces \| within code of a table. GitHub needs the backslash; Python's Markdown would print it."""
     return re.sub(r"`[^`]*`", lambda code: code[0].replace(r"\|", "|"), line) if line.startswith("|") else line
-
-
-def page_of(path: str, anchor: str | None) -> str | None:
-    """Returns the page that holds a heading of a file. If none does, returns the file's first page.
-
-    mkdocs then reports the missing heading.
-    """
-    pages = [(page, wanted) for page, parts in PAGES.items() for source, wanted in parts if source == path]
-    for page, wanted in pages:
-        for title, text in sections((ROOT / path).read_text()).items():
-            if wanted is WHOLE or title in wanted:
-                headings = [line.lstrip("#").strip() for line, is_code in lines(text) if is_heading(line, is_code)]
-                if anchor is None or anchor[1:] in map(anchor_of, headings):
-                    return page
-    return pages[0][0] if pages else None
-
-
-def anchor_of(heading: str) -> str:
-    """Returns the anchor that GitHub and the site's table of contents make of a heading."""
-    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")

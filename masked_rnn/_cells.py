@@ -170,13 +170,13 @@ def group_weights(tensors: Sequence[Tensor], layers: int, directions: int) -> li
 
 
 def stack_layers(
-    x: Tensor,
-    initial: States,
+    x: Tensor,  # as `run` takes it
+    initial: States,  # each (L·D, N, P or H)
     layers: Sequence[LayerWeights],
     run: Callable[[Tensor, States, LayerWeights], tuple[Tensor, States]],
     dropout: float = 0.0,
 ) -> tuple[Tensor, States]:
-    """Run the layers, each on the output of the one before, with dropout between them. States are (L·D, N, P)."""
+    """Run the layers, each on the output of the one before, with dropout between them."""
     lasts: list[States] = []
     for k, weights in enumerate(layers):
         if k and dropout:

@@ -8,13 +8,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ._backends import bptt, packed, padded, scan
+from ._backends import bptt, cudnn, packed, padded, scan
 from ._backends.bptt import library
 from ._backends.kernels import (
     is_over_soon,
     kernel_is_faster,
     runs_all_steps_at_once,
-    runs_cudnn,
     why_no_lstm_kernel,
 )
 from ._call import Call, close_call, open_call
@@ -97,7 +96,7 @@ def _dtypes_under_autocast(call: Call) -> list[torch.dtype]:
     the initial state.
     """
     weights, device = call.parameters[0].dtype, call.data.device.type
-    autocast = torch.float16 if runs_cudnn(call.data) else torch.get_autocast_dtype(device)
+    autocast = torch.float16 if cudnn.runs_cudnn(call.data) else torch.get_autocast_dtype(device)
     low = weights if weights == torch.float64 or weights.is_complex else autocast
     if device == "cuda":
         return [low] * (1 + len(call.states))

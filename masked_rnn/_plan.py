@@ -143,7 +143,12 @@ def plan_full(batch: int, steps: int, batch_first: bool, device: torch.device) -
 
 
 def plan_padded(
-    lengths: Tensor, steps: int, batch_first: bool, device: torch.device, *, is_sorted: bool = False
+    lengths: Tensor,  # (N,)
+    steps: int,
+    batch_first: bool,
+    device: torch.device,
+    *,
+    is_sorted: bool = False,
 ) -> Plan:
     """Plan a padded batch, `(N, T)` or `(T, N)`."""
     batch = lengths.size(0)
@@ -200,8 +205,11 @@ def plan_rows(
     return Plan(batch_sizes, batch, size, device, to_device(torch.from_numpy(index), device), sequences)
 
 
-def move_to_front(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Move each sequence's real steps in x (T, N, I) to its front. Also return each step's new place (padding: T)."""
+def move_to_front(
+    x: Tensor,  # (T, N, I)
+    mask: Tensor,  # (T, N)
+) -> tuple[Tensor, Tensor]:
+    """Move each sequence's real steps to its front. Also return each step's new place (T, N), T for padding."""
     steps = x.size(0)
     place = torch.where(mask, mask.to(torch.int64).cumsum(0) - 1, steps)  # ONNX has no cumsum of bools
     index = place.unsqueeze(-1).expand_as(x)
@@ -209,18 +217,27 @@ def move_to_front(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return moved[:steps], place
 
 
-def move_back(x: Tensor, place: Tensor) -> Tensor:
+def move_back(
+    x: Tensor,  # (T, N, P)
+    place: Tensor,  # (T, N)
+) -> Tensor:
     """Undo `move_to_front`. The result is zero at padding."""
     padded = torch.cat([x, torch.zeros_like(x[:1])])
     return padded.gather(0, place.unsqueeze(-1).expand(*place.shape, x.size(-1)))
 
 
-def real_mask(lengths: Tensor, steps: int) -> Tensor:
+def real_mask(
+    lengths: Tensor,  # (N,)
+    steps: int,
+) -> Tensor:
     """Return a mask (T, N, 1), True at real steps."""
     return (torch.arange(steps, device=lengths.device).unsqueeze(1) < lengths).unsqueeze(-1)
 
 
-def reverse_index(lengths: Tensor, steps: int) -> Tensor:
+def reverse_index(
+    lengths: Tensor,  # (N,)
+    steps: int,
+) -> Tensor:
     """Return (T, N, 1): for each step, the step in its place when every sequence is reversed within its own length.
 
     Lengths 3 and 1 of 3 steps give `[[2, 0], [1, 1], [0, 2]]`. Padding stays in its place.
@@ -234,8 +251,12 @@ def sort_states(states: Tensor, plan: Plan) -> Tensor:
     return states.narrow(1, 0, plan.sequences) if plan.order is None else states.index_select(1, plan.order)
 
 
-def restore_states(last: Tensor, initial: Tensor, plan: Plan) -> Tensor:
-    """Undo `sort_states`: (D, B, H) -> (D, N, H). A sequence without steps gets its initial state (D, N, H)."""
+def restore_states(
+    last: Tensor,  # (D, B, H)
+    initial: Tensor,  # (D, N, H)
+    plan: Plan,
+) -> Tensor:
+    """Undo `sort_states`: return (D, N, H). A sequence without steps gets its initial state."""
     if plan.order is not None:
         return initial.index_copy(1, plan.order, last)
     rest = plan.batch - plan.sequences

@@ -106,8 +106,11 @@ def _interleave(directions: list[Tensor]) -> Tensor:
     return directions[0] if len(directions) == 1 else torch.stack(directions, 1).flatten(0, 1)
 
 
-def resets_at_real_steps(resets: Tensor, real: Tensor | None) -> Tensor:
-    """Move each reset at padding to the next real step. All tensors are (T, ...)."""
+def resets_at_real_steps(
+    resets: Tensor,  # (T, ...)
+    real: Tensor | None,  # (T, ...)
+) -> Tensor:
+    """Move each reset at padding to the next real step."""
     if real is None or resets.numel() == 0:
         return resets
     seen = resets.to(torch.int64).cumsum(0)

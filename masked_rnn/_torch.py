@@ -223,6 +223,11 @@ KERNELS: dict[str, Any] = {
 """PyTorch's recurrent kernels, by `nn.RNNBase.mode`."""
 
 
+cudnn_forward, cudnn_backward = (_find(f"ops.aten.{name}.default") for name in ("_cudnn_rnn", "_cudnn_rnn_backward"))
+graph_is_kept: Callable[[], bool] = _find("_C._autograd._get_current_graph_task_keep_graph") or (lambda: True)
+"""Whether another backward may follow the one that runs."""
+
+
 share_storage: Callable[[Tensor, Tensor], bool] = _find("_C._is_alias_of") or (
     lambda a, b: a.as_strided((0,), (1,), 0).is_set_to(b.as_strided((0,), (1,), 0))
 )
@@ -239,6 +244,10 @@ def is_capturing(device: torch.device) -> bool:
         return False
     with torch.cuda.device(device):  # PyTorch answers for the current device only
         return torch.cuda.is_current_stream_capturing()
+
+
+def current_stream(device: torch.device) -> int:
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

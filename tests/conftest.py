@@ -41,3 +41,12 @@ def cell(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     return which_ran(monkeypatch)
+
+
+@pytest.fixture
+def allow_rnn() -> Iterator[None]:
+    """Lets Dynamo make a layer one operator."""
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(allow_rnn=True):
+        yield

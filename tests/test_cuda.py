@@ -32,6 +32,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
 
+from masked_rnn._backends import cudnn
+
 if not torch.cuda.is_available():
     pytest.skip("CUDA is not available", allow_module_level=True)
 
@@ -59,6 +61,12 @@ FORMS = {  # the arguments, and the mask that they mean
 def _every_digit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Turns off TensorFloat-32, which cuDNN's RNNs use by default."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["functions", "operators"])
+def _operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs each test twice: PyTorch's functions call cuDNN, or the package calls its operators, and gates hold."""
+    monkeypatch.setattr(cudnn, "IS_PROVEN", request.param)
 
 
 @pytest.fixture(params=("auto", *BACKENDS))

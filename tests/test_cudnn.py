@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
-from masked_rnn._backends import kernels
+from masked_rnn._backends import cudnn, kernels
 
 BATCH, STEPS = 4, 5
 SORTED, LENGTHS = [5, 3, 2, 0], [3, 4, 0, 1]
@@ -45,9 +45,10 @@ FORMS: dict[str, tuple[str, int, dict[str, Any]]] = {
 STATES = ("none", "flat", "whole", "expanded", "transposed")
 
 
-@pytest.fixture(autouse=True)
-def _cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_cudnn(monkeypatch, lambda x: isinstance(x, SimulatedTensor))
+@pytest.fixture(autouse=True, params=[False, True], ids=["functions", "operators"])
+def operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs a test twice: PyTorch's functions call cuDNN, or the package calls its operators. Names those that ran."""
+    return with_cudnn(monkeypatch, lambda x: isinstance(x, SimulatedTensor), operators=bool(request.param))
 
 
 def arranged(form: str, x: Tensor) -> Any:
@@ -156,7 +157,7 @@ def test_dropout_is_redrawn_alike_with_flattened_hx(cell: str, given: dict[str, 
 
 def test_strict_kernel_refuses_what_cudnn_refuses() -> None:
     kernel, layer = kernels.KERNELS["GRU"], plain("gru", num_layers=2).to(DEVICE)
-    chunk = list(kernels.flatten_for_cudnn(list(layer.parameters())))
+    chunk = list(cudnn.flatten_weights(list(layer.parameters())))
     x, h = torch.randn(STEPS, BATCH, INPUT).to(DEVICE).requires_grad_(), torch.zeros(2, BATCH, 3).to(DEVICE)
 
     def call(h: Tensor = h, weights: Any = chunk, train: bool = True) -> Tensor:
@@ -181,4 +182,19 @@ def test_strict_kernel_refuses_what_cudnn_refuses() -> None:
     bare = list(plain("gru", bias=False).parameters())
     with pytest.raises(RuntimeError, match="single contiguous chunk"):
         check_chunk(bare, has_biases=False)
-    check_chunk(kernels.flatten_for_cudnn(bare), has_biases=False)
+    check_chunk(cudnn.flatten_weights(bare), has_biases=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gru_state_is_held_over_3000_steps_of_padding(dtype: torch.dtype, operators: list[str]) -> None:
+    """Padding comes first, so nothing is gathered: the state itself must stay."""
+    layer = masked("gru", bidirectional=True, batch_first=True, backend="padded", flatten_hidden=False).to(dtype)
+    there, steps = copy.deepcopy(layer).to(DEVICE), 3000
+    x, hx = torch.randn(2, steps, INPUT, dtype=dtype), random_states(layer, 2, dtype)[0]
+    mask = torch.zeros(2, steps, dtype=torch.bool)
+    mask[0, -3:] = True
+    expected = layer(x[:1, -3:], hx[:, :1])[1]
+    found = there(x.to(DEVICE), hx.to(DEVICE), mask=mask.to(DEVICE))[1].cpu()
+    close = {"atol": 4 * torch.finfo(dtype).eps, "rtol": 4 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(found[:, :1], expected, **close)
+    torch.testing.assert_close(found[:, 1:], hx[:, 1:], **close)

@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from masked_rnn import MaskedGRU
-from masked_rnn._backends import bptt, kernels
+from masked_rnn._backends import bptt, cudnn
 
 
 def functional(layer: Any, batch: int, steps: int, **given: Any) -> tuple[Any, list[Tensor]]:
@@ -328,7 +328,7 @@ def test_flattened_weights_form_one_chunk(cell: str, bias: bool) -> None:
     """cuDNN wants a layer's weights in this order: matrices, then biases, from the start of their memory on."""
     layer = masked(cell, bidirectional=True, bias=bias)
     own = list(layer.parameters())
-    chunk = kernels.flatten_for_cudnn(own)
+    chunk = cudnn.flatten_weights(own)
     inside = [p for p in chunk if p.dim() == 2] + [p for p in chunk if p.dim() == 1]
     offset = 0
     for p in inside:
@@ -337,10 +337,10 @@ def test_flattened_weights_form_one_chunk(cell: str, bias: bool) -> None:
         offset += p.numel()
     assert len({p.untyped_storage().data_ptr() for p in chunk}) == 1
     assert all(torch.equal(a, b) for a, b in zip(chunk, own, strict=True))
-    assert kernels.flatten_for_cudnn(chunk) is chunk
+    assert cudnn.flatten_weights(chunk) is chunk
     half = len(chunk) // 2
     for part in (chunk[:half], chunk[half:]):  # their memory goes on, or began before
-        again = kernels.flatten_for_cudnn(part)
+        again = cudnn.flatten_weights(part)
         assert again[0].storage_offset() == 0
         assert again is not part
         if not bias:
@@ -349,7 +349,7 @@ def test_flattened_weights_form_one_chunk(cell: str, bias: bool) -> None:
             assert memory.numel() == sum(p.numel() + p.size(0) for p in part)
     parts = torch.randn(1 + offset).split([1, *(p.numel() for p in inside)])[1:]
     later = [part.view(p.shape) for part, p in zip(parts, inside, strict=True)]  # one after the other, but not first
-    assert [p.storage_offset() for p in kernels.flatten_for_cudnn(later)] == [p.storage_offset() for p in inside]
+    assert [p.storage_offset() for p in cudnn.flatten_weights(later)] == [p.storage_offset() for p in inside]
     for g in torch.autograd.grad(sum(p.sum() for p in chunk), own):
         assert torch.equal(g, torch.ones_like(g))
 

@@ -144,4 +144,6 @@ def test_readme_head_covers_essentials() -> None:
 
 
 def test_changelog_has_current_version() -> None:
-    assert f"## [{masked_rnn.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+    """As a release, or as the next one."""
+    changes, version = (ROOT / "CHANGELOG.md").read_text(), masked_rnn.__version__
+    assert f"## [{version}]" in changes or f"## [Unreleased]\n\nThis will be {version}.\n" in changes

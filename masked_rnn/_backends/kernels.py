@@ -11,7 +11,8 @@ from torch import Tensor
 from .._call import Call
 from .._cells import LayerWeights, States, flatten_weights, group_weights, stack_layers
 from .._probe import lstm_kernel_runs
-from .._torch import KERNELS, has_onednn, is_autocast_on, is_fake, share_storage
+from .._torch import KERNELS, has_onednn, is_autocast_on, is_fake
+from . import cudnn
 from .double_backward import DoubleBackward
 from .recurrence import scan_layers
 
@@ -25,25 +26,24 @@ SHORT, SHORT_WITHOUT_NATIVE = 8, 16
 """The number of steps up to which that holds, against the native loops and against the loops of PyTorch's ops"""
 VECTOR = 16
 """The width of oneDNN's vectors. A smaller layer takes as long as one of this hidden size."""
-ONEDNN_WORK = 10_000
-"""T·N·H up to which oneDNN's LSTM is faster than the native loops, if every step is real"""
 ONEDNN_STEP, WORTH_LEARNING, WORTH = 1400, 0.8, 1.6
 """Against the loops of PyTorch's ops, oneDNN's LSTM is faster if N·H < ONEDNN_STEP + worth · real, where real is the
 mean of real rows at a step times H, and worth is WORTH_LEARNING in training, WORTH in inference."""
 
 
-def runs_cudnn(x: Tensor) -> bool:
-    """Return whether PyTorch's kernel will be cuDNN's or MIOpen's, whose backward can't be differentiated."""
-    return x.is_cuda and torch.backends.cudnn.enabled
-
-
-def runs_all_steps_at_once(mode: str, x: Tensor, hidden: int, proj: int, learns: bool) -> bool:
+def runs_all_steps_at_once(
+    mode: str,
+    x: Tensor,  # for its dtype and device
+    hidden: int,
+    proj: int,
+    learns: bool,
+) -> bool:
     """Return whether cuDNN runs all steps of a padded batch in one persistent kernel.
 
     Over packed rows cuDNN starts several kernels for each step. The rule is PyTorch's (`use_rnn_persist_small_h` in
     aten/src/ATen/native/cudnn/RNN.cpp).
     """
-    if not runs_cudnn(x) or torch.version.hip is not None or proj or x.dtype == torch.float64:
+    if not cudnn.runs_cudnn(x) or torch.version.hip is not None or proj or x.dtype == torch.float64:
         return False
     if mode in ("GRU", "LSTM"):
         return hidden <= (128 if learns else 192)
@@ -75,12 +75,12 @@ def kernel_is_faster(call: Call, learns: bool, loops_are_native: bool) -> bool:
     N, T, H, lengths = call.form.batch, call.form.steps, call.layer.hidden_size, call.lengths
     if not has_lstm_kernel(call):
         return not learns and N * H < SMALL_STEP and (SHORT if loops_are_native else SHORT_WITHOUT_NATIVE) > T
-    width = max(H, VECTOR)
     if lengths is None:
         # Under autocast only the kernel computes in the lower precision.
-        return N * width * T < ONEDNN_WORK or is_autocast_on("cpu") or not loops_are_native
+        return is_autocast_on("cpu") or not loops_are_native
     if loops_are_native:
         return False
+    width = max(H, VECTOR)
     real = int(lengths.sum()) / max(T, 1) * width
     return N * width < ONEDNN_STEP + (WORTH_LEARNING if learns else WORTH) * real
 
@@ -116,7 +116,7 @@ def run_stack(
 ) -> tuple[Tensor, States]:
     """Run a call's layers over a padded batch in its layout, or over packed rows if `batch_sizes` are given."""
     layer, dropout, batch_first = call.layer, call.dropout, call.form.batch_first and batch_sizes is None
-    if dropout and runs_cudnn(x):
+    if dropout and cudnn.runs_cudnn(x):
         # A checkpoint, which runs once without gradients and once with them, must draw the same dropout twice. cuDNN's
         # own dropout can't be drawn again, but F.dropout between single layers can.
         def run_one(x: Tensor, states: States, weights: LayerWeights) -> tuple[Tensor, States]:
@@ -144,11 +144,11 @@ def run_kernel(
     stack: Stack, x: Tensor, initial: States, parameters: Sequence[Tensor], batch_sizes: Tensor | None
 ) -> tuple[Tensor, States]:
     """Run a stack of layers over a padded batch, or over packed rows if `batch_sizes` are given."""
-    if not runs_cudnn(x):
+    if not cudnn.runs_cudnn(x):
         return _call_kernel(stack, x, initial, parameters, batch_sizes, stack.dropout > 0)
     initial = tuple(h.contiguous() for h in initial)  # cuDNN needs it; a flattened hx is not contiguous
     if not is_fake(x):
-        parameters = flatten_for_cudnn(parameters)
+        parameters = cudnn.flatten_weights(parameters)
     if not torch.is_grad_enabled():
         return _call_kernel(stack, x, initial, parameters, batch_sizes, stack.dropout > 0)
     if batch_sizes is not None:
@@ -162,6 +162,11 @@ def run_kernel(
         output, last = scan_layers(mode, x, tuple(states), grouped, batch_sizes, batch_first)
         return output, *last
 
+    if cudnn.calls_operators(x) and not is_fake(x) and not is_autocast_on(x.device.type):
+        sizes = () if batch_sizes is None else batch_sizes.tolist()
+        kernel = cudnn.kernel_of(mode, (layers, directions), parameters, batch_first, sizes)
+        output, *states = cudnn.CudnnStack.apply(kernel, recurrence, len(initial), x, *initial, *parameters)
+        return output, tuple(states)
     # cuDNN needs the `train` flag to save data for backward.
     output, last = _call_kernel(stack, x, initial, parameters, batch_sizes, True)
     output, *last_again = DoubleBackward.apply(recurrence, 1 + len(last), output, *last, x, *initial, *parameters)
@@ -180,26 +185,3 @@ def _call_kernel(
         else KERNELS[mode](x, batch_sizes, hx, parameters, *options)
     )
     return results[0], results[1:]
-
-
-def flatten_for_cudnn(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return a stack's weights in one chunk of memory, as cuDNN needs them: matrices, then biases, or else zeros.
-
-    PyTorch copies other weights one by one, with a warning. If we run one layer of several, users can't
-    avoid it.
-    Without biases, cuDNN would read whatever follows the matrices as biases: hence the zeros.
-    """
-    order = sorted(range(len(parameters)), key=lambda k: -parameters[k].dim())
-    inside = [parameters[k] for k in order]
-    has_biases = inside[-1].dim() == 1
-    zeros = 0 if has_biases else sum(p.size(0) for p in inside)
-    begins = [p.storage_offset() * p.element_size() for p in inside]
-    ends = [begin + p.nbytes for begin, p in zip(begins, inside, strict=True)]
-    has_zeros = has_biases or ends[-1] + zeros * inside[0].element_size() >= inside[0].untyped_storage().nbytes()
-    is_row = begins == [0, *ends[:-1]] and all(p.is_contiguous() and share_storage(p, inside[0]) for p in inside)
-    if has_zeros and is_row:
-        return parameters
-    flat = torch.cat([*(p.reshape(-1) for p in inside), inside[0].new_zeros(zeros)])
-    parts = flat.split([*(p.numel() for p in inside), zeros])
-    placed = {k: part.view(p.shape) for k, part, p in zip(order, parts, inside, strict=False)}
-    return [placed[k] for k in range(len(parameters))]

@@ -8,6 +8,8 @@ T time, N batch, I input, P the state that is fed back, D directions.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,6 +18,7 @@ from .._call import Call
 from .._cells import LayerWeights, States, Weights, stack_layers
 from .._plan import real_mask, reverse_index
 from .._torch import is_autocast_on, to_device
+from . import held
 from .kernels import run_layer, run_stack, why_no_lstm_kernel
 
 
@@ -38,47 +41,68 @@ def run(call: Call) -> tuple[Tensor, States]:
         return run_stack(call, call.data, call.states)
     if call.lengths is not None and call.data.dim() == 3 and call.form.steps == 1 and not call.context.traced:
         return _run_one_step(call, to_device(call.lengths == 0, call.data.device))
+    if held.why_not(call) is None:
+        return held.run(call)
     x, lengths, restore = call.padded_last()
+    padding = None if lengths is None else find_padding(lengths, x.size(0), call.directions)
     output, last = stack_layers(
-        x, call.states, call.weights, lambda x, states, w: run_padded(mode, x, lengths, states, w), call.dropout
+        x, call.states, call.weights, lambda x, states, w: run_padded(mode, x, padding, states, w), call.dropout
     )
     return restore(output), last
+
+
+class Padding(NamedTuple):
+    """Where the padding is, found once for all layers."""
+
+    real: Tensor
+    """(T, N, 1), True at real steps"""
+    runs: Tensor
+    """(1, N, 1), True for sequences that have a step"""
+    last: Tensor
+    """(1, N, 1), the last step of each sequence, or 0"""
+    reverse: Tensor | None
+    """(T, N, 1), for each step the step in its place in the backward direction. None: there is none"""
+
+
+def find_padding(lengths: Tensor, steps: int, directions: int) -> Padding:
+    return Padding(
+        real=real_mask(lengths, steps),
+        runs=(lengths > 0).view(1, -1, 1),
+        last=(lengths - 1).clamp(min=0).view(1, -1, 1),
+        reverse=reverse_index(lengths, steps) if directions == 2 else None,
+    )
 
 
 def run_padded(
     mode: str,
     x: Tensor,  # (T, N, I)
-    lengths: Tensor | None,  # (N,)
+    padding: Padding | None,
     initial: States,  # each (D, N, P or H)
     weights: LayerWeights,
 ) -> tuple[Tensor, States]:
     """Run one layer; return its output (T, N, D·P) and last states (D, N, P or H)."""
-    if lengths is None:
+    if padding is None:
         return run_layer(mode, x, initial, weights)
-    steps = x.size(0)
-    real = real_mask(lengths, steps)
+    real, runs, at_last, reverse = padding
     zero = torch.zeros((), dtype=x.dtype, device=x.device)
     x = torch.where(real, x, zero)
-    runs = (lengths > 0).view(1, -1, 1)
-    reverse = reverse_index(lengths, steps) if len(weights) == 2 else None
     outputs, lasts = [], []
     for d, w in enumerate(weights):
         own = x if d == 0 or reverse is None else x.gather(0, reverse.expand_as(x))
         before = tuple(h[d : d + 1] for h in initial)
         state = tuple(torch.where(runs, h, zero) for h in before)
         if mode == "LSTM":
-            output, last = _with_cell_states(own, real, lengths, state, w)
-        else:
-            if mode == "RNN_RELU" and x.is_floating_point():
-                own, w = _with_states_at_zero(own, real, w)
-            output, _ = run_layer(mode, own, state, (w,))
-            last = (_at_last_step(output, lengths),)
+            own, w = _with_cell_states_held(own, real, w)
+        elif mode == "RNN_RELU" and x.is_floating_point():
+            own, w = _with_states_at_zero(own, real, w)
+        output, (_, *cells) = run_layer(mode, own, state, (w,))
+        last = (output.gather(0, at_last.expand(1, -1, output.size(-1))), *cells)
         if d == 1 and reverse is not None:
             output = output.gather(0, reverse.expand_as(output))
-        outputs.append(torch.where(real, output, torch.zeros((), dtype=output.dtype, device=output.device)))
+        outputs.append(torch.where(real, output, zero.to(output.dtype)))
         lasts.append(tuple(torch.where(runs, new, h.to(new.dtype)) for new, h in zip(last, before, strict=True)))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-    return output, tuple(torch.cat(states) for states in zip(*lasts, strict=True))
+    return output, tuple(torch.cat(states) if len(states) > 1 else states[0] for states in zip(*lasts, strict=True))
 
 
 def _run_one_step(call: Call, idle: Tensor) -> tuple[Tensor, States]:
@@ -92,22 +116,14 @@ def _run_one_step(call: Call, idle: Tensor) -> tuple[Tensor, States]:
     return torch.where(at, zero.to(output.dtype), output), last
 
 
-def _at_last_step(output: Tensor, lengths: Tensor) -> Tensor:
-    """Return each row's output at its last step, (1, N, P). For a row without steps: at step 0."""
-    index = (lengths - 1).clamp(min=0).view(1, -1, 1).expand(1, -1, output.size(-1))
-    return output.gather(0, index)
+def _with_cell_states_held(x: Tensor, real: Tensor, w: Weights) -> tuple[Tensor, Weights]:
+    """Add an input that holds an LSTM's c over padding, because the kernel returns c only after step T.
 
-
-def _with_cell_states(x: Tensor, real: Tensor, lengths: Tensor, initial: States, w: Weights) -> tuple[Tensor, States]:
-    """Run an LSTM whose c is held over padding, because the kernel returns c only after step T.
-
-    One more input, 1 at padding, drives the gates there to i = 0 and f = 1 exactly, so that c' = f c + i g = c.
+    It is 1 at padding, and drives the gates there to i = 0 and f = 1 exactly, so that c' = f c + i g = c.
     """
     drive = w.w_ih.new_zeros(4, w.w_hh.size(0) // 4)
     drive[0], drive[1] = -_SATURATING, _SATURATING
-    x, w = _driven_at_padding(x, real, w, drive.flatten())
-    output, (_, c) = run_layer("LSTM", x, initial, (w,))
-    return output, (_at_last_step(output, lengths), c)
+    return _driven_at_padding(x, real, w, drive.flatten())
 
 
 def _with_states_at_zero(x: Tensor, real: Tensor, w: Weights) -> tuple[Tensor, Weights]:

@@ -20,13 +20,13 @@ from .._torch import to_device, unsafe_view
 from .context import Context, find_context
 from .inputs import Cut, Form, check_input, open_input, open_lengths, open_resets, refuse_twice
 from .lengths import check_sorted, is_on_host
-from .states import close_states, forget, open_states
+from .states import close_states, forget, open_states, zero_states
 
 Restore = Callable[[Tensor], Tensor]
 """Brings an output into the layout that its input had."""
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Call:
     """One call in canonical form.
 
@@ -48,8 +48,19 @@ class Call:
     """(T, N), True where a sequence's state starts anew"""
     real: Tensor | None
     """The tensor that marks real steps: lengths, mask, or the batch sizes of a PackedSequence. None: all are real."""
-    states: States
-    """Each (L·D, N, P or H), in the batch's order"""
+    initial: States | None
+    """The initial states that the caller gave, each (L·D, N, P or H), in the batch's order. None: zeros"""
+    zeros: States | None = None
+    """Made when they are needed"""
+
+    @property
+    def states(self) -> States:
+        """The initial states, given or zeros."""
+        if self.initial is not None:
+            return self.initial
+        if self.zeros is None:
+            self.zeros = zero_states(self.layer, self.form.batch, self.data)
+        return self.zeros
 
     @property
     def directions(self) -> int:
@@ -80,7 +91,11 @@ class Call:
     def wants_gradient(self) -> bool:
         if not torch.is_grad_enabled():
             return False
-        for tensors in (self.parameters, (self.data,), self.states):  # parameters first: most often one of them does
+        for tensors in (
+            self.parameters,
+            (self.data,),
+            self.initial or (),
+        ):  # most often a parameter does
             for tensor in tensors:
                 if tensor.requires_grad:
                     return True
@@ -111,11 +126,11 @@ class Call:
     def _with(self, **changes: Any) -> Call:
         # Dynamo of torch 2.6 can't follow dataclasses.replace.
         values = {name: getattr(self, name) for name in FIELDS}
-        return Call(**{**values, **changes})
+        return Call(**{**values, "zeros": None, **changes})
 
     def in_weights_dtype(self) -> Call:
         dtype = self.parameters[0].dtype
-        return self._with(data=self.data.to(dtype), states=tuple(h.to(dtype) for h in self.states))
+        return self._with(data=self.data.to(dtype), initial=self.initial and tuple(h.to(dtype) for h in self.initial))
 
     def cut(self, resets: Tensor) -> tuple[Call, Segments]:
         """Return the call whose sequences are the segments between `resets` (T, N). Reads them on the host."""
@@ -131,7 +146,7 @@ class Call:
             mask=None,
             resets=None,
             real=None,
-            states=tuple(segments.initial(h) for h in self.states),
+            initial=self.initial and tuple(segments.initial(h) for h in self.initial),
         )
         return call, segments
 
@@ -210,20 +225,20 @@ def open_call(layer: Layer, input: Any, hx: Any, lengths: Any, mask: Any, resets
         counts = lengths if mask is None else mask.sum(0)
         if counts is not None:
             check_sorted(context, counts)
-    states = open_states(context, layer, form, hx)
+    initial = None if hx is None else open_states(context, layer, form, hx)
     if resets is not None and form.steps == 1 and not context.traced:
         # With one step a reset only drops the initial state, which works on every backend.
-        if hx is not None:
-            states = forget(states, resets, lengths, layer.bidirectional)
+        if initial is not None:
+            initial = forget(initial, resets, lengths, layer.bidirectional)
         resets = None
     real = form.batch_sizes if mask is None and lengths is None else lengths if mask is None else mask
     context = context.seen_with(form.data, form.data if real is None else real, resets)
-    return Call(layer, context, form, parameters, form.data, lengths, mask, resets, real, states)
+    return Call(layer, context, form, parameters, form.data, lengths, mask, resets, real, initial)
 
 
 def close_call(
     call: Call,
-    output: Tensor,  # in the layout of the call's data
+    output: Tensor,  # (N, T, D·P), (T, N, D·P) or (R, D·P), in the layout of the call's data
     states: States,  # each (L·D, N, P or H)
 ) -> tuple[Any, Any]:
     """Return the output in the form of the input, and the last states as the layer returns them."""

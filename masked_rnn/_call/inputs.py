@@ -25,7 +25,7 @@ from .lengths import check_lengths, check_marks, check_nested, check_packed, is_
 from .refusals import refusal
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Form:
     """A form of input: one of the classes below."""
 
@@ -51,7 +51,7 @@ class Form:
         return output
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Padded(Form):
     name = "padded"
     takes_lengths = True
@@ -65,7 +65,7 @@ class Padded(Form):
         return plan_full(self.batch, self.steps, self.batch_first, device)
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Unbatched(Padded):
     """One sequence (T, I). Its data has a batch dimension of size 1."""
 
@@ -75,7 +75,7 @@ class Unbatched(Padded):
         return output.squeeze(0 if self.batch_first else 1)
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Packed(Form):
     packed: PackedSequence
     name = "packed"
@@ -104,7 +104,7 @@ class Packed(Form):
         return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Nested(Form):
     nested: Any
     counts: Tensor
@@ -123,7 +123,7 @@ class Nested(Form):
         return jagged_like(self.nested, output)
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Cut(Form):
     """A padded batch cut at its resets. Each segment is a sequence."""
 

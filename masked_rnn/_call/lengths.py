@@ -57,14 +57,18 @@ def check_lengths(
         return None if check_range(lengths, steps, layout) else lengths
     # Reading the lengths would wait for the device. The assertion is checked there.
     if not assert_async(
-        ((lengths >= 0) & (lengths <= steps)).all(),
+        (lengths.clamp(0, steps) == lengths).all(),
         f"a length is out of range: expected 0 <= length <= {steps}, the input's time steps ({layout})",
     ):
         check_range(lengths, steps, layout)
     return lengths
 
 
-def check_range(lengths: Tensor, steps: int, layout: str) -> bool:
+def check_range(
+    lengths: Tensor,  # (N,)
+    steps: int,
+    layout: str,
+) -> bool:
     """Refuse a length that is not from 0 to T. Return whether every length is T."""
     values = lengths.tolist()
     if not values or (min(values) >= 0 and max(values) <= steps):
@@ -80,7 +84,11 @@ def check_range(lengths: Tensor, steps: int, layout: str) -> bool:
     return False
 
 
-def check_packed(batch_sizes: Tensor, order: Tensor | None, rows: int) -> None:
+def check_packed(
+    batch_sizes: Tensor,  # (T,)
+    order: Tensor | None,  # (N,)
+    rows: int,
+) -> None:
     """Refuse a PackedSequence that `pack_padded_sequence` would not make. Its constructor checks nothing."""
     sizes, fault = batch_sizes.tolist(), None
     for t, (size, after) in enumerate(pairwise(sizes)):
@@ -102,7 +110,11 @@ def check_packed(batch_sizes: Tensor, order: Tensor | None, rows: int) -> None:
         raise ValueError(f"a PackedSequence's {fault}. Make it by torch.nn.utils.rnn.pack_padded_sequence.")
 
 
-def check_nested(offsets: Tensor, lengths: Tensor, rows: int) -> None:
+def check_nested(
+    offsets: Tensor,  # (N + 1,)
+    lengths: Tensor,  # (N,)
+    rows: int,
+) -> None:
     """Refuse offsets and lengths that do not fit. `torch.nested.nested_tensor_from_jagged` takes any."""
     if not is_on_host(offsets):
         return

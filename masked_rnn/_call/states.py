@@ -19,14 +19,9 @@ from .refusals import refusal
 
 
 def open_states(context: Context, layer: Layer, form: Form, hx: Any) -> States:
-    """Return the initial states, each (L·D, N, P or H): zeros if `hx` is None."""
-    data, widths = form.data, _state_widths(layer)
+    """Return the given initial states, each (L·D, N, P or H)."""
+    widths = _state_widths(layer)
     stacked = layer.num_layers * (2 if layer.bidirectional else 1)
-    if hx is None:
-        zeros = []
-        for width in widths:
-            zeros.append(torch.zeros(stacked, form.batch, width, dtype=data.dtype, device=data.device))
-        return tuple(zeros)
     _refuse_lengths_as_hx(form, hx)
     given = (hx,) if len(widths) == 1 else hx
     if not isinstance(given, (tuple, list)) or len(given) != len(widths):
@@ -43,6 +38,15 @@ def open_states(context: Context, layer: Layer, form: Form, hx: Any) -> States:
             raise _refused_shape(layer, form, given, k, name)
         states.append(state)
     return tuple(states)
+
+
+def zero_states(layer: Layer, batch: int, data: Tensor) -> States:
+    """Return initial states of zeros, each (L·D, N, P or H), of the dtype and on the device of `data`."""
+    stacked = layer.num_layers * (2 if layer.bidirectional else 1)
+    zeros = []
+    for width in _state_widths(layer):
+        zeros.append(torch.zeros(stacked, batch, width, dtype=data.dtype, device=data.device))
+    return tuple(zeros)
 
 
 def close_states(

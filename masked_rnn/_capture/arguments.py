@@ -18,7 +18,7 @@ from .._call.lengths import check_range
 from .._cells import BackendName, expected_weights
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class OneLayer:
     """The configuration of one layer of a stack."""
 
@@ -48,6 +48,8 @@ class Arguments(NamedTuple):
     """(T, N)"""
     initial: Sequence[Tensor]
     """Each (D, N, P or H)"""
+    from_zeros: bool
+    """True: the initial states are zeros, because the caller of the layer gave none"""
     weights: Sequence[Tensor]
     """In `torch.nn`'s order"""
     mode: str
@@ -95,7 +97,7 @@ class Arguments(NamedTuple):
             mask=None,
             resets=resets,
             real=lengths,
-            states=tuple(self.initial),
+            initial=None if self.from_zeros else tuple(self.initial),
         )
 
     def _check_shapes(self, layer: OneLayer, batch: int, steps: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._backends import padded, scan
+from .._backends import cudnn, held, padded, scan
 from .._backends.bptt import library, native
 from .._backends.bptt.layer_run import LayerRun, saved_in, saved_numbers
 from .._backends.kernels import kernel_is_faster
@@ -45,7 +45,9 @@ def run(call: Call) -> tuple[Tensor, States]:
 
     def run_one(x: Tensor, initial: States, weights: LayerWeights) -> tuple[Tensor, States]:
         tensors, save = flatten_weights([weights]), torch.is_grad_enabled()
-        results = torch.ops.masked_rnn.layer(x, lengths, resets, list(initial), tensors, mode, batch_first, save)
+        results = torch.ops.masked_rnn.layer(
+            x, lengths, resets, list(initial), call.initial is None, tensors, mode, batch_first, save
+        )
         return results[0], tuple(results[1 : 1 + S])
 
     output, last = stack_layers(x, call.states, call.weights, run_one, call.dropout)
@@ -53,12 +55,16 @@ def run(call: Call) -> tuple[Tensor, States]:
 
 
 def _forward(*given: Any) -> list[Tensor]:
-    """Return the output, the last states, the saved tensors as bytes, and whether PyTorch's kernel ran."""
-    arguments, (save,) = Arguments(*given[:7]), given[7:]
+    """Return the output, the last states, what backward needs, and whether PyTorch's kernel ran."""
+    arguments, (save,) = Arguments(*given[:8]), given[8:]
     call, x, initial = arguments.open(), arguments.x, arguments.initial
     check_dtype(arguments.mode, x.dtype, x.device, call.layer.bias, call.layer.proj_size > 0)
-    saved = x.new_empty(_saved_bytes(arguments, save), dtype=torch.uint8)
     kernel_ran = _runs_kernel(call, save)
+    if _saves_reserve(arguments, save):
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            output, last, raw, saved = held.run_one_layer(call, train=True)
+        return [output.contiguous(), *last, saved, raw, x.new_full((), True, dtype=torch.bool)]
+    saved = x.new_empty(_saved_bytes(arguments, save), dtype=torch.uint8)
     if kernel_ran:
         with torch.no_grad():
             output, last = _run_kernel(call)
@@ -72,13 +78,15 @@ def _forward(*given: Any) -> list[Tensor]:
         output = call.from_rows(rows)
         if segments is not None:
             last = tuple(map(segments.last, last, initial))
-    return [output, *last, saved, x.new_full((), kernel_ran, dtype=torch.bool)]
+    return [output, *last, saved, x.new_empty(0), x.new_full((), kernel_ran, dtype=torch.bool)]
 
 
 def _backward(*given: Any) -> list[Tensor]:
     """Return the gradients of the initial states, then of x and of the weights if they are wanted."""
-    arguments, (saved, kernel_ran, grads, want_x, want_weights) = Arguments(*given[:7]), given[7:]
+    arguments, (saved, raw, kernel_ran, grads, want_x, want_weights) = Arguments(*given[:8]), given[8:]
     call = arguments.open()
+    if _saves_reserve(arguments, True):
+        return _run_back_from_reserve(arguments, call, (raw, saved), grads, want_x, want_weights)
     arguments.check_saved(saved, _saved_bytes(arguments, True), grads)
     if not call.data.is_cpu or bool(kernel_ran):
         return _run_kernel_again(arguments, grads, want_x, want_weights)
@@ -120,6 +128,29 @@ def _run_kernel(call: Call) -> tuple[Tensor, States]:
     run_backend = padded.run if call.resets is None and not call.data.is_complex() else scan.run
     with torch.autocast(call.data.device.type, enabled=False):
         return run_backend(call)
+
+
+def _saves_reserve(arguments: Arguments, save: bool) -> bool:
+    """Return whether cuDNN's own backward will run, from its reserve. Values do not matter, as in the fake kernel."""
+    if not save or arguments.resets is not None or arguments.lengths is None or not cudnn.calls_operators(arguments.x):
+        return False
+    return arguments.mode == "GRU" or arguments.from_zeros or arguments.directions == 1
+
+
+def _run_back_from_reserve(
+    arguments: Arguments,
+    call: Call,
+    raw_and_reserve: tuple[Tensor, Tensor],
+    grads: Sequence[Tensor],
+    want_x: bool,
+    want_weights: bool,
+) -> list[Tensor]:
+    with torch.no_grad(), torch.autocast(call.data.device.type, enabled=False):
+        dx, d_initial, d_weights = held.run_one_layer_back(call, *raw_and_reserve, grads, want_weights)
+    result = [torch.zeros_like(h) if d is None else d for h, d in zip(arguments.initial, d_initial, strict=True)]
+    result += [dx.contiguous()] if want_x else []
+    # Copies, because an operator's results must not share memory.
+    return result + [g.clone() for g in flatten_weights([d_weights] if d_weights else [])]
 
 
 def _run_kernel_again(arguments: Arguments, grads: Sequence[Tensor], want_x: bool, want_weights: bool) -> list[Tensor]:
@@ -177,11 +208,11 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def _saved_bytes(arguments: Arguments, save: bool) -> Any:
-    """Return a size of `saved` that is enough if there is no padding. Memory that is not written costs nothing.
+    """Return a size of a CPU's `saved` that is enough if there is no padding. Memory that is not written costs nothing.
 
     It depends on shapes and dtypes only, because the fake kernel knows no values.
     """
-    x, _, resets, initial, weights, mode, _ = arguments
+    x, _, resets, initial, _, weights, mode, _ = arguments
     if not save or x.device.type != "cpu":
         return 0
     rows = x.shape[0] * x.shape[1]
@@ -191,41 +222,46 @@ def _saved_bytes(arguments: Arguments, save: bool) -> Any:
 
 
 def _fake_forward(*given: Any) -> list[Tensor]:
-    arguments, (save,) = Arguments(*given[:7]), given[7:]
+    arguments, (save,) = Arguments(*given[:8]), given[8:]
     x, initial = arguments.x, arguments.initial
     output = x.new_empty(x.shape[0], x.shape[1], arguments.directions * initial[0].shape[-1])
-    saved = x.new_empty(_saved_bytes(arguments, save), dtype=torch.uint8)
     last = [torch.empty_like(h, memory_format=torch.contiguous_format) for h in initial]
-    return [output, *last, saved, x.new_empty((), dtype=torch.bool)]
+    if _saves_reserve(arguments, save):
+        size: Any = torch.library.get_ctx().new_dynamic_size()  # only cuDNN knows it
+        T, N = x.shape[:2] if not arguments.batch_first else (x.shape[1], x.shape[0])
+        raw = x.new_empty(T, N, output.shape[-1])
+    else:
+        size, raw = _saved_bytes(arguments, save), x.new_empty(0)
+    return [output, *last, x.new_empty(size, dtype=torch.uint8), raw, x.new_empty((), dtype=torch.bool)]
 
 
 def _fake_backward(*given: Any) -> list[Tensor]:
-    arguments, (*_, want_x, want_weights) = Arguments(*given[:7]), given[7:]
+    arguments, (*_, want_x, want_weights) = Arguments(*given[:8]), given[8:]
     like = [*arguments.initial, *([arguments.x] if want_x else []), *(arguments.weights if want_weights else [])]
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in like]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, lengths, resets, initial, weights, ctx.mode, ctx.batch_first, _ = inputs
+    x, lengths, resets, initial, ctx.from_zeros, weights, ctx.mode, ctx.batch_first, _ = inputs
     ctx.n_states, ctx.n_weights = len(initial), len(weights)
-    *_, saved, kernel_ran = output
-    ctx.save_for_backward(x, lengths, resets, saved, kernel_ran, *initial, *weights)
+    ctx.save_for_backward(x, lengths, resets, *output[-3:], *initial, *weights)
 
 
 def _gradient(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    x, lengths, resets, saved, kernel_ran, *rest = ctx.saved_tensors
+    x, lengths, resets, saved, raw, kernel_ran, *rest = ctx.saved_tensors
     S = ctx.n_states
-    arguments = Arguments(x, lengths, resets, rest[:S], rest[S:], ctx.mode, ctx.batch_first)
+    arguments = Arguments(x, lengths, resets, rest[:S], ctx.from_zeros, rest[S:], ctx.mode, ctx.batch_first)
     want_x, want_weights = ctx.needs_input_grad[0], any(t.requires_grad for t in rest[S:])
     results = list(
-        torch.ops.masked_rnn.layer_gradient(*arguments, saved, kernel_ran, grads[: 1 + S], want_x, want_weights)
+        torch.ops.masked_rnn.layer_gradient(*arguments, saved, raw, kernel_ran, grads[: 1 + S], want_x, want_weights)
     )
     d_initial, results = results[:S], results[S:]
     dx = results.pop(0) if want_x else None
-    return dx, None, None, d_initial, results if want_weights else [None] * ctx.n_weights, *[None] * 3
+    return dx, None, None, d_initial, None, results if want_weights else [None] * ctx.n_weights, *[None] * 3
 
 
-ARGUMENTS = "Tensor x, Tensor? lengths, Tensor? resets, Tensor[] initial, Tensor[] weights, str mode, bool batch_first"
+ARGUMENTS = "Tensor x, Tensor? lengths, Tensor? resets, Tensor[] initial, bool from_zeros, Tensor[] weights, str mode"
+ARGUMENTS += ", bool batch_first"
 forward_operator = torch.library.custom_op(
     "masked_rnn::layer", _forward, mutates_args=(), schema=f"({ARGUMENTS}, bool save) -> Tensor[]"
 )
@@ -235,7 +271,7 @@ backward_operator = torch.library.custom_op(
     "masked_rnn::layer_gradient",
     _backward,
     mutates_args=(),
-    schema=f"({ARGUMENTS}, Tensor saved, Tensor kernel_ran, Tensor[] grads, bool want_x, bool want_weights)"
-    " -> Tensor[]",
+    schema=f"({ARGUMENTS}, Tensor saved, Tensor raw, Tensor kernel_ran, Tensor[] grads, bool want_x,"
+    " bool want_weights) -> Tensor[]",
 )
 backward_operator.register_fake(_fake_backward)

@@ -27,6 +27,8 @@ INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_ind
 HOST = torch.device("cpu")
 
 _noted: list[str] = []
+_launched: list[str] = []
+NO_KERNEL = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "alias")
 
 
 @contextmanager
@@ -34,6 +36,19 @@ def watching() -> Iterator[list[str]]:
     """Notes each op that waits for the device, by its name, and each copy from the host, as `upload`."""
     _noted.clear()
     yield _noted
+
+
+@contextmanager
+def counting() -> Iterator[list[str]]:
+    """Notes the names of the ops that start a kernel on the device: all but views and allocations."""
+    _launched.clear()
+    yield _launched
+
+
+def starts_kernel(func: Any, name: str) -> bool:
+    returns = func._schema.returns
+    is_view = bool(returns) and returns[0].alias_info is not None and not returns[0].alias_info.is_write
+    return not is_view and name not in NO_KERNEL
 
 
 class SimulatedTensor(Tensor):
@@ -87,6 +102,8 @@ def run(func: Any, *args: Any, **kwargs: Any) -> Any:
         _refuse_mixed(func, name, args, given)
     if name in WAITS or _depends_on_values(name, args, kwargs):
         _noted.append(name)
+    if starts_kernel(func, name):
+        _launched.append(name)
     result = FUSED.get(name, func)(*inner, **inner_kwargs)
     if torch.Tag.inplace_view in func.tags:
         _follow(func, *args, **kwargs)

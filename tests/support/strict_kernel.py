@@ -6,20 +6,179 @@ The checks follow aten/src/ATen/native/cudnn/RNN.cpp. The error texts are PyTorc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from masked_rnn._backends import kernels
+from masked_rnn._backends import cudnn, kernels
+from masked_rnn._torch import KERNELS as OURS
+from masked_rnn._torch import with_autograd
+
+KERNELS = dict(OURS)
+"""PyTorch's own, before tests replace some."""
 
 
-def with_cudnn(monkeypatch: pytest.MonkeyPatch, runs: Callable[[Tensor], bool] = lambda _x: True) -> None:
-    """Runs a kernel as strict as cuDNN wherever `runs` returns True."""
-    monkeypatch.setattr(kernels, "runs_cudnn", runs)
+def with_cudnn(
+    monkeypatch: pytest.MonkeyPatch, runs: Callable[[Tensor], bool] = lambda _x: True, *, operators: bool = False
+) -> list[str]:
+    """Makes the package see cuDNN for the inputs for which `runs` is True, with kernels that are as strict.
+
+    `operators`: the package calls cuDNN's operators itself. Returns a list that gets the name of each operator that
+    runs.
+    """
+    ran: list[str] = []
+    monkeypatch.setattr(cudnn, "runs_cudnn", runs)
+    monkeypatch.setattr(cudnn, "IS_PROVEN", operators)
+    for name, operator in (("cudnn_forward", strict_forward), ("cudnn_backward", strict_backward)):
+        monkeypatch.setattr(cudnn, name, lambda *a, n=name, op=operator: (ran.append(n), opened_call(op, *a))[1])
     for mode, kernel in list(kernels.KERNELS.items()):
         monkeypatch.setitem(kernels.KERNELS, mode, StrictKernel(kernel, runs))
+    return ran
+
+
+def opened_call(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function of CPU tensors with those within the simulated device's tensors, and returns such again."""
+    wrap = next((type(a) for a in args if hasattr(a, "held")), Tensor.detach)
+
+    def each(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return type(value)(each(change, v) for v in value)
+        return change(value) if isinstance(value, Tensor) else value
+
+    with torch.no_grad():
+        return each(wrap, tuple(function(*each(lambda t: opened(t).detach(), args))))
+
+
+NAMES = ("RNN_RELU", "RNN_TANH", "LSTM", "GRU")
+"""By cuDNN's numbers"""
+RESERVE = 24
+"""A size that is not a multiple of a float's"""
+
+
+class Asked(NamedTuple):
+    """The arguments that both operators end with."""
+
+    mode: int
+    hidden: int
+    proj: int
+    layers: int
+    batch_first: bool
+    dropout: float
+    train: bool
+    bidirectional: bool
+    batch_sizes: Sequence[int]
+    dropout_state: Tensor | None
+
+    def run(self, x: Tensor, flat: Tensor, shapes: Sequence[torch.Size], states: Sequence[Tensor]) -> list[Tensor]:
+        """Runs the CPU's kernel with the weights that lie in the chunk."""
+        given: Any = tuple(states) if NAMES[self.mode] == "LSTM" else states[0]
+        parameters = placed(flat, shapes)
+        has_biases = any(len(shape) == 1 for shape in shapes)
+        options = (has_biases, self.layers, 0.0, True, self.bidirectional)
+        kernel = KERNELS[NAMES[self.mode]]
+        if self.batch_sizes:
+            return list(kernel(x, torch.tensor(self.batch_sizes), given, parameters, *options))
+        return list(kernel(x, given, parameters, *options, self.batch_first))
+
+
+def placed(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Returns the views of the chunk that cuDNN reads as weights: all matrices, then all biases."""
+    order = sorted(range(len(shapes)), key=lambda k: -len(shapes[k]))
+    parts = flat[: sum(shape.numel() for shape in shapes)].split([shapes[k].numel() for k in order])
+    views = {k: part.view(shapes[k]) for k, part in zip(order, parts, strict=True)}
+    return [views[k] for k in range(len(shapes))]
+
+
+def check_operands(
+    x: Tensor, weights: Sequence[Tensor], each: int, flat: Tensor, states: Sequence[Tensor], asked: Asked
+) -> None:
+    check_kinds(x, (*states, *weights, flat))
+    assert not asked.dropout
+    assert asked.dropout_state is None
+    stacked = asked.layers * (2 if asked.bidirectional else 1)
+    assert len(weights) == each * stacked
+    sizes = torch.tensor(asked.batch_sizes) if asked.batch_sizes else None
+    check_states(x, states, stacked, sizes, asked.batch_first)
+    widths = (asked.proj or asked.hidden, asked.hidden)
+    assert [h.size(2) for h in states] == list(widths[: len(states)])
+    rows = {0: 1, 1: 1, 2: 4, 3: 3}[asked.mode] * asked.hidden
+    directions = 2 if asked.bidirectional else 1
+    for k in range(stacked):
+        inputs = x.size(-1) if k < directions else widths[0] * directions
+        own = weights[k * each : (k + 1) * each]
+        expected = [
+            (rows, inputs),
+            (rows, widths[0]),
+            *([(rows,)] * 2 if each > 3 else []),
+            *([(asked.proj, asked.hidden)] if asked.proj else []),
+        ]
+        assert [tuple(w.shape) for w in own] == expected
+    assert flat.dim() == 1
+    assert flat.is_contiguous()
+    for weight, there in zip(weights, placed(flat, [w.shape for w in weights]), strict=True):
+        if weight.data_ptr() != there.data_ptr() or not weight.is_contiguous():
+            raise RuntimeError("RNN module weights are not part of single contiguous chunk of memory.")
+    if each < 4:
+        room = flat[sum(w.numel() for w in weights) :]
+        assert room.numel() >= 2 * rows * stacked, "cuDNN reads biases"
+        assert not room[: 2 * rows * stacked].any(), "something else is taken for biases"
+
+
+def strict_forward(
+    x: Tensor, weights: Sequence[Tensor], each: int, flat: Tensor, h: Tensor, c: Tensor | None, *rest: Any
+) -> list[Any]:
+    """`aten::_cudnn_rnn` over CPU tensors."""
+    asked, states = Asked(*rest), [h] if c is None else [h, c]
+    check_operands(x, weights, each, flat, states, asked)
+    assert x.numel(), "PyTorch does not give cuDNN an empty input"
+    output, *last = asked.run(x, flat, [w.shape for w in weights], states)
+    if not asked.batch_sizes and asked.batch_first:  # its memory lies time first
+        output = output.transpose(0, 1).contiguous().transpose(0, 1)
+    reserve = torch.ones(RESERVE if asked.train else 0, dtype=torch.uint8)
+    return [output, last[0], last[1] if c is not None else torch.empty(0), reserve, flat]
+
+
+def strict_backward(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    each: int,
+    flat: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    output: Tensor,
+    d_output: Tensor | None,
+    d_h: Tensor | None,
+    d_c: Tensor | None,
+    *rest: Any,
+) -> list[Any]:
+    """`aten::_cudnn_rnn_backward` over CPU tensors."""
+    *options, reserve, wanted = rest
+    asked, states = Asked(*options), [h] if c is None else [h, c]
+    if not asked.train:
+        raise RuntimeError("cudnn RNN backward can only be called in training mode")
+    check_operands(x, weights, each, flat, states, asked)
+    assert reserve.dtype == torch.uint8
+    assert reserve.numel() == RESERVE
+    assert bool(reserve.all()), "the reserve was changed by another backward"
+    reserve.zero_()
+    shapes = [w.shape for w in weights]
+
+    def gradients() -> Sequence[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in (x, flat, *states)]
+        with torch.enable_grad():
+            results = asked.run(leaves[0], leaves[1], shapes, leaves[2:])
+        torch.testing.assert_close(results[0].detach(), output)  # nobody has changed it since
+        pairs = [(r, d) for r, d in zip(results, (d_output, d_h, d_c), strict=False) if d is not None]
+        assert pairs, "cuDNN returns no gradients for none"
+        for result, d in pairs:
+            assert (d.shape, d.dtype) == (result.shape, result.dtype)
+        outputs, grads = zip(*pairs, strict=True)
+        return torch.autograd.grad(outputs, leaves, grads, allow_unused=True, materialize_grads=True)
+
+    dx, d_flat, dh, *dc = with_autograd(gradients)
+    return [dx, dh, dc[0] if dc else None, placed(d_flat, shapes) if wanted[3] else []]
 
 
 class StrictKernel:

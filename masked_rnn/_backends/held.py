@@ -1,0 +1,284 @@
+"""One call of cuDNN for each layer over a padded batch: the gates hold the state over padding.
+
+Each layer's input gets features that mark padding. Their weights make a step of padding do nothing:
+
+- GRU: z = σ(1e4) = 1, so h' = (1 - z) n + z h = h.
+- LSTM: i = σ(-1e4) = 0 and f = σ(1e4) = 1, so c' = f c + i g = c. h' = o tanh(c) is 0 as long as c is.
+- RNN with relu: the argument is hugely negative, so h' = 0.
+- RNN with tanh: the marks are 1 at real steps, and their weights are the biases. So h' = tanh(W_hh h) is 0 if h is.
+
+So padding before the first real step of a direction leaves its state alone: for a GRU any state, for the others zeros.
+Nothing is reversed, and both directions run in the same call. After the last real step, an LSTM's h and an RNN's state
+do not stay: the last state is gathered from the output.
+
+T time, N batch, I input, W input and marks, H hidden, G gates, P the state that is fed back, D directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import count
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._call import Call
+from .._call.call import Restore
+from .._call.lengths import is_on_host
+from .._cells import LayerWeights, States, flatten_weights, group_weights, stack_layers
+from .._plan import real_mask
+from .._torch import is_autocast_on
+from . import cudnn
+from .double_backward import gradient_of, needs_another_backward
+from .held_weights import flatten, marks_for, narrow
+from .recurrence import scan
+
+
+def why_not(call: Call) -> str | None:
+    """Return the reason why gates can't hold the state in this call. None: they can."""
+    if not cudnn.calls_operators(call.data):
+        return "cuDNN's operators are not called"
+    if not call.context.readable:
+        return "a compiler or a tracer is active"
+    if call.layer.mode != "GRU" and call.initial is not None and call.directions == 2:
+        return "only a GRU's gates hold an initial state over padding that comes first"
+    return None
+
+
+class Marked(NamedTuple):
+    """The padding of a call, as all of its layers need it."""
+
+    real: Tensor
+    """(T, N, 1), True at real steps"""
+    marks: Tensor
+    """(T, N, 1), 1 at padding and 0 at real steps; for an RNN with tanh the reverse. In the dtype that runs"""
+    zero: Tensor
+    """A number, in the dtype that runs"""
+    runs: Tensor | None
+    """(1, N, 1), True for sequences that have a step. None for a GRU that starts from zeros"""
+    last: Tensor | None
+    """(1, N, P), the last step of each sequence. None for a GRU"""
+
+
+class Held(NamedTuple):
+    """How one layer runs: everything but its tensors."""
+
+    kernel: cudnn.Kernel
+    marked: Marked
+    is_top: bool
+    """True: the output is zeroed at padding. False: the next layer ignores it there."""
+    has_states: bool
+    """True: the caller gave initial states. False: they are zeros."""
+
+
+def run(call: Call) -> tuple[Tensor, States]:
+    layer, number = call.layer, count()
+    x, real, lengths, restore = _padded(call)
+    steps = x.size(0)
+    if call.lengths is not None and is_on_host(call.lengths) and call.context.readable:
+        longest = max(int(call.lengths.max()), 1)  # beyond it all is padding
+        x, real = x[:longest], real[:longest]
+    marked, wide, states = _open(call, x, real, lengths)
+
+    def run_one(x: Tensor, states: States, weights: LayerWeights) -> tuple[Tensor, States]:
+        k = next(number)
+        kernel = cudnn.Kernel(layer.mode, layer.hidden_size, layer.proj_size, 1, call.directions)
+        held = Held(kernel, marked, k == layer.num_layers - 1, call.initial is not None)
+        output, *last = HeldLayer.apply(held, wide if k == 0 else None, x, *states, *flatten_weights([weights]))
+        return output, tuple(last)
+
+    output, last = stack_layers(x, states, call.weights, run_one, call.dropout)
+    if output.size(0) < steps:
+        output = F.pad(output, (0, 0, 0, 0, 0, steps - output.size(0)))
+    return restore(output), last
+
+
+def _padded(call: Call) -> tuple[Tensor, Tensor, Tensor | None, Restore]:
+    """Return the input (T, N, I), the mask (T, N, 1), the lengths (N,), None for a GRU; how to restore an output."""
+    if call.layer.mode == "GRU":
+        x, real, restore = call.padded_in_place()
+        lengths = None
+    else:
+        x, lengths, restore = call.padded_last()
+        real = None if lengths is None else real_mask(lengths, x.size(0))
+    assert real is not None
+    return x, real, lengths, restore
+
+
+def _open(
+    call: Call,
+    x: Tensor,  # (T, N, I)
+    real: Tensor,  # (T, N, 1)
+    lengths: Tensor | None,  # (N,)
+) -> tuple[Marked, Tensor, States]:
+    """Return what all layers need, the first one's input (T, N, W), and the initial states.
+
+    All that starts as zeros is one piece of memory, to start one kernel on the device and not several.
+    """
+    layer, mode = call.layer, call.layer.mode
+    under_autocast = is_autocast_on(x.device.type) and x.dtype != torch.float64
+    dtype = torch.float16 if under_autocast else x.dtype  # whatever autocast's dtype, cuDNN runs in float16
+    T, N, inputs = x.shape
+    D, W = call.directions, inputs + marks_for(mode, inputs, layer.hidden_size, call.directions, dtype)
+    P = layer.proj_size or layer.hidden_size
+    widths = () if call.initial is not None else (P, layer.hidden_size) if mode == "LSTM" else (P,)
+    shapes = [(layer.num_layers * D, N, width) for width in widths]
+    sizes = [T * N * W, *map(prod, shapes), 1]
+    wide, *zeros, zero = x.new_zeros(sum(sizes), dtype=dtype).split(sizes)
+    wide, zero = wide.view(T, N, W), zero.view(())
+    torch.where(real, x.detach().to(dtype), zero, out=wide[..., :inputs])
+    marks = wide[..., inputs : inputs + 1]
+    marks.copy_(real) if mode == "RNN_TANH" else torch.logical_not(real, out=marks)
+    states = call.initial or tuple(h.view(shape) for h, shape in zip(zeros, shapes, strict=True))
+    runs = last = None
+    if lengths is not None:
+        runs = (lengths > 0).view(1, N, 1)
+        last = (lengths - 1).clamp(min=0).view(1, N, 1).expand(1, N, P)
+    elif call.initial is not None:
+        runs = real.any(0, keepdim=True)
+    return Marked(real, marks, zero, runs, last), wide, states
+
+
+def forward(
+    held: Held,
+    wide: Tensor | None,  # (T, N, W), None if it has to be made of x
+    x: Tensor,  # (T, N, I)
+    given: States,  # each (D, N, P or H)
+    weights: LayerWeights,
+    train: bool,
+) -> tuple[Tensor, States, tuple[cudnn.Memory, Tensor, Tensor]]:
+    """Run a layer. Return its output, the last states, and for backward memory, cuDNN's output and reserve."""
+    real, _, zero, runs, last = held.marked
+    memory = _memory(held, wide, x, given, weights)
+    raw, states, reserve = cudnn.run(held.kernel, memory, train)
+    if last is not None:  # the forward direction's h has not stayed
+        h = raw.gather(0, last)
+        states = (h if held.kernel.directions == 1 else torch.cat([h, states[0][1:]]), *states[1:])
+    if held.has_states:
+        assert runs is not None
+        states = tuple([torch.where(runs, new, h.to(new.dtype)) for new, h in zip(states, given, strict=True)])
+    return torch.where(real, raw, zero) if held.is_top else raw, states, (memory, raw, reserve)
+
+
+def _memory(held: Held, wide: Tensor | None, x: Tensor, given: States, weights: LayerWeights) -> cudnn.Memory:
+    """Return what the kernel reads. The arguments are those of `forward`."""
+    real, marks, zero, runs, _ = held.marked
+    kernel = held.kernel
+    if wide is None:
+        more = marks_for(kernel.mode, x.size(-1), kernel.hidden, kernel.directions, zero.dtype)
+        wide = torch.cat([torch.where(real, x, zero), marks.expand(-1, -1, more)], -1)
+    states = given
+    if held.has_states:
+        assert runs is not None
+        states = tuple([torch.where(runs, h.to(zero.dtype), zero).contiguous() for h in given])
+    flat, views = flatten(kernel, weights, wide.size(-1), zero.dtype)
+    return cudnn.Memory(wide, flat, views, states)
+
+
+def backward(
+    held: Held,
+    saved: tuple[cudnn.Memory, Tensor, Tensor],
+    d_output: Tensor | None,  # (T, N, D·P)
+    d_last: Sequence[Tensor | None],  # each (D, N, P or H)
+    inputs: int,
+    want_weights: bool,
+) -> tuple[Tensor, Sequence[Tensor | None], LayerWeights | None]:
+    """Return the gradients of x (T, N, I), of the initial states if the caller gave them, and of the weights.
+
+    At least one of the given gradients must not be None.
+    """
+    real, _, zero, runs, last = held.marked
+    memory, raw, reserve = saved
+    d_raw = torch.where(real, d_output, zero) if held.is_top and d_output is not None else d_output
+    d_h, *d_c = d_last
+    if last is not None and d_h is not None:
+        assert runs is not None
+        d_h = torch.where(runs, d_h, zero)
+        d_raw = torch.zeros_like(raw) if d_raw is None else d_raw if held.is_top else d_raw.clone()
+        d_raw.scatter_add_(0, last, d_h[:1])
+        d_h[0].zero_()
+    dx, d_states, d_weights = cudnn.run_back(held.kernel, memory, (raw, reserve), d_raw, (d_h, *d_c), want_weights)
+    d_initial: Sequence[Tensor | None] = [None] * len(d_states)
+    if held.has_states:
+        assert runs is not None
+        d_initial = [torch.where(runs, d, zero if e is None else e) for d, e in zip(d_states, d_last, strict=True)]
+    dx = torch.where(real, dx[..., :inputs], zero)
+    return dx, d_initial, narrow(held.kernel, d_weights, inputs) if want_weights else None
+
+
+def run_one_layer(call: Call, train: bool) -> tuple[Tensor, States, Tensor, Tensor]:
+    """Run a call of one layer without autograd. Return output, last states, and cuDNN's output and reserve."""
+    held, x, wide, states, restore = _open_one_layer(call)
+    output, last, (_, raw, reserve) = forward(held, wide, x, states, call.weights[0], train)
+    return restore(output), last, raw, reserve
+
+
+def run_one_layer_back(
+    call: Call,
+    raw: Tensor,  # (T, N, D·P)
+    reserve: Tensor,
+    grads: Sequence[Tensor],  # of the output, then of each last state
+    want_weights: bool,
+) -> tuple[Tensor, Sequence[Tensor | None], LayerWeights | None]:
+    """Return what `backward` returns, x's gradient in the layout of the input. `reserve` does not change."""
+    held, x, wide, states, restore = _open_one_layer(call)
+    memory = _memory(held, wide, x, states, call.weights[0])
+    d_output = grads[0].transpose(0, 1) if call.form.batch_first else grads[0]
+    saved = (memory, raw, reserve.clone())
+    dx, d_initial, d_weights = backward(held, saved, d_output, grads[1:], x.size(-1), want_weights)
+    return restore(dx), d_initial, d_weights
+
+
+def _open_one_layer(call: Call) -> tuple[Held, Tensor, Tensor, States, Restore]:
+    layer = call.layer
+    x, real, lengths, restore = _padded(call)
+    marked, wide, states = _open(call, x, real, lengths)
+    kernel = cudnn.Kernel(layer.mode, layer.hidden_size, layer.proj_size, 1, call.directions)
+    return Held(kernel, marked, True, call.initial is not None), x, wide, states, restore
+
+
+class HeldLayer(torch.autograd.Function):
+    """One layer. First derivatives are cuDNN's. With `create_graph=True` they go through `recurrence.scan`."""
+
+    @staticmethod
+    def forward(ctx: Any, held: Held, wide: Tensor | None, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        S = 2 if held.kernel.mode == "LSTM" else 1
+        (weights,) = group_weights(tensors[S:], 1, held.kernel.directions)
+        learns = any(ctx.needs_input_grad)
+        output, last, (memory, raw, reserve) = forward(held, wide, x, tensors[:S], weights, learns)
+        ctx.held, ctx.n_states, ctx.n_weights = held, S, len(memory.weights)
+        if learns:
+            ctx.save_for_backward(x, *tensors, memory.x, memory.flat, *memory.weights, *memory.states, raw, reserve)
+        ctx.set_materialize_grads(False)
+        return output, *last
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        held, S, n = ctx.held, ctx.n_states, ctx.n_weights
+        x, *rest = ctx.saved_tensors
+        needs = ctx.needs_input_grad[2:]
+        tensors, rest = rest[: len(needs) - 1], rest[len(needs) - 1 :]
+        if needs_another_backward(grads):
+            return None, None, *gradient_of(partial(_recurrence, held), (x, *tensors), needs, grads)
+        if all(g is None for g in grads):
+            return (None,) * (2 + len(needs))
+        wide, flat, *rest = rest
+        memory = cudnn.Memory(wide, flat, rest[:n], tuple(rest[n : n + S]))
+        saved = (memory, *rest[n + S :])
+        dx, d_initial, d_weights = backward(held, saved, grads[0], grads[1:], x.size(-1), any(needs[1 + S :]))
+        found = [None] * (len(needs) - 1 - S) if d_weights is None else flatten_weights([d_weights])
+        return None, None, dx if needs[0] else None, *d_initial, *found
+
+
+def _recurrence(held: Held, x: Tensor, *tensors: Tensor) -> Sequence[Tensor]:
+    """Run one layer in plain ops. Arguments and results are those of `HeldLayer.forward`."""
+    S = 2 if held.kernel.mode == "LSTM" else 1
+    (weights,) = group_weights(tensors[S:], 1, held.kernel.directions)
+    dtype = weights[0].w_ih.dtype  # under autocast, x and the states may have other dtypes
+    x, *states = (t.to(dtype) for t in (x, *tensors[:S]))
+    output, last = scan(held.kernel.mode, x, held.marked.real, tuple(states), weights)
+    return output, *last

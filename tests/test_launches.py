@@ -1,0 +1,100 @@
+"""How many kernels a call starts on a device besides cuDNN's. `python tests/test_launches.py` prints the counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.oracle import CELLS, INPUT, as_hx, as_tuple, masked, random_states
+from support.python_calls import count
+from support.simulated_device import DEVICE, SimulatedTensor, counting
+from support.strict_kernel import with_cudnn
+
+STEPS, LENGTHS = 5, [3, 4, 0, 1]
+GIVEN: dict[str, Any] = {
+    "lengths": {"lengths": torch.tensor(LENGTHS)},
+    "mask": {"mask": torch.arange(STEPS) < torch.tensor(LENGTHS).unsqueeze(1)},
+}
+
+
+def count_kernels(cell: str, layers: int, directions: int, given: str, with_hx: bool = False) -> tuple[int, int]:
+    """Returns the kernels of forward and of backward."""
+    options: dict[str, Any] = {"num_layers": layers, "bidirectional": directions == 2, "flatten_hidden": False}
+    layer = masked(cell, batch_first=True, backend="padded", **options)
+    hx = as_hx([h.to(DEVICE) for h in random_states(layer, 4, torch.float32)]) if with_hx else None
+    layer = layer.to(DEVICE)
+    x = torch.randn(4, STEPS, INPUT).to(DEVICE).requires_grad_()
+    there = {name: value.to(DEVICE) for name, value in GIVEN[given].items()}
+    layer(x, hx, **there)  # constants are made in the first call
+    with counting() as launched:
+        output, last = layer(x, hx, **there)
+        forward = len(launched)
+        results = [output, *as_tuple(last)]
+        pulled = [torch.ones_like(t) for t in results]
+        launched.clear()
+        torch.autograd.grad(results, [x, *layer.parameters()], pulled)
+        return forward, len(launched)
+
+
+BUDGET = {  # of lengths: forward and backward of one layer, and of each further one; with two directions
+    "gru": ((12, 3), (5, 2), (16, 5), (5, 3)),
+    "lstm": ((16, 6), (7, 6), (20, 9), (9, 7)),
+    "lstm-proj": ((16, 6), (7, 6), (20, 9), (9, 7)),
+    "rnn-tanh": ((17, 8), (7, 8), (21, 12), (10, 11)),
+    "rnn-relu": ((16, 6), (6, 6), (19, 8), (8, 7)),
+}
+TO_THE_FRONT = (7, 4)
+"""What it takes more to move steps to the front by a mask, and back. A GRU's stay where they are."""
+
+
+@pytest.fixture
+def operators(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return with_cudnn(monkeypatch, lambda x: isinstance(x, SimulatedTensor), operators=True)
+
+
+@pytest.mark.parametrize("given", GIVEN)
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_held_layers_start_few_kernels(
+    cell: str, layers: int, directions: int, given: str, operators: list[str]
+) -> None:
+    first, further = BUDGET[cell][2 * directions - 2 : 2 * directions]
+    moved = TO_THE_FRONT if given == "mask" and cell != "gru" else (0, 0)
+    most = [f + (layers - 1) * m + extra for f, m, extra in zip(first, further, moved, strict=True)]
+    operators.clear()
+    found = count_kernels(cell, layers, directions, given)
+    assert all(a <= b for a, b in zip(found, most, strict=True)), (found, most)
+    assert operators == ["cudnn_forward"] * 2 * layers + ["cudnn_backward"] * layers  # forward runs twice here
+
+
+def test_initial_states_of_a_gru_cost_few_kernels_more(operators: list[str]) -> None:
+    assert count_kernels("gru", 1, 1, "lengths", with_hx=True) <= (16, 5)
+
+
+@pytest.mark.parametrize(("layers", "directions", "most"), [(1, 1, (18, 13)), (1, 2, (34, 30)), (2, 2, (52, 58))])
+def test_functions_start_no_more_kernels_than_before(
+    layers: int, directions: int, most: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_cudnn(monkeypatch, lambda x: isinstance(x, SimulatedTensor))
+    found = count_kernels("gru", layers, directions, "lengths")
+    assert all(a <= b for a, b in zip(found, most, strict=True)), found
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_held_call_runs_little_python(learns: bool, operators: list[str]) -> None:
+    layer, x = masked("gru", batch_first=True, backend="auto").to(DEVICE), torch.randn(4, STEPS, INPUT).to(DEVICE)
+    lengths = torch.tensor(LENGTHS).to(DEVICE)
+    with torch.set_grad_enabled(learns):
+        layer(x, lengths=lengths)
+        assert count(lambda: layer(x, lengths=lengths)).calls <= 120
+
+
+if __name__ == "__main__":
+    for operators in (False, True):
+        with pytest.MonkeyPatch.context() as patched:
+            with_cudnn(patched, lambda x: isinstance(x, SimulatedTensor), operators=operators)
+            for cell in CELLS:
+                for given in GIVEN:
+                    found = [(f"{n}x{d}", count_kernels(cell, n, d, given)) for n in (1, 2, 3) for d in (1, 2)]
+                    print("operators" if operators else "functions", cell, given, *found)
