@@ -508,6 +508,7 @@ def test_empty_batch_compiles_and_trains(cell: str, batch: int, steps: int) -> N
     assert all(p.grad is not None and p.grad.eq(0).all() for p in layer.parameters())
 
 
+@pytest.mark.slow_but("gru-")
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.usefixtures("allow_rnn")

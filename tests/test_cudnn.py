@@ -102,9 +102,14 @@ def run(layer: Any, form: str, kind: str, x: Tensor, states: tuple[Tensor, ...],
     return [t.detach().cpu() for t in (*results, *found)]
 
 
+@pytest.mark.slow_but("lstm-proj")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
-@pytest.mark.parametrize("options", [{"num_layers": 2, "bidirectional": True}, {"bias": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"num_layers": 2, "bidirectional": True}, pytest.param({"bias": False}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_hx_of_any_layout_is_accepted(cell: str, form: str, options: dict[str, Any]) -> None:
     """Covers the flattened state that the layer returns, an expanded one, and others, in each form of a call."""
     batch_first = FORMS[form][0] == "padded"

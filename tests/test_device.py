@@ -101,7 +101,7 @@ def home(run: Run) -> Run:
     return Run(run.output.cpu(), tuple(to("cpu", run.states)), to("cpu", run.gradients))
 
 
-@pytest.fixture(params=["fused", "functions", "operators"])
+@pytest.fixture(params=["fused", pytest.param("functions", marks=pytest.mark.slow), "operators"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs a test with ATen's fused cells, and twice with cuDNN, called by PyTorch's functions and by the package."""
     if request.param != "fused":
@@ -109,6 +109,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return str(request.param)
 
 
+@pytest.mark.slow_but("operators")
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("case", CALLS, ids=lambda case: "-".join(map(str, case)))
 @pytest.mark.parametrize("cell", [*ONE_STATE_AND_TWO, "rnn-tanh"])
@@ -175,6 +176,7 @@ def layer(cell: str, backend: str) -> Any:
     return masked(cell, bidirectional=True, num_layers=2, batch_first=True, backend=backend).double()
 
 
+@pytest.mark.slow_but("operators")
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 def test_unbatched_and_empty_input_match_cpu(layer: Any) -> None:
@@ -189,6 +191,7 @@ def test_unbatched_and_empty_input_match_cpu(layer: Any) -> None:
         assert_agree(found, expected, name)
 
 
+@pytest.mark.slow_but("operators")
 @pytest.mark.usefixtures("kernels")
 def test_packed_and_nested_input_match_cpu(layer: Any) -> None:
     there = copy.deepcopy(layer).to(DEVICE)
@@ -208,6 +211,7 @@ def test_packed_and_nested_input_match_cpu(layer: Any) -> None:
         assert_agree(run(there, DEVICE, form), run(layer, "cpu", form), form)
 
 
+@pytest.mark.slow_but("operators")
 @pytest.mark.usefixtures("kernels")
 def test_second_derivatives_match_cpu(layer: Any) -> None:
     there = copy.deepcopy(layer).to(DEVICE)
@@ -323,8 +327,8 @@ def _captured(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "is_capturing", lambda device: device.type == DEVICE.type)
 
 
-@pytest.mark.usefixtures("kernels")
-@pytest.mark.usefixtures("_captured")
+@pytest.mark.slow_but("operators")
+@pytest.mark.usefixtures("kernels", "_captured")
 @pytest.mark.parametrize("form", [*FORMS, *WITH_RESETS])
 def test_graph_capture_refuses_host_values(cell: str, backend: str, form: str) -> None:
     """A call that needs values from the host is refused with the reason. Other calls run and never wait."""
