@@ -203,3 +203,39 @@ def test_gru_state_is_held_over_3000_steps_of_padding(dtype: torch.dtype, operat
     close = {"atol": 4 * torch.finfo(dtype).eps, "rtol": 4 * torch.finfo(dtype).eps}
     torch.testing.assert_close(found[:, :1], expected, **close)
     torch.testing.assert_close(found[:, 1:], hx[:, 1:], **close)
+
+
+@pytest.mark.parametrize("given", [{}, {"lengths": LENGTHS}], ids=str)
+@pytest.mark.parametrize("way", ["kept graph", "eval", "hooks", "checkpoint", "anomaly", "batched"])
+def test_autograd_features_match_cpu(cell: str, given: dict[str, Any], way: str) -> None:
+    layer = masked(cell, bidirectional=True, num_layers=2, batch_first=True, backend="padded").double()
+    layer.train(way != "eval")
+    x = torch.randn(BATCH, STEPS, INPUT, dtype=torch.float64)
+
+    def gradients(own: Any, device: Any) -> list[Tensor]:
+        leaf = x.to(device).requires_grad_()
+        wanted = [leaf, *own.parameters()]
+
+        def forward(leaf: Tensor) -> Tensor:
+            output, last = own(leaf, **given)
+            return sum(((t * t).sum() for t in (output, *as_tuple(last))), output.new_zeros(()))
+
+        if way == "hooks":
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+                total = forward(leaf)
+        elif way == "checkpoint":
+            total = checkpoint(forward, leaf, use_reentrant=False)
+        elif way == "anomaly":
+            with torch.autograd.set_detect_anomaly(True, check_nan=False):
+                total = forward(leaf)
+        else:
+            total = forward(leaf)
+        if way == "kept graph":
+            torch.autograd.grad(total, wanted, retain_graph=True)
+        if way == "batched":
+            many = torch.tensor([1.0, 2.0], dtype=torch.float64).to(device)
+            return [t.cpu() for t in torch.autograd.grad(total, wanted, many, is_grads_batched=True)]
+        return [t.cpu() for t in torch.autograd.grad(total, wanted)]
+
+    for a, b in zip(gradients(copy.deepcopy(layer).to(DEVICE), DEVICE), gradients(layer, "cpu"), strict=True):
+        torch.testing.assert_close(a, b)

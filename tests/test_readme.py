@@ -26,7 +26,7 @@ from masked_rnn._layers import gru, lstm, rnn
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [
-    pytest.param(code, id=f"{page.stem}-{k}")
+    pytest.param(code, id=f"{page.stem}-{k}", marks=[pytest.mark.slow] * (page.stem == "recipes" and k % 4 > 0))
     for page in PAGES
     for k, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 ]

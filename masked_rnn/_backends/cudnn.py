@@ -155,9 +155,15 @@ def flatten_weights(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
     if has_zeros and is_row:
         return parameters
     flat = torch.cat([*(p.reshape(-1) for p in inside), inside[0].new_zeros(zeros)])
-    parts = flat.split([*(p.numel() for p in inside), zeros])
-    placed = {k: part.view(p.shape) for k, part, p in zip(order, parts, inside, strict=False)}
-    return [placed[k] for k in range(len(parameters))]
+    return views_of(flat, [p.shape for p in parameters])
+
+
+def views_of(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Return the weights of these shapes that lie in a chunk: first the matrices, then the biases."""
+    order = sorted(range(len(shapes)), key=lambda k: -len(shapes[k]))
+    sizes = [shapes[k].numel() for k in order]
+    parts = dict(zip(order, flat[: sum(sizes)].split(sizes), strict=True))
+    return [parts[k].view(shape) for k, shape in enumerate(shapes)]
 
 
 def chunk(weights: Sequence[Tensor]) -> Tensor:

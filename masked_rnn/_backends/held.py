@@ -250,15 +250,15 @@ class HeldLayer(torch.autograd.Function):
         (weights,) = group_weights(tensors[S:], 1, held.kernel.directions)
         learns = any(ctx.needs_input_grad)
         output, last, (memory, raw, reserve) = forward(held, wide, x, tensors[:S], weights, learns)
-        ctx.held, ctx.n_states, ctx.n_weights = held, S, len(memory.weights)
+        ctx.held, ctx.n_states, ctx.shapes = held, S, [w.shape for w in memory.weights]
         if learns:
-            ctx.save_for_backward(x, *tensors, memory.x, memory.flat, *memory.weights, *memory.states, raw, reserve)
+            ctx.save_for_backward(x, *tensors, memory.x, memory.flat, *memory.states, raw, reserve)
         ctx.set_materialize_grads(False)
         return output, *last
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        held, S, n = ctx.held, ctx.n_states, ctx.n_weights
+        held, S = ctx.held, ctx.n_states
         x, *rest = ctx.saved_tensors
         needs = ctx.needs_input_grad[2:]
         tensors, rest = rest[: len(needs) - 1], rest[len(needs) - 1 :]
@@ -267,8 +267,8 @@ class HeldLayer(torch.autograd.Function):
         if all(g is None for g in grads):
             return (None,) * (2 + len(needs))
         wide, flat, *rest = rest
-        memory = cudnn.Memory(wide, flat, rest[:n], tuple(rest[n : n + S]))
-        saved = (memory, *rest[n + S :])
+        memory = cudnn.Memory(wide, flat, cudnn.views_of(flat, ctx.shapes), tuple(rest[:S]))
+        saved = (memory, *rest[S:])
         dx, d_initial, d_weights = backward(held, saved, grads[0], grads[1:], x.size(-1), any(needs[1 + S :]))
         found = [None] * (len(needs) - 1 - S) if d_weights is None else flatten_weights([d_weights])
         return None, None, dx if needs[0] else None, *d_initial, *found

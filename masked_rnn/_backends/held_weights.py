@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._cells import GATES, LayerWeights, Weights, group_weights
 from .._torch import current_stream, is_capturing
-from .cudnn import Kernel
+from .cudnn import Kernel, views_of
 
 HOLD = 1e4
 """In every dtype, sigmoid(1e4) is 1 and sigmoid(-1e4) is 0."""
@@ -43,15 +43,12 @@ def flatten(kernel: Kernel, weights: LayerWeights, width: int, dtype: torch.dtyp
     none = _zeros(2 * len(weights) * rows, 1, dtype, weights[0].w_hh.device)
     moved = kernel.mode == "RNN_TANH"  # the biases are weights of the marks
     flat = torch.cat([t.reshape(-1).to(dtype) for t in (*matrices, *(biases if biases and not moved else (none,)))])
-    sizes = [t.numel() for t in matrices] + [rows] * len(biases)
-    parts = flat[: sum(sizes)].split(sizes)
+    shapes: list[torch.Size] = []
     each = len(matrices) // len(weights)
-    views: list[Tensor] = []
     for d in range(len(weights)):
-        own = [p.view(m.shape) for p, m in zip(parts, matrices, strict=False)][d * each : (d + 1) * each]
-        own_biases = parts[len(matrices) + 2 * d : len(matrices) + 2 * d + 2]
-        views += [*own[:2], *own_biases, *own[2:]]
-    return flat, views
+        own = [t.shape for t in matrices[d * each : (d + 1) * each]]
+        shapes += [*own[:2], *(b.shape for b in biases[2 * d : 2 * d + 2]), *own[2:]]
+    return flat, views_of(flat, shapes)
 
 
 def _widened(kernel: Kernel, w: Weights, width: int, dtype: torch.dtype) -> Tensor:

@@ -43,10 +43,8 @@ def open_states(context: Context, layer: Layer, form: Form, hx: Any) -> States:
 def zero_states(layer: Layer, batch: int, data: Tensor) -> States:
     """Return initial states of zeros, each (L·D, N, P or H), of the dtype and on the device of `data`."""
     stacked = layer.num_layers * (2 if layer.bidirectional else 1)
-    zeros = []
-    for width in _state_widths(layer):
-        zeros.append(torch.zeros(stacked, batch, width, dtype=data.dtype, device=data.device))
-    return tuple(zeros)
+    h = data.new_zeros((stacked, batch, layer.proj_size or layer.hidden_size))
+    return (h, data.new_zeros((stacked, batch, layer.hidden_size))) if layer.mode == "LSTM" else (h,)
 
 
 def close_states(
