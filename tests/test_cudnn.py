@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 from masked_rnn._backends import cudnn, kernels
+from masked_rnn._backends.held_weights import marks_for
 
 BATCH, STEPS = 4, 5
 SORTED, LENGTHS = [5, 3, 2, 0], [3, 4, 0, 1]
@@ -239,3 +240,21 @@ def test_autograd_features_match_cpu(cell: str, given: dict[str, Any], way: str)
 
     for a, b in zip(gradients(copy.deepcopy(layer).to(DEVICE), DEVICE), gradients(layer, "cpu"), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("mode", "inputs", "directions", "dtype", "expected"),
+    [
+        ("GRU", 4, 1, torch.float32, 4),
+        ("LSTM", 7, 2, torch.float16, 1),
+        ("GRU", 8, 1, torch.float64, 8),
+        ("LSTM", 128, 1, torch.float16, 128),
+        ("RNN_TANH", 256, 1, torch.float16, 128),
+        ("GRU", 128, 1, torch.float16, 8),
+        ("LSTM", 128, 2, torch.float16, 8),
+        ("LSTM", 128, 1, torch.float32, 8),
+        ("LSTM", 120, 1, torch.float16, 8),
+    ],
+)
+def test_marks_round_the_input_up(mode: str, inputs: int, directions: int, dtype: torch.dtype, expected: int) -> None:
+    assert marks_for(mode, inputs, 128, directions, dtype) == expected

@@ -193,6 +193,7 @@ def backward(
     """
     real, _, zero, runs, last = held.marked
     memory, raw, reserve = saved
+    raw = raw.contiguous()  # a compiler or a hook on saved tensors may have laid it out anew
     d_raw = torch.where(real, d_output, zero) if held.is_top and d_output is not None else d_output
     d_h, *d_c = d_last
     if last is not None and d_h is not None:

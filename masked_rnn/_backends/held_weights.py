@@ -25,9 +25,11 @@ DRIVES: dict[str, dict[int, float]] = {"GRU": {1: HOLD}, "LSTM": {0: -HOLD, 1: H
 def marks_for(mode: str, inputs: int, hidden: int, directions: int, dtype: torch.dtype) -> int:
     """Return how many features mark padding. With them, a row's size is a multiple of 8, which products need.
 
-    For float16, PyTorch's rule for the persistent kernel (`use_persist_device_heuristics`) asks for a multiple of 128.
+    For float16, PyTorch's rule for the persistent kernel of LSTM and RNN (`use_persist_common_heuristics`) asks for a
+    multiple of 128.
     """
-    multiple = 128 if dtype == torch.float16 and directions == 1 and inputs % 128 == hidden % 128 == 0 else 8
+    is_persistent = mode != "GRU" and dtype == torch.float16 and directions == 1 and inputs % 128 == hidden % 128 == 0
+    multiple = 128 if is_persistent else 8
     return multiple - inputs % multiple
 
 

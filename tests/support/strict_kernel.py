@@ -159,6 +159,8 @@ def strict_backward(
     if not asked.train:
         raise RuntimeError("cudnn RNN backward can only be called in training mode")
     check_operands(x, weights, each, flat, states, asked)
+    time_first = output.transpose(0, 1) if asked.batch_first and not asked.batch_sizes else output
+    assert time_first.is_contiguous(), "cuDNN reads its memory as it lies"
     assert reserve.dtype == torch.uint8
     assert reserve.numel() == RESERVE
     assert bool(reserve.all()), "the reserve was changed by another backward"
