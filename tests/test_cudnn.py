@@ -11,11 +11,13 @@ from support.oracle import INPUT, ONE_STATE_AND_TWO, as_hx, as_tuple, every, mas
 from support.simulated_device import DEVICE, SimulatedTensor
 from support.strict_kernel import check_chunk, with_cudnn
 from torch import Tensor
+from torch.nn.utils import vector_to_parameters
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
-from masked_rnn._backends import cudnn, kernels
+from masked_rnn._backends import cudnn, kernels, padded
 from masked_rnn._backends.held_weights import marks_for
+from masked_rnn._cells import Weights
 
 BATCH, STEPS = 4, 5
 SORTED, LENGTHS = [5, 3, 2, 0], [3, 4, 0, 1]
@@ -206,6 +208,11 @@ def test_gru_state_is_held_over_3000_steps_of_padding(dtype: torch.dtype, operat
     torch.testing.assert_close(found[:, 1:], hx[:, 1:], **close)
 
 
+def without_strides(t: Tensor) -> Tensor:
+    """Copies as `save_on_cpu(pin_memory=True)` does."""
+    return torch.empty_like(t, memory_format=torch.contiguous_format).copy_(t)
+
+
 @pytest.mark.parametrize("given", [{}, {"lengths": LENGTHS}], ids=str)
 @pytest.mark.parametrize("way", ["kept graph", "eval", "hooks", "checkpoint", "anomaly", "batched"])
 def test_autograd_features_match_cpu(cell: str, given: dict[str, Any], way: str) -> None:
@@ -222,7 +229,7 @@ def test_autograd_features_match_cpu(cell: str, given: dict[str, Any], way: str)
             return sum(((t * t).sum() for t in (output, *as_tuple(last))), output.new_zeros(()))
 
         if way == "hooks":
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+            with torch.autograd.graph.saved_tensors_hooks(without_strides, lambda t: t):
                 total = forward(leaf)
         elif way == "checkpoint":
             total = checkpoint(forward, leaf, use_reentrant=False)
@@ -258,3 +265,51 @@ def test_autograd_features_match_cpu(cell: str, given: dict[str, Any], way: str)
 )
 def test_marks_round_the_input_up(mode: str, inputs: int, directions: int, dtype: torch.dtype, expected: int) -> None:
     assert marks_for(mode, inputs, 128, directions, dtype) == expected
+
+
+@pytest.mark.parametrize("backend", ["padded", "packed"])
+def test_gradient_of_a_row_without_steps_reaches_no_weight(cell: str, backend: str) -> None:
+    layer = masked(cell, bidirectional=True, num_layers=2, batch_first=True, backend=backend).to(DEVICE)
+    _, last = layer(torch.randn(BATCH, STEPS, INPUT).to(DEVICE), lengths=LENGTHS)
+    pulled = [torch.ones(h.shape) for h in as_tuple(last)]
+    for d in pulled:
+        d[2] = torch.nan  # the row without steps
+    found = torch.autograd.grad(as_tuple(last), list(layer.parameters()), [d.to(DEVICE) for d in pulled])
+    assert all(bool(g.cpu().isfinite().all()) for g in found)
+
+
+@pytest.mark.parametrize("given", [{}, {"lengths": LENGTHS}], ids=str)
+def test_no_reserve_is_made_without_gradients(given: dict[str, Any], operators: list[str]) -> None:
+    layer, x = masked("gru", batch_first=True).to(DEVICE), torch.randn(BATCH, STEPS, INPUT).to(DEVICE)
+    with torch.no_grad():
+        layer(x, **given)
+    assert operators in ([], ["cudnn_forward without reserve"])
+
+
+def test_weights_without_biases_need_zeros_behind_them() -> None:
+    """Also if their storage ends right behind the matrices."""
+    layer = plain("gru", bias=False)
+    vector_to_parameters(torch.randn(sum(p.numel() for p in layer.parameters())), layer.parameters())
+    check_chunk(cudnn.flatten_weights(list(layer.parameters())), has_biases=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_relu_over_padding_stays_finite_in_cudnns_autocast(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN runs in float16 under any autocast."""
+    monkeypatch.setattr(cudnn, "runs_cudnn", lambda _x: True)
+    x, w = torch.randn(STEPS, BATCH, INPUT), Weights(torch.randn(3, INPUT), torch.randn(3, 3))
+    with torch.autocast("cpu", dtype):
+        _, wide = padded._with_states_at_zero(x, torch.ones(STEPS, BATCH, 1, dtype=torch.bool), w)
+    assert bool(wide.w_ih.to(torch.float16).isfinite().all())
+
+
+@pytest.mark.parametrize("lengths", [[STEPS + 1, 1, 1, 1], [1, -1, 1, 1]], ids=str)
+def test_operator_refuses_lengths_out_of_range_on_device(lengths: list[int]) -> None:
+    import masked_rnn._capture.custom_op  # noqa: F401
+
+    layer, x = masked("gru").to(DEVICE), torch.randn(STEPS, BATCH, INPUT).to(DEVICE)
+    initial, weights = [torch.zeros(1, BATCH, 3).to(DEVICE)], [p.detach() for p in layer.parameters()]
+    with pytest.raises((RuntimeError, ValueError), match=r"out of range|Expected 0 <= length <= 5"):
+        torch.ops.masked_rnn.layer(
+            x, torch.tensor(lengths).to(DEVICE), None, initial, True, weights, "GRU", False, False
+        )

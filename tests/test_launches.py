@@ -38,9 +38,9 @@ def count_kernels(cell: str, layers: int, directions: int, given: str, with_hx: 
 
 
 BUDGET = {  # of lengths: forward and backward of one layer, and of each further one; with two directions
-    "gru": ((12, 3), (5, 2), (16, 5), (5, 3)),
-    "lstm": ((16, 6), (7, 6), (20, 9), (9, 7)),
-    "lstm-proj": ((16, 6), (7, 6), (20, 9), (9, 7)),
+    "gru": ((12, 6), (5, 3), (16, 6), (5, 4)),
+    "lstm": ((16, 7), (7, 7), (20, 9), (9, 8)),
+    "lstm-proj": ((16, 7), (7, 7), (20, 9), (9, 8)),
     "rnn-tanh": ((17, 8), (7, 8), (21, 12), (10, 11)),
     "rnn-relu": ((16, 6), (6, 6), (19, 8), (8, 7)),
 }
@@ -69,7 +69,7 @@ def test_held_layers_start_few_kernels(
 
 
 def test_initial_states_of_a_gru_cost_few_kernels_more(operators: list[str]) -> None:
-    assert count_kernels("gru", 1, 1, "lengths", with_hx=True) <= (16, 5)
+    assert count_kernels("gru", 1, 1, "lengths", with_hx=True) <= (16, 6)
 
 
 @pytest.mark.parametrize(("layers", "directions", "most"), [(1, 1, (18, 13)), (1, 2, (34, 30)), (2, 2, (52, 58))])

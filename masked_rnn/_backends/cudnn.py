@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from .._cells import GATES, States
-from .._torch import cudnn_backward, cudnn_forward, graph_is_kept, share_storage
+from .._torch import cudnn_backward, cudnn_forward, graph_is_kept, is_autocast_on, is_traced, share_storage
 from .double_backward import Recurrence, gradient_of, needs_another_backward
 
 IS_PROVEN = False
-"""Whether `auto` calls these operators itself. They have not run on a GPU yet: `python -m benchmarks.gpu` and
-`tests/test_cuda.py` have to pass on one first. Until then PyTorch's functions call them, and this is False."""
+"""Whether the package calls these operators itself. It has not done so on a GPU yet: `python -m benchmarks.gpu` and
+`tests/test_cuda.py` have to pass on one first. Until then PyTorch's functions call them."""
 
 MODES = {"RNN_RELU": 0, "RNN_TANH": 1, "LSTM": 2, "GRU": 3}
 """cuDNN's numbers, by `nn.RNNBase.mode`"""
@@ -29,12 +29,20 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def runs_cudnn(x: Tensor) -> bool:
     """Return whether PyTorch's kernel will be cuDNN's or MIOpen's, whose backward can't be differentiated."""
-    return x.is_cuda and torch.backends.cudnn.enabled
+    return x.is_cuda and torch.backends.cudnn.enabled and torch.backends.cudnn.is_available()
+
+
+def running_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which PyTorch's kernel runs for an input. cuDNN's is float16 whatever dtype autocast has."""
+    device = x.device.type
+    if not is_autocast_on(device) or x.dtype == torch.float64 or x.is_complex():
+        return x.dtype
+    return torch.float16 if runs_cudnn(x) else torch.get_autocast_dtype(device)
 
 
 def calls_operators(x: Tensor) -> bool:
     """Return whether cuDNN runs an input, and its operators are called here."""
-    if not IS_PROVEN or not runs_cudnn(x) or torch.version.hip is not None or not x.numel():
+    if not IS_PROVEN or not runs_cudnn(x) or torch.version.hip is not None or not x.numel() or is_traced():
         return False
     return cudnn_forward is not None and cudnn_backward is not None and _runs_dtype(x)
 
@@ -150,7 +158,8 @@ def flatten_weights(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
     zeros = 0 if has_biases else sum(p.size(0) for p in inside)
     begins = [p.storage_offset() * p.element_size() for p in inside]
     ends = [begin + p.nbytes for begin, p in zip(begins, inside, strict=True)]
-    has_zeros = has_biases or ends[-1] + zeros * inside[0].element_size() >= inside[0].untyped_storage().nbytes()
+    # A storage that ends there is one that this function made.
+    has_zeros = has_biases or ends[-1] + zeros * inside[0].element_size() == inside[0].untyped_storage().nbytes()
     is_row = begins == [0, *ends[:-1]] and all(p.is_contiguous() and share_storage(p, inside[0]) for p in inside)
     if has_zeros and is_row:
         return parameters
@@ -167,10 +176,10 @@ def views_of(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
 
 
 def chunk(weights: Sequence[Tensor]) -> Tensor:
-    """Return the chunk of memory that flattened weights are views of, as one dimension."""
-    first = weights[0].detach()
-    size = first.untyped_storage().nbytes() // first.element_size()
-    return first.as_strided((size,), (1,), 0)
+    """Return the memory that flattened weights are views of, with the zeros behind them, as one dimension."""
+    first, has_biases = weights[0].detach(), any(w.dim() == 1 for w in weights)
+    zeros = 0 if has_biases else sum(w.size(0) for w in weights)
+    return first.as_strided((sum(w.numel() for w in weights) + zeros,), (1,), 0)
 
 
 class CudnnStack(torch.autograd.Function):
@@ -205,6 +214,8 @@ class CudnnStack(torch.autograd.Function):
         if all(g is None for g in grads):
             return (None,) * (3 + len(needs))
         weights = flatten_weights(tensors[S:])
+        if ctx.kernel.batch_first:  # cuDNN reads its memory, time first. A hook may have laid it out anew
+            output = output.transpose(0, 1).contiguous().transpose(0, 1)
         memory = Memory(x, chunk(weights), weights, tuple(tensors[:S]))
         want_weights = any(needs[1 + S :])
         dx, d_states, d_weights = run_back(ctx.kernel, memory, (output, reserve), grads[0], grads[1:], want_weights)

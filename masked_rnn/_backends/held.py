@@ -31,7 +31,6 @@ from .._call.call import Restore
 from .._call.lengths import is_on_host
 from .._cells import LayerWeights, States, flatten_weights, group_weights, stack_layers
 from .._plan import real_mask
-from .._torch import is_autocast_on
 from . import cudnn
 from .double_backward import gradient_of, needs_another_backward
 from .held_weights import flatten, marks_for, narrow
@@ -58,14 +57,19 @@ class Marked(NamedTuple):
     """(T, N, 1), 1 at padding and 0 at real steps; for an RNN with tanh the reverse. In the dtype that runs"""
     zero: Tensor
     """A number, in the dtype that runs"""
-    runs: Tensor | None
-    """(1, N, 1), True for sequences that have a step. None for a GRU that starts from zeros"""
+    runs: list[Tensor]
+    """(1, N, 1), True for sequences that have a step. Empty until `find_runs` is called: some calls do not need it"""
     last: Tensor | None
     """(1, N, P), the last step of each sequence. None for a GRU"""
 
+    def find_runs(self) -> Tensor:
+        if not self.runs:
+            self.runs.append(self.real.any(0, keepdim=True))
+        return self.runs[0]
+
 
 class Held(NamedTuple):
-    """How one layer runs: everything but its tensors."""
+    """The configuration of one layer, and the padding of the call."""
 
     kernel: cudnn.Kernel
     marked: Marked
@@ -73,10 +77,12 @@ class Held(NamedTuple):
     """True: the output is zeroed at padding. False: the next layer ignores it there."""
     has_states: bool
     """True: the caller gave initial states. False: they are zeros."""
+    learns: bool
+    """Whether gradients are recorded"""
 
 
 def run(call: Call) -> tuple[Tensor, States]:
-    layer, number = call.layer, count()
+    layer, number, learns = call.layer, count(), torch.is_grad_enabled()
     x, real, lengths, restore = _padded(call)
     steps = x.size(0)
     if call.lengths is not None and is_on_host(call.lengths) and call.context.readable:
@@ -87,7 +93,7 @@ def run(call: Call) -> tuple[Tensor, States]:
     def run_one(x: Tensor, states: States, weights: LayerWeights) -> tuple[Tensor, States]:
         k = next(number)
         kernel = cudnn.Kernel(layer.mode, layer.hidden_size, layer.proj_size, 1, call.directions)
-        held = Held(kernel, marked, k == layer.num_layers - 1, call.initial is not None)
+        held = Held(kernel, marked, k == layer.num_layers - 1, call.initial is not None, learns)
         output, *last = HeldLayer.apply(held, wide if k == 0 else None, x, *states, *flatten_weights([weights]))
         return output, tuple(last)
 
@@ -120,8 +126,7 @@ def _open(
     All that starts as zeros is one piece of memory, to start one kernel on the device and not several.
     """
     layer, mode = call.layer, call.layer.mode
-    under_autocast = is_autocast_on(x.device.type) and x.dtype != torch.float64
-    dtype = torch.float16 if under_autocast else x.dtype  # whatever autocast's dtype, cuDNN runs in float16
+    dtype = cudnn.running_dtype(x)
     T, N, inputs = x.shape
     D, W = call.directions, inputs + marks_for(mode, inputs, layer.hidden_size, call.directions, dtype)
     P = layer.proj_size or layer.hidden_size
@@ -134,12 +139,10 @@ def _open(
     marks = wide[..., inputs : inputs + 1]
     marks.copy_(real) if mode == "RNN_TANH" else torch.logical_not(real, out=marks)
     states = call.initial or tuple(h.view(shape) for h, shape in zip(zeros, shapes, strict=True))
-    runs = last = None
+    runs, last = [], None
     if lengths is not None:
-        runs = (lengths > 0).view(1, N, 1)
+        runs = [(lengths > 0).view(1, N, 1)]
         last = (lengths - 1).clamp(min=0).view(1, N, 1).expand(1, N, P)
-    elif call.initial is not None:
-        runs = real.any(0, keepdim=True)
     return Marked(real, marks, zero, runs, last), wide, states
 
 
@@ -152,28 +155,28 @@ def forward(
     train: bool,
 ) -> tuple[Tensor, States, tuple[cudnn.Memory, Tensor, Tensor]]:
     """Run a layer. Return its output, the last states, and for backward memory, cuDNN's output and reserve."""
-    real, _, zero, runs, last = held.marked
+    real, _, zero, _, last = held.marked
     memory = _memory(held, wide, x, given, weights)
     raw, states, reserve = cudnn.run(held.kernel, memory, train)
     if last is not None:  # the forward direction's h has not stayed
         h = raw.gather(0, last)
         states = (h if held.kernel.directions == 1 else torch.cat([h, states[0][1:]]), *states[1:])
     if held.has_states:
-        assert runs is not None
+        runs = held.marked.find_runs()
         states = tuple([torch.where(runs, new, h.to(new.dtype)) for new, h in zip(states, given, strict=True)])
     return torch.where(real, raw, zero) if held.is_top else raw, states, (memory, raw, reserve)
 
 
 def _memory(held: Held, wide: Tensor | None, x: Tensor, given: States, weights: LayerWeights) -> cudnn.Memory:
     """Return what the kernel reads. The arguments are those of `forward`."""
-    real, marks, zero, runs, _ = held.marked
+    real, marks, zero, *_ = held.marked
     kernel = held.kernel
     if wide is None:
         more = marks_for(kernel.mode, x.size(-1), kernel.hidden, kernel.directions, zero.dtype)
         wide = torch.cat([torch.where(real, x, zero), marks.expand(-1, -1, more)], -1)
     states = given
     if held.has_states:
-        assert runs is not None
+        runs = held.marked.find_runs()
         states = tuple([torch.where(runs, h.to(zero.dtype), zero).contiguous() for h in given])
     flat, views = flatten(kernel, weights, wide.size(-1), zero.dtype)
     return cudnn.Memory(wide, flat, views, states)
@@ -191,21 +194,20 @@ def backward(
 
     At least one of the given gradients must not be None.
     """
-    real, _, zero, runs, last = held.marked
+    real, _, zero, _, last = held.marked
     memory, raw, reserve = saved
     raw = raw.contiguous()  # a compiler or a hook on saved tensors may have laid it out anew
     d_raw = torch.where(real, d_output, zero) if held.is_top and d_output is not None else d_output
-    d_h, *d_c = d_last
+    # The last state of a row without steps depends on no weight. But its gradient may be NaN, and 0 · NaN is NaN.
+    d_h, *d_c = [None if d is None else torch.where(held.marked.find_runs(), d, zero) for d in d_last]
     if last is not None and d_h is not None:
-        assert runs is not None
-        d_h = torch.where(runs, d_h, zero)
         d_raw = torch.zeros_like(raw) if d_raw is None else d_raw if held.is_top else d_raw.clone()
         d_raw.scatter_add_(0, last, d_h[:1])
         d_h[0].zero_()
     dx, d_states, d_weights = cudnn.run_back(held.kernel, memory, (raw, reserve), d_raw, (d_h, *d_c), want_weights)
     d_initial: Sequence[Tensor | None] = [None] * len(d_states)
     if held.has_states:
-        assert runs is not None
+        runs = held.marked.find_runs()
         d_initial = [torch.where(runs, d, zero if e is None else e) for d, e in zip(d_states, d_last, strict=True)]
     dx = torch.where(real, dx[..., :inputs], zero)
     return dx, d_initial, narrow(held.kernel, d_weights, inputs) if want_weights else None
@@ -239,7 +241,7 @@ def _open_one_layer(call: Call) -> tuple[Held, Tensor, Tensor, States, Restore]:
     x, real, lengths, restore = _padded(call)
     marked, wide, states = _open(call, x, real, lengths)
     kernel = cudnn.Kernel(layer.mode, layer.hidden_size, layer.proj_size, 1, call.directions)
-    return Held(kernel, marked, True, call.initial is not None), x, wide, states, restore
+    return Held(kernel, marked, True, call.initial is not None, False), x, wide, states, restore
 
 
 class HeldLayer(torch.autograd.Function):
@@ -249,7 +251,7 @@ class HeldLayer(torch.autograd.Function):
     def forward(ctx: Any, held: Held, wide: Tensor | None, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         S = 2 if held.kernel.mode == "LSTM" else 1
         (weights,) = group_weights(tensors[S:], 1, held.kernel.directions)
-        learns = any(ctx.needs_input_grad)
+        learns = held.learns and any(ctx.needs_input_grad)
         output, last, (memory, raw, reserve) = forward(held, wide, x, tensors[:S], weights, learns)
         ctx.held, ctx.n_states, ctx.shapes = held, S, [w.shape for w in memory.weights]
         if learns:

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from .._call import Call
 from .._cells import LayerWeights, States, Weights, stack_layers
 from .._plan import real_mask, reverse_index
-from .._torch import is_autocast_on, to_device
-from . import held
+from .._torch import to_device
+from . import cudnn, held
 from .kernels import run_layer, run_stack, why_no_lstm_kernel
 
 
@@ -132,9 +132,8 @@ def _with_states_at_zero(x: Tensor, real: Tensor, w: Weights) -> tuple[Tensor, W
     Otherwise the state could grow there to infinity, and its gradient would be 0 · inf = NaN. The input is 1 at
     padding, with a weight that makes the argument of relu negative.
     """
-    device = x.device.type
-    runs_in = torch.get_autocast_dtype(device) if is_autocast_on(device) else x.dtype
-    return _driven_at_padding(x, real, w, w.w_ih.new_full((w.w_hh.size(0),), -torch.finfo(runs_in).max / 4))
+    lowest = torch.finfo(cudnn.running_dtype(x)).min
+    return _driven_at_padding(x, real, w, w.w_ih.new_full((w.w_hh.size(0),), lowest / 4))
 
 
 def _driven_at_padding(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from .._call import Call
+from .._call.lengths import assert_range
 from .._cells import States, stack_layers
-from .._torch import assert_async, is_transformed, to_device
+from .._torch import is_transformed, to_device
 from .recurrence import scan
 
 
@@ -20,9 +21,7 @@ def why_not(call: Call) -> str | None:
 def run(call: Call) -> tuple[Tensor, States]:
     if call.context.compiling and call.lengths is not None and not is_transformed():
         # The check must be part of the graph: no other code of ours runs with the compiled graph.
-        steps = call.form.steps
-        in_range = ((call.lengths >= 0) & (call.lengths <= steps)).all()
-        assert_async(in_range, f"a length is out of range: expected 0 <= length <= {steps}, the input's time steps")
+        assert_range(call.lengths, call.form.steps, f"batch_first={call.form.batch_first}")
     x, real, restore = call.padded_in_place()
     # A copy, because autograd saves it, and the caller may change the original.
     resets = None if call.resets is None else to_device(call.resets.unsqueeze(-1).clone(), x.device)

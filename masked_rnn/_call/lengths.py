@@ -56,12 +56,19 @@ def check_lengths(
     if is_on_host(lengths):
         return None if check_range(lengths, steps, layout) else lengths
     # Reading the lengths would wait for the device. The assertion is checked there.
-    if not assert_async(
-        (lengths.clamp(0, steps) == lengths).all(),
-        f"a length is out of range: expected 0 <= length <= {steps}, the input's time steps ({layout})",
-    ):
+    if not assert_range(lengths, steps, layout):
         check_range(lengths, steps, layout)
     return lengths
+
+
+def assert_range(
+    lengths: Tensor,  # (N,)
+    steps: int,
+    layout: str,
+) -> bool:
+    """Assert on the lengths' device that each is from 0 to T. Return False if it has no such assertion."""
+    expected = f"expected 0 <= length <= {steps}, the input's time steps ({layout})"
+    return assert_async((lengths.clamp(0, steps) == lengths).all(), f"a length is out of range: {expected}")
 
 
 def check_range(

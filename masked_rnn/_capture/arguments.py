@@ -14,7 +14,7 @@ from torch import Tensor
 from .._call import Call
 from .._call.context import PLAIN
 from .._call.inputs import Padded
-from .._call.lengths import check_range
+from .._call.lengths import assert_range, check_range
 from .._cells import BackendName, expected_weights
 
 
@@ -83,8 +83,11 @@ class Arguments(NamedTuple):
             batch, steps = steps, batch
         self._check_shapes(layer, batch, steps)
         lengths, resets = self.lengths, self.resets
-        if lengths is not None and lengths.is_cpu and check_range(lengths, steps, f"batch_first={self.batch_first}"):
-            lengths = None
+        layout = f"batch_first={self.batch_first}"
+        if lengths is not None and lengths.is_cpu:
+            lengths = None if check_range(lengths, steps, layout) and self.x.is_cpu else lengths
+        elif lengths is not None and not assert_range(lengths, steps, layout):
+            check_range(lengths, steps, layout)
         if resets is not None and resets.is_cpu and not bool(resets.any()):
             resets = None
         return Call(

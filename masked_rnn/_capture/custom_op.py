@@ -60,7 +60,7 @@ def _forward(*given: Any) -> list[Tensor]:
     call, x, initial = arguments.open(), arguments.x, arguments.initial
     check_dtype(arguments.mode, x.dtype, x.device, call.layer.bias, call.layer.proj_size > 0)
     kernel_ran = _runs_kernel(call, save)
-    if _saves_reserve(arguments, save):
+    if _saves_reserve(arguments, save) and call.lengths is not None:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             output, last, raw, saved = held.run_one_layer(call, train=True)
         return [output.contiguous(), *last, saved, raw, x.new_full((), True, dtype=torch.bool)]
@@ -85,7 +85,7 @@ def _backward(*given: Any) -> list[Tensor]:
     """Return the gradients of the initial states, then of x and of the weights if they are wanted."""
     arguments, (saved, raw, kernel_ran, grads, want_x, want_weights) = Arguments(*given[:8]), given[8:]
     call = arguments.open()
-    if _saves_reserve(arguments, True):
+    if raw.numel():
         return _run_back_from_reserve(arguments, call, (raw, saved), grads, want_x, want_weights)
     arguments.check_saved(saved, _saved_bytes(arguments, True), grads)
     if not call.data.is_cpu or bool(kernel_ran):

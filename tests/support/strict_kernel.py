@@ -32,10 +32,16 @@ def with_cudnn(
     monkeypatch.setattr(cudnn, "runs_cudnn", runs)
     monkeypatch.setattr(cudnn, "IS_PROVEN", operators)
     for name, operator in (("cudnn_forward", strict_forward), ("cudnn_backward", strict_backward)):
-        monkeypatch.setattr(cudnn, name, lambda *a, n=name, op=operator: (ran.append(n), opened_call(op, *a))[1])
+        monkeypatch.setattr(cudnn, name, lambda *a, n=name, op=operator: noted(ran, n, op, *a))
     for mode, kernel in list(kernels.KERNELS.items()):
         monkeypatch.setitem(kernels.KERNELS, mode, StrictKernel(kernel, runs))
     return ran
+
+
+def noted(ran: list[str], name: str, operator: Callable[..., Any], *args: Any) -> Any:
+    trains = args[12]
+    ran.append(name if name == "cudnn_backward" or trains else f"{name} without reserve")
+    return opened_call(operator, *args)
 
 
 def opened_call(function: Callable[..., Any], *args: Any) -> Any:
