@@ -275,7 +275,7 @@ def captured(device: torch.device) -> None:
             eager = training(layer, x, there)
             contenders: dict[str, Call] = {"eager": eager}
             for mode in ("default", "reduce-overhead")[: 2 if device.type == "cuda" else 1]:
-                contenders[mode] = training(torch.compile(copy.deepcopy(layer), mode=mode), x, there)
+                contenders[mode] = training(torch.compile(copy.deepcopy(layer), mode=mode, fullgraph=True), x, there)
             if device.type == "cuda":
                 contenders["CUDA graph"] = recorded(eager)
             found = in_turns(contenders, device)

@@ -19,6 +19,7 @@ This needs only torch (--fsdp on a CPU: 2.9 or later). It uses NCCL if there is 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 from collections.abc import Iterator
 
@@ -90,8 +91,9 @@ def main() -> None:
         if not args.short:
             assert accuracy > 0.9, f"{accuracy:.1%} of the real steps are tagged right, expected more than 90 %"
     # The wrapper must be deleted before the group. Otherwise its destructor ends the group while it holds Python's
-    # lock, and waits for a thread that needs the lock.
+    # lock, and waits for a thread that needs the lock; or, when Python has ended, the group's threads end the process.
     del shared, tagger, learned
+    gc.collect()  # the wrapper of fully_shard refers to itself
     dist.destroy_process_group()
 
 

@@ -28,7 +28,7 @@ class Backend(Protocol):
     """A way of running a call: a module with two functions."""
 
     def run(self, call: Call) -> tuple[Tensor, States]:
-        """Return the output, as the call's data lies, and the last states, each (L·D, N, P or H)."""
+        """Return the output in the layout of the call's data, and the last states, each (L·D, N, P or H)."""
 
     def why_not(self, call: Call) -> str | None:
         """Return the reason why this backend can't run the call, in words. None: it can."""
@@ -39,7 +39,7 @@ CAPTURED: dict[str, Backend] = {"operator": custom_op, "onnx": onnx}
 """The forms in which a compiler or an exporter captures a layer."""
 TAKES_RESETS = ("scan", "operator")
 MOST_PADDING = 0.9
-"""A GPU pads rows for a kernel that runs all steps at once up to this share of padding, which takes memory."""
+"""On a GPU, rows are padded only up to this share of padding, because padding takes memory."""
 
 
 def call_layer(layer: Layer, input: Any, hx: Any, lengths: Any, mask: Any, resets: Any) -> tuple[Any, Any]:
@@ -51,7 +51,7 @@ def call_layer(layer: Layer, input: Any, hx: Any, lengths: Any, mask: Any, reset
 
 
 def takes_the_short_way(call: Call) -> bool:
-    """Fast path for one to four steps on a CPU: to choose a backend would cost as much as the kernel."""
+    """Return whether a call takes the fast path, because choosing a backend would cost as much as the kernel."""
     form = call.form
     return (
         call.context is PLAIN

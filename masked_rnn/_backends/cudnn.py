@@ -87,12 +87,12 @@ def kernel_of(
 
 
 class Memory(NamedTuple):
-    """What the kernel reads, and what its backward needs."""
+    """The tensors that the kernel and its backward read."""
 
     x: Tensor
     """(T, N, I), (N, T, I) or (R, I)"""
     flat: Tensor
-    """All weights in one chunk, one dimension: the matrices, then the biases, or else as many zeros"""
+    """All weights as one vector: the matrices, then the biases, or zeros in their place"""
     weights: Sequence[Tensor]
     """Views of `flat` in `torch.nn`'s order"""
     states: States

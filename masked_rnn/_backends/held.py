@@ -1,15 +1,15 @@
 """One call of cuDNN for each layer over a padded batch: the gates hold the state over padding.
 
-Each layer's input gets features that mark padding. Their weights make a step of padding do nothing:
+Each layer's input gets extra features, the marks. Their weights keep padding from changing the state:
 
 - GRU: z = σ(1e4) = 1, so h' = (1 - z) n + z h = h.
-- LSTM: i = σ(-1e4) = 0 and f = σ(1e4) = 1, so c' = f c + i g = c. h' = o tanh(c) is 0 as long as c is.
+- LSTM: i = σ(-1e4) = 0 and f = σ(1e4) = 1, so c' = f c + i g = c. h' = o tanh(c) is 0 if c is 0.
 - RNN with relu: the argument is hugely negative, so h' = 0.
 - RNN with tanh: the marks are 1 at real steps, and their weights are the biases. So h' = tanh(W_hh h) is 0 if h is.
 
 So padding before the first real step of a direction leaves its state alone: for a GRU any state, for the others zeros.
 Nothing is reversed, and both directions run in the same call. After the last real step, an LSTM's h and an RNN's state
-do not stay: the last state is gathered from the output.
+change, so the last state is gathered from the output.
 
 T time, N batch, I input, W input and marks, H hidden, G gates, P the state that is fed back, D directions.
 """
@@ -123,7 +123,7 @@ def _open(
 ) -> tuple[Marked, Tensor, States]:
     """Return what all layers need, the first one's input (T, N, W), and the initial states.
 
-    All that starts as zeros is one piece of memory, to start one kernel on the device and not several.
+    One buffer holds everything that starts as zeros, so that one kernel fills it.
     """
     layer, mode = call.layer, call.layer.mode
     dtype = cudnn.running_dtype(x)

@@ -19,11 +19,11 @@ from .cudnn import Kernel, views_of
 HOLD = 1e4
 """In every dtype, sigmoid(1e4) is 1 and sigmoid(-1e4) is 0."""
 DRIVES: dict[str, dict[int, float]] = {"GRU": {1: HOLD}, "LSTM": {0: -HOLD, 1: HOLD}, "RNN_RELU": {0: -torch.inf}}
-"""What a mark adds to a gate, by the gate's place. -inf stands for a quarter of the dtype's least number."""
+"""The value that a mark adds to each gate, by the gate's index. -inf: a quarter of the dtype's least number"""
 
 
 def marks_for(mode: str, inputs: int, hidden: int, directions: int, dtype: torch.dtype) -> int:
-    """Return how many features mark padding. With them, a row's size is a multiple of 8, which products need.
+    """Return how many features mark padding. With them, a row's size is a multiple of 8, which makes products faster.
 
     For float16, PyTorch's rule for the persistent kernel of LSTM and RNN (`use_persist_common_heuristics`) asks for a
     multiple of 128.
@@ -79,8 +79,8 @@ def narrow(kernel: Kernel, d_weights: Sequence[Tensor], inputs: int) -> LayerWei
 def _kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Keep the constant tensors that a function makes, by its arguments, whose last is a device.
 
-    Not while a CUDA graph is recorded, whose memory is the graph's, and one for each stream, because another stream
-    would not wait until it is made.
+    Each stream has its own, because another stream would not wait for the first. While a CUDA graph is recorded nothing
+    is kept, because the memory belongs to the graph.
     """
 
     @lru_cache(maxsize=64)

@@ -16,19 +16,19 @@ from . import cudnn
 from .double_backward import DoubleBackward
 from .recurrence import scan_layers
 
-# When is PyTorch's kernel over a padded batch faster than our loop, on the CPU? `python -m benchmarks.choice` measured
-# these; docs/backends.md has the figures, the machine and the rule in words.
+# Limits below which PyTorch's kernel over a padded batch is faster than our loop on the CPU, measured by
+# `python -m benchmarks.choice`. docs/backends.md has the figures, the machine and the rule in words.
 FEW_STEPS = 4
 """Up to this many steps, PyTorch's kernel is faster than starting our loop. With lengths: up to one."""
 SMALL_STEP = 512
 """N·H below which PyTorch's kernel is faster in inference over few steps"""
 SHORT, SHORT_WITHOUT_NATIVE = 8, 16
-"""The number of steps up to which that holds, against the native loops and against the loops of PyTorch's ops"""
+"""Below this number of steps that holds, against the native loops and against the loops of PyTorch's ops"""
 VECTOR = 16
 """The width of oneDNN's vectors. A smaller layer takes as long as one of this hidden size."""
 ONEDNN_STEP, WORTH_LEARNING, WORTH = 1400, 0.8, 1.6
-"""Against the loops of PyTorch's ops, oneDNN's LSTM is faster if N·H < ONEDNN_STEP + worth · real, where real is the
-mean of real rows at a step times H, and worth is WORTH_LEARNING in training, WORTH in inference."""
+"""Against the loops of PyTorch's ops, oneDNN's LSTM is faster if N·w < ONEDNN_STEP + worth · R·w, where w is H, but at
+least VECTOR, R the mean of real rows at a step, and worth is WORTH_LEARNING in training, WORTH in inference."""
 
 
 def runs_all_steps_at_once(

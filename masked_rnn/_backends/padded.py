@@ -1,7 +1,8 @@
-"""PyTorch's kernel over the padded batch, without a host sync.
+"""PyTorch's kernel over the padded batch. It does not wait for the device, except for a nested tensor.
 
 The backward direction runs over rows that are reversed within their own length, so padding comes last in both
-directions. Outputs are zeroed at padding. The last state is gathered at each row's last step.
+directions. Outputs are zeroed at padding. The last h is gathered at each row's last step; an LSTM's c is held by its
+gates. `held` is another way, which cuDNN's own operators run.
 
 T time, N batch, I input, P the state that is fed back, D directions.
 """
@@ -19,6 +20,7 @@ from .._cells import LayerWeights, States, Weights, stack_layers
 from .._plan import real_mask, reverse_index
 from .._torch import to_device
 from . import cudnn, held
+from .held_weights import HOLD
 from .kernels import run_layer, run_stack, why_no_lstm_kernel
 
 
@@ -122,7 +124,7 @@ def _with_cell_states_held(x: Tensor, real: Tensor, w: Weights) -> tuple[Tensor,
     It is 1 at padding, and drives the gates there to i = 0 and f = 1 exactly, so that c' = f c + i g = c.
     """
     drive = w.w_ih.new_zeros(4, w.w_hh.size(0) // 4)
-    drive[0], drive[1] = -_SATURATING, _SATURATING
+    drive[0], drive[1] = -HOLD, HOLD
     return _driven_at_padding(x, real, w, drive.flatten())
 
 
@@ -146,7 +148,3 @@ def _driven_at_padding(
     # F.pad, because after torch.cat the gradient of w_ih would not be contiguous.
     wide = F.pad(w.w_ih, (0, 1)) + F.pad(drive.unsqueeze(1), (w.w_ih.size(1), 0))
     return torch.cat([x, (~real).to(x.dtype)], -1), w._replace(w_ih=wide)
-
-
-_SATURATING = 1e4
-"""In every dtype, sigmoid(1e4) is 1 and sigmoid(-1e4) is 0."""

@@ -1,4 +1,4 @@
-"""Reference recurrence in plain ops. All backends use it for higher derivatives.
+"""Reference recurrence in plain ops. `scan` runs it, and higher derivatives of `bptt` and cuDNN.
 
 T time, N batch, I input, P the state that is fed back, D directions, R rows of a packed batch.
 """

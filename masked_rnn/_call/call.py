@@ -47,7 +47,7 @@ class Call:
     resets: Tensor | None
     """(T, N), True where a sequence's state starts anew"""
     real: Tensor | None
-    """The tensor that marks real steps: lengths, mask, or the batch sizes of a PackedSequence. None: all are real."""
+    """The tensor that marks real steps: lengths, mask, or the batch sizes of a PackedSequence. None: there is none."""
     initial: States | None
     """The initial states that the caller gave, each (L·D, N, P or H), in the batch's order. None: zeros"""
     zeros: States | None = None
@@ -82,7 +82,7 @@ class Call:
         return self.lengths is None and self.mask is None and self.resets is None and self.data.dim() == 3
 
     def is_empty(self) -> bool:
-        """Return whether no sequence has a step. False if only a wait for a device could tell."""
+        """Return whether no sequence has a step. False if the answer would need a wait for a device."""
         if self.form.batch == 0 or self.data.numel() == 0:
             return True
         real = self.real
@@ -227,7 +227,7 @@ def open_call(layer: Layer, input: Any, hx: Any, lengths: Any, mask: Any, resets
             check_sorted(context, counts)
     initial = None if hx is None else open_states(context, layer, form, hx)
     if resets is not None and form.steps == 1 and not context.traced:
-        # With one step a reset only drops the initial state, which works on every backend.
+        # With one step, a reset only drops the initial state. Every backend can do that.
         if initial is not None:
             initial = forget(initial, resets, lengths, layer.bidirectional)
         resets = None

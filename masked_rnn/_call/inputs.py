@@ -1,4 +1,4 @@
-"""The forms of input, one class each. It knows where the steps lie, and how to give an output the same form.
+"""The forms of input, one class each. A class knows where the steps lie, and how to give an output the same form.
 
 T time, N batch, I input, R rows of packed or nested input.
 """
@@ -47,7 +47,7 @@ class Form:
         raise NotImplementedError
 
     def restore(self, output: Tensor) -> Any:
-        """Return an output in the layout of `data` in the form of the input."""
+        """Give an output, which has the layout of `data`, the form of the input."""
         return output
 
 
@@ -204,7 +204,7 @@ def check_input(
         if dtype not in ALWAYS and not context.compiling:  # the operator checks when it runs
             check_dtype(layer.mode, dtype, device, layer.bias, layer.proj_size > 0)
         return
-    # torch only checks whether batch sizes are None.
+    # torch only tests whether batch sizes are None, so () stands for any.
     batch_sizes = None if data.dim() == 3 else ()
 
     def ask(their: Any) -> None:
@@ -235,7 +235,7 @@ def refuse_twice(form: Form, lengths: Any, mask: Any, resets: Any) -> None:
 
 
 def open_lengths(context: Context, form: Form, lengths: Any, mask: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Return the lengths (N,) and the mask (T, N), one of them or both None. Both None: all steps are real."""
+    """Return the lengths (N,) and the mask (T, N), of which at least one is None. Both: all steps are real."""
     if lengths is not None and mask is not None:
         raise ValueError("lengths and mask say the same thing: give one of them, not both.")
     if lengths is not None:

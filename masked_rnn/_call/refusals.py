@@ -29,7 +29,7 @@ def refusal(
             ask(their)
     except (RuntimeError, ValueError) as error:
         return type(error)(_joined(str(error), more))
-    except Exception:  # an accident within torch, whose words do not help
+    except Exception:  # another error inside torch, whose message does not help
         pass
     return kind(_joined(instead, more))
 

@@ -1,7 +1,7 @@
 """One layer as a custom operator, so that torch.compile and torch.export do not trace the loop over time.
 
-Input and output are padded, in the layer's own layout. The operator has a fake kernel and a registered gradient. When
-it runs, it can read the lengths: it makes the same plan and choice, and saves the same tensors, as an eager call.
+Input and output are padded, in the layer's own layout. The operator has a fake kernel and a registered gradient. On a
+CPU it reads the lengths when it runs: it makes the plan and the choice, and saves the tensors, of an eager call.
 
 T time, N batch, I input, P the state that is fed back, D directions.
 """
@@ -115,7 +115,7 @@ def _backward(*given: Any) -> list[Tensor]:
 
 
 def _runs_kernel(call: Call, learns: bool) -> bool:
-    """Return whether PyTorch's kernel runs: the choice that `auto` makes. For the gradient it then runs again."""
+    """Return whether `_run_kernel` runs, on a CPU by the choice of `auto`. For the gradient it then runs again."""
     if not call.data.is_cpu:
         return True
     if call.is_empty():
@@ -124,7 +124,7 @@ def _runs_kernel(call: Call, learns: bool) -> bool:
 
 
 def _run_kernel(call: Call) -> tuple[Tensor, States]:
-    # `padded` does not take resets, and to cut at them would wait for the device. It has no complex LSTM either.
+    # `padded` does not take resets, and to cut at them would wait for the device. Complex layers run `scan` too.
     run_backend = padded.run if call.resets is None and not call.data.is_complex() else scan.run
     with torch.autocast(call.data.device.type, enabled=False):
         return run_backend(call)
