@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,12 @@ def work(rank: int, wrapper: str, meet: str) -> None:
             for (name, found), expected in zip(layer.named_parameters(), alone.parameters(), strict=True):
                 whole = found.full_tensor() if wrapper == "fsdp" else found
                 torch.testing.assert_close(whole, expected, rtol=0, atol=1e-12, msg=f"{cell} {options} {name}")
-    del layer, shared  # a wrapper that outlives the group may hang when it ends; see examples/train_ddp.py
+    del (
+        layer,
+        shared,
+        found,
+    )  # a wrapper that outlives the group may hang, or end the process; see examples/train_ddp.py
+    gc.collect()
     dist.destroy_process_group()
 
 
