@@ -53,7 +53,7 @@ def work(rank: int, wrapper: str, meet: str) -> None:
         layer,
         shared,
         found,
-    )  # a wrapper that outlives the group may hang, or end the process; see examples/train_ddp.py
+    )  # or the group may hang, or end the process; see examples/train_ddp.py
     gc.collect()
     dist.destroy_process_group()
 
