@@ -92,13 +92,10 @@ def _run(name: str, call: Call) -> tuple[Tensor, States]:
 def _dtypes_under_autocast(call: Call) -> list[torch.dtype]:
     """Return the dtypes of the output and the last states that `torch.nn` returns.
 
-    cuDNN returns float16 whatever dtype autocast has. On a CPU a GRU's h and a projected LSTM's c keep the precision of
-    the initial state.
+    On a CPU a GRU's h and a projected LSTM's c keep the precision of the initial state.
     """
-    weights, device = call.parameters[0].dtype, call.data.device.type
-    autocast = torch.float16 if cudnn.runs_cudnn(call.data) else torch.get_autocast_dtype(device)
-    low = weights if weights == torch.float64 or weights.is_complex else autocast
-    if device == "cuda":
+    low = cudnn.running_dtype(call.parameters[0])
+    if call.data.device.type == "cuda":
         return [low] * (1 + len(call.states))
     wide = [torch.promote_types(low, h.dtype) for h in call.states]
     if call.layer.mode == "GRU":

@@ -148,8 +148,7 @@ def run_back(
 def flatten_weights(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
     """Return a stack's weights in one chunk of memory, as cuDNN needs them: matrices, then biases, or else zeros.
 
-    PyTorch copies other weights one by one, with a warning. If we run one layer of several, users can't
-    avoid it.
+    PyTorch copies other weights one by one, with a warning. If we run one layer of several, users can't avoid it.
     Without biases, cuDNN would read whatever follows the matrices as biases: hence the zeros.
     """
     order = sorted(range(len(parameters)), key=lambda k: -parameters[k].dim())

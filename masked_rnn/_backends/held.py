@@ -17,6 +17,7 @@ T time, N batch, I input, W input and marks, H hidden, G gates, P the state that
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from math import prod
@@ -48,7 +49,8 @@ def why_not(call: Call) -> str | None:
     return None
 
 
-class Marked(NamedTuple):
+@dataclass(eq=False, repr=False)
+class Marked:
     """The padding of a call, as all of its layers need it."""
 
     real: Tensor
@@ -57,15 +59,15 @@ class Marked(NamedTuple):
     """(T, N, 1), 1 at padding and 0 at real steps; for an RNN with tanh the reverse. In the dtype that runs"""
     zero: Tensor
     """A number, in the dtype that runs"""
-    runs: list[Tensor]
-    """(1, N, 1), True for sequences that have a step. Empty until `find_runs` is called: some calls do not need it"""
     last: Tensor | None
     """(1, N, P), the last step of each sequence. None for a GRU"""
+    runs: Tensor | None
+    """(1, N, 1), True for sequences that have a step. None until `find_runs` is called: some calls do not need it"""
 
     def find_runs(self) -> Tensor:
-        if not self.runs:
-            self.runs.append(self.real.any(0, keepdim=True))
-        return self.runs[0]
+        if self.runs is None:
+            self.runs = self.real.any(0, keepdim=True)
+        return self.runs
 
 
 class Held(NamedTuple):
@@ -85,14 +87,14 @@ def run(call: Call) -> tuple[Tensor, States]:
     layer, number, learns = call.layer, count(), torch.is_grad_enabled()
     x, real, lengths, restore = _padded(call)
     steps = x.size(0)
-    if call.lengths is not None and is_on_host(call.lengths) and call.context.readable:
+    if call.lengths is not None and is_on_host(call.lengths):
         longest = max(int(call.lengths.max()), 1)  # beyond it all is padding
         x, real = x[:longest], real[:longest]
     marked, wide, states = _open(call, x, real, lengths)
+    kernel = _kernel(call)
 
     def run_one(x: Tensor, states: States, weights: LayerWeights) -> tuple[Tensor, States]:
         k = next(number)
-        kernel = cudnn.Kernel(layer.mode, layer.hidden_size, layer.proj_size, 1, call.directions)
         held = Held(kernel, marked, k == layer.num_layers - 1, call.initial is not None, learns)
         output, *last = HeldLayer.apply(held, wide if k == 0 else None, x, *states, *flatten_weights([weights]))
         return output, tuple(last)
@@ -101,6 +103,12 @@ def run(call: Call) -> tuple[Tensor, States]:
     if output.size(0) < steps:
         output = F.pad(output, (0, 0, 0, 0, 0, steps - output.size(0)))
     return restore(output), last
+
+
+def _kernel(call: Call) -> cudnn.Kernel:
+    """Return the configuration of each single layer."""
+    layer = call.layer
+    return cudnn.Kernel(layer.mode, layer.hidden_size, layer.proj_size, 1, call.directions)
 
 
 def _padded(call: Call) -> tuple[Tensor, Tensor, Tensor | None, Restore]:
@@ -139,11 +147,11 @@ def _open(
     marks = wide[..., inputs : inputs + 1]
     marks.copy_(real) if mode == "RNN_TANH" else torch.logical_not(real, out=marks)
     states = call.initial or tuple(h.view(shape) for h, shape in zip(zeros, shapes, strict=True))
-    runs, last = [], None
+    last = runs = None
     if lengths is not None:
-        runs = [(lengths > 0).view(1, N, 1)]
+        runs = (lengths > 0).view(1, N, 1)
         last = (lengths - 1).clamp(min=0).view(1, N, 1).expand(1, N, P)
-    return Marked(real, marks, zero, runs, last), wide, states
+    return Marked(real, marks, zero, last, runs), wide, states
 
 
 def forward(
@@ -155,7 +163,7 @@ def forward(
     train: bool,
 ) -> tuple[Tensor, States, tuple[cudnn.Memory, Tensor, Tensor]]:
     """Run a layer. Return its output, the last states, and for backward memory, cuDNN's output and reserve."""
-    real, _, zero, _, last = held.marked
+    last = held.marked.last
     memory = _memory(held, wide, x, given, weights)
     raw, states, reserve = cudnn.run(held.kernel, memory, train)
     if last is not None:  # the forward direction's h has not stayed
@@ -164,19 +172,19 @@ def forward(
     if held.has_states:
         runs = held.marked.find_runs()
         states = tuple([torch.where(runs, new, h.to(new.dtype)) for new, h in zip(states, given, strict=True)])
-    return torch.where(real, raw, zero) if held.is_top else raw, states, (memory, raw, reserve)
+    output = torch.where(held.marked.real, raw, held.marked.zero) if held.is_top else raw
+    return output, states, (memory, raw, reserve)
 
 
 def _memory(held: Held, wide: Tensor | None, x: Tensor, given: States, weights: LayerWeights) -> cudnn.Memory:
     """Return what the kernel reads. The arguments are those of `forward`."""
-    real, marks, zero, *_ = held.marked
-    kernel = held.kernel
+    kernel, marked, zero = held.kernel, held.marked, held.marked.zero
     if wide is None:
         more = marks_for(kernel.mode, x.size(-1), kernel.hidden, kernel.directions, zero.dtype)
-        wide = torch.cat([torch.where(real, x, zero), marks.expand(-1, -1, more)], -1)
+        wide = torch.cat([torch.where(marked.real, x, zero), marked.marks.expand(-1, -1, more)], -1)
     states = given
     if held.has_states:
-        runs = held.marked.find_runs()
+        runs = marked.find_runs()
         states = tuple([torch.where(runs, h.to(zero.dtype), zero).contiguous() for h in given])
     flat, views = flatten(kernel, weights, wide.size(-1), zero.dtype)
     return cudnn.Memory(wide, flat, views, states)
@@ -194,7 +202,7 @@ def backward(
 
     At least one of the given gradients must not be None.
     """
-    real, _, zero, _, last = held.marked
+    real, zero, last = held.marked.real, held.marked.zero, held.marked.last
     memory, raw, reserve = saved
     raw = raw.contiguous()  # a compiler or a hook on saved tensors may have laid it out anew
     d_raw = torch.where(real, d_output, zero) if held.is_top and d_output is not None else d_output
@@ -237,11 +245,9 @@ def run_one_layer_back(
 
 
 def _open_one_layer(call: Call) -> tuple[Held, Tensor, Tensor, States, Restore]:
-    layer = call.layer
     x, real, lengths, restore = _padded(call)
     marked, wide, states = _open(call, x, real, lengths)
-    kernel = cudnn.Kernel(layer.mode, layer.hidden_size, layer.proj_size, 1, call.directions)
-    return Held(kernel, marked, True, call.initial is not None, False), x, wide, states, restore
+    return Held(_kernel(call), marked, True, call.initial is not None, False), x, wide, states, restore
 
 
 class HeldLayer(torch.autograd.Function):

@@ -42,9 +42,10 @@ def flatten(kernel: Kernel, weights: LayerWeights, width: int, dtype: torch.dtyp
         if w.b_ih is not None and w.b_hh is not None:
             biases += [w.b_ih, w.b_hh]
     rows = GATES[kernel.mode] * kernel.hidden
-    none = _zeros(2 * len(weights) * rows, 1, dtype, weights[0].w_hh.device)
-    moved = kernel.mode == "RNN_TANH"  # the biases are weights of the marks
-    flat = torch.cat([t.reshape(-1).to(dtype) for t in (*matrices, *(biases if biases and not moved else (none,)))])
+    tail = biases
+    if not biases or kernel.mode == "RNN_TANH":  # whose biases are weights of the marks
+        tail = [_zeros(2 * len(weights) * rows, 1, dtype, weights[0].w_hh.device)]
+    flat = torch.cat([t.reshape(-1).to(dtype) for t in (*matrices, *tail)])
     shapes: list[torch.Size] = []
     each = len(matrices) // len(weights)
     for d in range(len(weights)):

@@ -42,7 +42,7 @@ def run(call: Call) -> tuple[Tensor, States]:
     if call.is_plain:
         return run_stack(call, call.data, call.states)
     if call.lengths is not None and call.data.dim() == 3 and call.form.steps == 1 and not call.context.traced:
-        return _run_one_step(call, to_device(call.lengths == 0, call.data.device))
+        return _run_one_step(call, call.states, to_device(call.lengths == 0, call.data.device))
     if held.why_not(call) is None:
         return held.run(call)
     x, lengths, restore = call.padded_last()
@@ -107,9 +107,9 @@ def run_padded(
     return output, tuple(torch.cat(states) if len(states) > 1 else states[0] for states in zip(*lasts, strict=True))
 
 
-def _run_one_step(call: Call, idle: Tensor) -> tuple[Tensor, States]:
+def _run_one_step(call: Call, initial: States, idle: Tensor) -> tuple[Tensor, States]:
     """Run a batch of one step. Rows without a step, marked in `idle` (N,), run over zeros, and keep their state."""
-    x, initial, idle = call.data, call.states, idle.unsqueeze(1)
+    x, idle = call.data, idle.unsqueeze(1)
     at = idle.unsqueeze(1) if call.form.batch_first else idle
     zero = x.new_zeros(())
     states = [torch.where(idle, zero, h) for h in initial]

@@ -20,7 +20,7 @@ from .._torch import to_device, unsafe_view
 from .context import Context, find_context
 from .inputs import Cut, Form, check_input, open_input, open_lengths, open_resets, refuse_twice
 from .lengths import check_sorted, is_on_host
-from .states import close_states, forget, open_states, zero_states
+from .states import close_states, forget, open_states
 
 Restore = Callable[[Tensor], Tensor]
 """Brings an output into the layout that its input had."""
@@ -59,7 +59,9 @@ class Call:
         if self.initial is not None:
             return self.initial
         if self.zeros is None:
-            self.zeros = zero_states(self.layer, self.form.batch, self.data)
+            layer, shape = self.layer, (self.layer.num_layers * self.directions, self.form.batch)
+            h = self.data.new_zeros((*shape, layer.proj_size or layer.hidden_size))
+            self.zeros = (h, self.data.new_zeros((*shape, layer.hidden_size))) if layer.mode == "LSTM" else (h,)
         return self.zeros
 
     @property
@@ -91,11 +93,7 @@ class Call:
     def wants_gradient(self) -> bool:
         if not torch.is_grad_enabled():
             return False
-        for tensors in (
-            self.parameters,
-            (self.data,),
-            self.initial or (),
-        ):  # most often a parameter does
+        for tensors in (self.parameters, (self.data,), self.initial or ()):  # most often a parameter
             for tensor in tensors:
                 if tensor.requires_grad:
                     return True

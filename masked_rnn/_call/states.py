@@ -40,13 +40,6 @@ def open_states(context: Context, layer: Layer, form: Form, hx: Any) -> States:
     return tuple(states)
 
 
-def zero_states(layer: Layer, batch: int, data: Tensor) -> States:
-    """Return initial states of zeros, each (L·D, N, P or H), of the dtype and on the device of `data`."""
-    stacked = layer.num_layers * (2 if layer.bidirectional else 1)
-    h = data.new_zeros((stacked, batch, layer.proj_size or layer.hidden_size))
-    return (h, data.new_zeros((stacked, batch, layer.hidden_size))) if layer.mode == "LSTM" else (h,)
-
-
 def close_states(
     layer: Layer,
     states: States,  # each (L·D, N, P or H)
