@@ -143,7 +143,8 @@ def test_readme_head_covers_essentials() -> None:
         assert needed in head
 
 
-def test_changelog_has_current_version() -> None:
-    """As a release, or as the next one."""
-    changes, version = (ROOT / "CHANGELOG.md").read_text(), masked_rnn.__version__
-    assert f"## [{version}]" in changes or f"## [Unreleased]\n\nThis will be {version}.\n" in changes
+def test_changelog_begins_with_current_version() -> None:
+    """As a release with its date, or as the next one."""
+    changes, version = (ROOT / "CHANGELOG.md").read_text(), re.escape(masked_rnn.__version__)
+    newest = changes[changes.index("\n## ") :]
+    assert re.match(rf"\n## (\[{version}\] - \d{{4}}-\d\d-\d\d|\[Unreleased\]\n\nThis will be {version}\.)\n", newest)
