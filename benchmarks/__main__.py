@@ -17,9 +17,9 @@ from pathlib import Path
 
 from .contenders import BACKENDS, CAPTURED, CONTENDERS
 from .problem import CELLS, SHAPES
-from .report import print_peaks, print_speedups, print_summary, progress
+from .report import print_groups, print_peaks, print_speedups, print_summary, progress
 from .rows import write
-from .suite import ON_CUDA, QUICK, WORKS, Plan, Suite
+from .suite import ALONE, ON_CUDA, QUICK, REGIONS, WORKS, Plan, Suite
 from .works import run
 
 PUBLISHED = Path(__file__).resolve().parent / "results"
@@ -41,6 +41,7 @@ def main() -> int:
     print_speedups(suite.rows)
     print_summary(suite.rows)
     print_peaks(suite.rows)
+    print_groups(suite.rows)
     for name, why in suite.left_out.items():
         print(f"left out: {name} ({why})")
     if not is_publishable:
@@ -69,7 +70,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="about two minutes: the GRU, a few shapes")
     parser.add_argument("--cell", help=f"of {','.join(CELLS)}; default all, with --quick gru", **several(*CELLS))  # type: ignore[arg-type]
-    parser.add_argument("--only", help=f"works, of {','.join(WORKS)}", **several(*WORKS))  # type: ignore[arg-type]
+    parser.add_argument(
+        "--only",
+        help=f"works, of {','.join(WORKS)}; or one of {','.join(REGIONS)}, alone, on one thread",
+        **several(*WORKS, *REGIONS),
+    )  # type: ignore[arg-type]
     names = [c.name for c in CONTENDERS[1:]]
     parser.add_argument("--against", help=f"contenders, of {','.join(names)}", **several(*names))  # type: ignore[arg-type]
     parser.add_argument("--backends", action="store_true", help="also masked_rnn with each backend forced")
@@ -78,20 +83,32 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", help=f"by number, of {','.join(numbers)}", **several(*numbers))  # type: ignore[arg-type]
     parser.add_argument("--budget", type=positive, help="seconds of timing for each shape and work")
     parser.add_argument("--growth", type=positive, help="the longest T of the works growth and memory")
-    parser.add_argument("--threads", type=int, choices=range(1, 257), metavar="N", default=2)
+    parser.add_argument(
+        "--before", type=Path, help="another checkout, whose masked_rnn also takes part", metavar="FOLDER"
+    )
+    parser.add_argument("--threads", type=int, choices=range(1, 257), metavar="N", help="default 2")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: those that run there")
     parser.add_argument("--out", type=Path, default=PUBLISHED)
     arguments = parser.parse_args()
     if arguments.device == "cuda" and (lost := set(arguments.only or ()) - set(ON_CUDA)):
         parser.error(f"--only {','.join(sorted(lost))}: on cuda, expected some of {','.join(ON_CUDA)}")
+    if arguments.only and len(arguments.only) > 1 and (alone := set(arguments.only) & set(REGIONS)):
+        parser.error(f"--only {','.join(arguments.only)}: {' and '.join(sorted(alone))} run alone")
     return arguments
 
 
 def make_plan(arguments: argparse.Namespace) -> Plan:
     plan = QUICK if arguments.quick else Plan()
+    if arguments.only and arguments.only[0] in ALONE:
+        alone = ALONE[arguments.only[0]]
+        plan = replace(alone, cells=plan.cells, every=plan.every)
     if arguments.device == "cuda":
         plan = replace(plan, device="cuda", works=ON_CUDA)
-    plan = replace(plan, threads=arguments.threads, backends=arguments.backends, captured=arguments.captured)
+    plan = replace(plan, backends=arguments.backends, captured=arguments.captured)
+    if arguments.threads:
+        plan = replace(plan, threads=arguments.threads)
+    if arguments.before:
+        plan = replace(plan, before=str(arguments.before.resolve()))
     if arguments.cell:
         plan = replace(plan, cells=arguments.cell)
     if arguments.only:
@@ -122,9 +139,6 @@ def file_name(quick: bool, plan: Plan) -> str:
 
 
 def facts(suite: Suite, busy: float, seconds: float) -> dict[str, str]:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
     return {
         "command": f"python -m benchmarks {shlex.join(sys.argv[1:])}",
         "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
@@ -133,11 +147,17 @@ def facts(suite: Suite, busy: float, seconds: float) -> dict[str, str]:
         "python": platform.python_version(),
         **({"loops": loops()} if suite.plan.device == "cpu" else {}),
         "versions": ", ".join(dict.fromkeys(row.version for row in suite.rows)),
-        "commit": commit.stdout or "?",
+        "commit": commit(Path(__file__).parent),
+        **({"commit before": commit(Path(suite.plan.before))} if suite.plan.before else {}),
         "load before": f"{busy:.1f}",
         "took": f"{seconds / 60:.0f} minutes",
         "left out": "; ".join(f"{name} ({why})" for name, why in suite.left_out.items()) or "none",
     }
+
+
+def commit(checkout: Path) -> str:
+    found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=checkout, capture_output=True, text=True)
+    return found.stdout or "?"
 
 
 def card() -> str:

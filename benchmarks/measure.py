@@ -31,7 +31,6 @@ def take_turns(
     worker_of: Callable[[Contender], Worker],
     seconds: float,
     least_rounds: int,
-    told: Callable[[str], None],
     give_up: Callable[[Entry, str], None],
 ) -> dict[Entry, Times]:
     """Times entries in turns until the seconds, which they share equally, are used up.
@@ -47,7 +46,6 @@ def take_turns(
         due = [entry for entry in times if k < least_rounds or used[entry] < share]
         if not due:
             break
-        told(f"round {k + 1}")
         for entry in due:
             try:
                 took = worker_of(entry.contender).turn(*entry, turn)

@@ -13,7 +13,7 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 CELLS = ("gru", "lstm", "rnn")
-GATES = {"gru": 3, "lstm": 4, "rnn": 1}
+GATES = {"gru": 3, "lstm": 4, "rnn": 1, "rnn-relu": 1}
 PARTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
@@ -55,6 +55,10 @@ class Data(NamedTuple):
     """(N, T, D·H): the cotangent of the output, zero at padding."""
     d_states: tuple[Array, ...]
     """(L·D, N, H) each: the cotangents of the last states."""
+    states: tuple[Array, ...]
+    """(L·D, N, H) each: the initial states, zeros unless the problem is `acting`."""
+    starts: Array
+    """(N,) bool: rows that begin an episode, so that their initial state counts as zeros."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,12 @@ class Problem:
     hidden_bias: bool = True
     """False: b_hn is zero, for a GRU without that bias."""
     seed: int = 0
+    dtype: str = "float32"
+    """The dtype of weights and input, by torch's name."""
+    listed: bool = False
+    """True: the lengths are a list, as a data loader often has them."""
+    acting: bool = False
+    """True: the call has an initial state, which is dropped where `starts` says so."""
 
     def lengths(self) -> Array:
         """Draws lengths uniform on [1, T], one of them T. A seed gives the same fractions of any T."""
@@ -99,7 +109,10 @@ class Problem:
         real = np.arange(T) < lengths[:, None]
         d_output = normal(N, T, D * H) * real[:, :, None]
         d_states = tuple(normal(L * D, N, H) for _ in range(2 if self.cell == "lstm" else 1))
-        return Data(normal(N, T, I), lengths, weights, d_output, d_states)
+        input = normal(N, T, I)
+        starts = (random.random(N) < 0.2) & self.acting
+        states = tuple(normal(*d.shape) if self.acting else np.zeros_like(d) for d in d_states)
+        return Data(input, lengths, weights, d_output, d_states, states, starts)
 
     def flops(self, step: str) -> int:
         """Counts the operations of the products that a step ("train" or "infer") needs, at real steps only.

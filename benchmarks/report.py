@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import geometric_mean
 
-from .contenders import CONTENDERS
+from .contenders import BEFORE, COMPILED, CONTENDERS, PADDED
 from .rows import Row, read, speedups
 
 Progress = tuple[Callable[[str], None], Callable[[int], None], Callable[[], None]]
@@ -60,7 +60,7 @@ def print_speedups(rows: Sequence[Row], of: str = OURS) -> None:
     """Prints how many times as long as a contender the others take, a line for each shape."""
     together = {names[0]: names for names in AGAINST}
     known = dict.fromkeys([of, f"{OURS}-ops", *together, *(c.name for c in CONTENDERS)])
-    for cell, work in dict.fromkeys((row.cell, row.work) for row in rows):
+    for cell, work in dict.fromkeys((row.cell, row.work) for row in rows if not row.group):
         mine = [row for row in rows if (row.cell, row.work) == (cell, work) and row.ratio_to_masked_rnn]
         ran = dict.fromkeys(row.contender for row in mine)
         if work in ("memory", "peak") or of not in ran:
@@ -80,7 +80,7 @@ def print_speedups(rows: Sequence[Row], of: str = OURS) -> None:
 
 def print_summary(rows: Sequence[Row], of: str = OURS) -> None:
     """Prints how many times as fast a contender is: the geometric mean over shapes, the worst and the best."""
-    for cell in dict.fromkeys(row.cell for row in rows):
+    for cell in dict.fromkeys(row.cell for row in rows if not row.group):
         mine = [row for row in rows if row.cell == cell]
         works = [w for w in ("training", "training without lengths", "inference") if any(r.work == w for r in mine)]
         table = [[f"{cell}, {of} against", *works]]
@@ -104,6 +104,56 @@ def print_peaks(rows: Sequence[Row]) -> None:
             print_table([["cell", "shape", "contender", unit], *table])
 
 
+def print_groups(rows: Sequence[Row]) -> None:
+    """Prints how many times as fast masked_rnn is in each group of cases, by shape, cell and work.
+
+    If another checkout took part, its figure comes first. The group of compiled layers is held against eager ones.
+    """
+    for group in dict.fromkeys(row.group for row in rows if row.group):
+        mine = [row for row in rows if row.group == group]
+        ran = [name for name in dict.fromkeys(row.contender for row in mine) if not name.endswith(BEFORE)]
+        if COMPILED.name in ran:
+            print_group(mine, f"{group}, against eager ones", COMPILED.name, OURS)
+            continue
+        for other in ran:
+            if other != OURS:
+                print_group(mine, f"{group}, against {'torch.nn' if other == PADDED.name else other}", OURS, other)
+
+
+def print_group(rows: Sequence[Row], title: str, of: str, other: str) -> None:
+    times = {(row.shape, row.cell, row.work, row.contender): row.ratio_to_masked_rnn or 0 for row in rows}
+    columns = list(dict.fromkeys((row.cell, row.work) for row in rows if row.contender == other))
+    # The speed before, if another checkout took part, and now, by shape and column.
+    sides = [(f"{of}{BEFORE}", f"{other}{BEFORE}" if other == OURS else other), (of, other)]
+    speeds: list[dict[tuple[str, str, str], float]] = [
+        {
+            (shape, *column): times[shape, *column, o] / times[shape, *column, name]
+            for shape in dict.fromkeys(row.shape for row in rows)
+            for column in columns
+            if (shape, *column, o) in times and (shape, *column, name) in times
+        }
+        for name, o in sides
+    ]
+    speeds = [side for side in speeds if side]
+
+    def joined(figures: Iterable[float]) -> str:
+        return " → ".join(f"{figure:.2f}" for figure in figures)
+
+    print(f"\n**{title}**, times as fast{' before → now' * (len(speeds) > 1)}\n")
+    table = [["", *(f"{cell.upper()}, {work}" for cell, work in columns)]]
+    for shape in dict.fromkeys(shape for shape, _, _ in speeds[-1]):
+        cells = ([side[shape, *column] for side in speeds if (shape, *column) in side] for column in columns)
+        table.append([shape, *(joined(figures) or "–" for figures in cells)])
+    for name, of_all in (("geometric mean", geometric_mean), ("least", min)):
+        by_column = ([[v for key, v in side.items() if key[1:] == column] for side in speeds] for column in columns)
+        table.append([name, *(joined(of_all(values) for values in sides) for sides in by_column)])
+    print_table(table)
+    for work in dict.fromkeys(work for _, work in columns):
+        of_work = [[v for key, v in side.items() if key[2] == work] for side in speeds]
+        means, least = (joined(f(values) for values in of_work) for f in (geometric_mean, min))
+        print(f"\n{work}: mean {means}, least {least}")
+
+
 def print_table(table: Sequence[Sequence[str]]) -> None:
     """Prints a table as Markdown."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -124,3 +174,4 @@ if __name__ == "__main__":
     print_summary(held, arguments.of)
     if arguments.of == OURS:
         print_peaks(everything)
+        print_groups(everything)

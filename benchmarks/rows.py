@@ -31,6 +31,8 @@ class Row:
     gflops: float | None = None
     threads: int | None = None
     version: str = ""
+    group: str = ""
+    """The group of cases of the works short and regions"""
 
 
 def write(path: Path, rows: Iterable[Row], facts: Mapping[str, str]) -> None:

@@ -8,7 +8,7 @@ from statistics import median, quantiles
 from types import TracebackType
 from typing import Any, Self
 
-from .contenders import BACKENDS, CAPTURED, CONTENDERS, OURS, Contender
+from .contenders import BACKENDS, CAPTURED, COMPILED, CONTENDERS, OURS, Contender
 from .measure import Entry, Times, ratio, take_turns
 from .problem import SHAPES, Problem, Result, Shape
 from .rows import Row
@@ -17,6 +17,8 @@ from .worker import ContenderError, Worker
 
 BY_CELL = ("growth", "memory", "peak", "one_step", "threads", "busy")
 WORKS = ("training", "inference", *BY_CELL)
+"""The works of the whole suite."""
+REGIONS = ("short", "regions")
 ON_CUDA = ("training", "inference", "growth", "one_step")
 TF32 = 5e-3
 """The tolerance where products are made in TensorFloat-32, as cuDNN's are."""
@@ -45,6 +47,10 @@ class Plan:
     memory: int = 2000
     threads: int = 2
     device: str = "cpu"
+    before: str = ""
+    """The folder of another checkout, whose masked_rnn also takes part."""
+    every: int = 1
+    """Of the works of REGIONS, run every n-th case."""
 
 
 QUICK = Plan(
@@ -54,7 +60,13 @@ QUICK = Plan(
     least_rounds=3,
     growth=(250, 500),
     recipe_up_to=500,
+    every=12,
 )
+ALONE = {
+    "short": Plan(works=("short",), budget=0.4, least_rounds=15, threads=1),
+    "regions": Plan(works=("regions",), budget=1.0, least_rounds=3, threads=1),
+}
+"""The plans of the works of REGIONS, each of which runs alone."""
 
 
 @dataclass
@@ -67,7 +79,7 @@ class Suite:
     rows: list[Row] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     """The reason, by contender, and by shape if it is not left out for the whole run."""
-    workers: dict[str, Worker] = field(default_factory=dict)
+    workers: dict[tuple[str, str], Worker] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
         return self
@@ -79,13 +91,15 @@ class Suite:
     def steps(self) -> int:
         works = self.plan.works
         each = len(self.plan.shapes) * (("training" in works or "inference" in works) + ("training" in works))
-        return len(self.plan.cells) * (each + sum(work in works for work in BY_CELL))
+        return len(self.plan.cells) * (each + sum(work in works for work in (*BY_CELL, *REGIONS)))
 
-    def contenders(self, cell: str) -> list[Contender]:
-        """Returns the contenders that can run here. The names of the others go to `left_out`."""
-        wanted = (*CONTENDERS, *(BACKENDS * self.plan.backends), *(CAPTURED * self.plan.captured))
+    def contenders(self, cell: str, wanted: Sequence[Contender] = ()) -> list[Contender]:
+        """Returns the contenders that can run here, of all or those wanted. The others' names go to `left_out`."""
+        wanted = wanted or (*CONTENDERS, *(BACKENDS * self.plan.backends), *(CAPTURED * self.plan.captured))
         device = self.plan.device
         chosen = [c for c in wanted if c == OURS or self.plan.only is None or c.name in self.plan.only]
+        if self.plan.before:
+            chosen += [c.of(self.plan.before) for c in chosen if c in (OURS, COMPILED)]
         chosen = [c.on(device) for c in chosen if device in c.devices]
         for contender in chosen:
             if missing := contender.missing():
@@ -93,9 +107,10 @@ class Suite:
         return [c for c in chosen if c.name not in self.left_out and cell in c.cells]
 
     def worker(self, contender: Contender) -> Worker:
-        worker = self.workers.get(contender.module)
+        key = contender.module, contender.checkout
+        worker = self.workers.get(key)
         if worker is None or not worker.process.is_alive():
-            worker = self.workers[contender.module] = Worker(self.plan.threads, self.plan.device)
+            worker = self.workers[key] = Worker(self.plan.threads, self.plan.device, contender.checkout)
         return worker
 
     def race(self, suffix: str, contenders: Sequence[Contender], problem: Problem, works: Sequence[str]) -> None:
@@ -112,13 +127,13 @@ class Suite:
 
     def found_right(self, contenders: Sequence[Contender], problem: Problem, training: bool) -> list[Contender]:
         """Checks both steps of each contender against the oracle. One that fails goes to `left_out`."""
+        self.told(f"{problem.cell} {problem.shape}: checking")
         fine = []
         truths: dict[Problem, Result] = {}
         for contender in contenders:
             if not contender.is_layer:
                 fine.append(contender)
                 continue
-            self.told(f"{problem.cell} {problem.shape}: checking {contender.name}")
             checked = contender.fit(problem if contender.takes_lengths else replace(problem, full=True))
             if checked not in truths:
                 truths[checked] = oracle(checked, training)
@@ -126,7 +141,8 @@ class Suite:
             try:
                 for step in {training and contender.trains, False}:
                     found = self.worker(contender).result(contender, checked, step)
-                    wrong += faults(checked, found, truths[checked], TOLERANCE if self.plan.device == "cpu" else TF32)
+                    tolerance = TOLERANCE[problem.dtype] if self.plan.device == "cpu" else TF32
+                    wrong += faults(checked, found, truths[checked], tolerance)
             except ContenderError as error:
                 wrong = [str(error)]
             if contender == OURS and wrong:
@@ -145,12 +161,12 @@ class Suite:
         least_rounds: int | None = None,
         worker_of: Callable[[Contender], Any] | None = None,
     ) -> dict[Entry, Times]:
+        self.told(title)
         return take_turns(
             entries,
             worker_of or self.worker,
             seconds or self.plan.budget,
             least_rounds or self.plan.least_rounds,
-            lambda words: self.told(f"{title}, {words}"),
             self.give_up,
         )
 

@@ -36,12 +36,12 @@ class ContenderError(Exception):
 class Worker:
     """The main process's handle of a worker. Every method of `Bench` can be called on it."""
 
-    def __init__(self, threads: int, device: str = "cpu") -> None:
+    def __init__(self, threads: int, device: str = "cpu", checkout: str = "") -> None:
         self.log = tempfile.NamedTemporaryFile()  # noqa: SIM115
         here, there = get_context("spawn").Pipe()
         self.pipe = here
         self.process = get_context("spawn").Process(
-            target=serve, args=(there, threads, device, self.log.name), daemon=True
+            target=serve, args=(there, threads, device, checkout, self.log.name), daemon=True
         )
         self.process.start()
         there.close()
@@ -122,7 +122,7 @@ class Bench:
         self.runners.clear()
 
 
-def serve(pipe: Connection, threads: int, device: str, log_path: str) -> None:
+def serve(pipe: Connection, threads: int, device: str, checkout: str, log_path: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":  # a stopped process can't notice that its parent was killed
         PR_SET_PDEATHSIG = 1
@@ -135,6 +135,10 @@ def serve(pipe: Connection, threads: int, device: str, log_path: str) -> None:
     os.dup2(log, 2)
     if hasattr(os, "sched_setaffinity"):  # some frameworks use every core that they may
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    if checkout:
+        sys.path.insert(0, checkout)
+        import_module("masked_rnn")
+        del sys.path[0]  # the benchmarks are those of this checkout
     bench = Bench(threads)
     while True:
         try:

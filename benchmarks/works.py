@@ -1,7 +1,7 @@
 """The works, each of which adds its rows to the suite's.
 
 They are training and inference by shape; then, for each cell, growth over T, memory, the share of the machine's peak, a
-call of one step, more threads, and a busy machine.
+call of one step, more threads, and a busy machine. regions.py has the cases of `short` and `regions`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from statistics import median
@@ -20,7 +21,8 @@ from typing import Any
 from .contenders import BACKENDS, OURS, PADDED, PRODUCTS, RECIPE, Contender
 from .measure import Entry
 from .problem import SHAPES, Problem, Shape
-from .suite import BY_CELL, STEPS, Suite
+from .regions import run_cases
+from .suite import BY_CELL, REGIONS, STEPS, Suite
 from .truth import prove
 from .worker import ContenderError, Worker
 
@@ -193,6 +195,7 @@ RUN: dict[str, Callable[[Suite, str], None]] = {
     "one_step": one_step,
     "threads": threads,
     "busy": busy,
+    **{work: partial(run_cases, work=work) for work in REGIONS},
 }
 
 
@@ -209,7 +212,7 @@ def run(suite: Suite) -> None:
                 others = [c for c in suite.contenders(cell) if c in (OURS, PADDED, PRODUCTS, *BACKENDS)]
                 suite.race(" without lengths", others, Problem(cell, shape, full=True), ["training"])
                 suite.advance()
-        for work in BY_CELL:
+        for work in (*BY_CELL, *REGIONS):
             if work in suite.plan.works:
                 RUN[work](suite, cell)
                 suite.advance()

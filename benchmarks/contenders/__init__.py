@@ -44,6 +44,8 @@ class Contender:
     cells: tuple[str, ...] = CELLS
     is_layer: bool = True
     """False: it has no result to check."""
+    checkout: str = ""
+    """The folder of the checkout whose masked_rnn it runs. Empty: this one."""
     devices: tuple[str, ...] = ("cpu",)
     """Devices on which it can run. If there are several, the option `device` selects one."""
 
@@ -52,6 +54,10 @@ class Contender:
 
     def on(self, device: str) -> Contender:
         return self if self.devices == ("cpu",) else replace(self, options={**self.options, "device": device})
+
+    def of(self, checkout: str) -> Contender:
+        """Returns the contender of another checkout, which runs in a process of its own."""
+        return replace(self, name=f"{self.name}{BEFORE}", checkout=checkout)
 
     def fit(self, problem: Problem) -> Problem:
         """Returns the problem with weights that the contender can have."""
@@ -84,10 +90,12 @@ def version_of(package: str) -> str:
         return "?"
 
 
+BEFORE = ", before"
 ANYWHERE = ("cpu", "cuda")
 OURS = Contender("masked_rnn", "torch_layers", "Masked", ("masked_rnn", "torch"), devices=ANYWHERE)
 IN_OPS = Contender("masked_rnn-ops", "torch_layers", "InOps", OURS.needs)
 RECIPE = Contender("recipe", "torch_layers", "Recipe", ("torch",), devices=ANYWHERE)
+PACKING = Contender("packing by hand", "torch_layers", "Packing", ("torch",))
 PADDED = Contender("padded", "torch_layers", "Padded", ("torch",), takes_lengths=False, devices=ANYWHERE)
 OTHERS = (
     Contender("keras", "keras_layers", "Keras", ("keras", "tensorflow")),
@@ -96,9 +104,11 @@ OTHERS = (
     Contender("paddle", "paddle_layers", "Paddle", ("paddle",)),
     Contender("onnxruntime", "onnxruntime_layers", "OnnxRuntime", ("onnxruntime", "onnx"), trains=False),
 )
+FLAX, ONNXRUNTIME = OTHERS[2], OTHERS[4]
 PRODUCTS = Contender("products", "bare_products", "Products", ("torch",), is_layer=False)
+COMPILED = Contender("masked_rnn-compiled", "compiled_layers", "Compiled", OURS.needs)
 CAPTURED = (
-    Contender("masked_rnn-compiled", "compiled_layers", "Compiled", OURS.needs),
+    COMPILED,
     Contender(
         "masked_rnn-onnx", "onnxruntime_layers", "Exported", (*OURS.needs, "onnxruntime", "onnxscript"), trains=False
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +13,19 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import masked_rnn
 
-from ..problem import Problem, Result
+from ..problem import Array, Problem, Result
 
-PLAIN: dict[str, type[nn.RNNBase]] = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
-MASKED: dict[str, type[nn.RNNBase]] = {
+PLAIN: dict[str, Callable[..., nn.RNNBase]] = {
+    "gru": nn.GRU,
+    "lstm": nn.LSTM,
+    "rnn": nn.RNN,
+    "rnn-relu": partial(nn.RNN, nonlinearity="relu"),
+}
+MASKED: dict[str, Callable[..., nn.RNNBase]] = {
     "gru": masked_rnn.MaskedGRU,
     "lstm": masked_rnn.MaskedLSTM,
     "rnn": masked_rnn.MaskedRNN,
+    "rnn-relu": partial(masked_rnn.MaskedRNN, nonlinearity="relu"),
 }
 
 
@@ -30,15 +37,26 @@ class TorchRunner:
     ) -> None:
         torch.set_num_threads(threads)
         self.device = device
-        data, shape = problem.data(), problem.shape
+        data, shape, dtype = problem.data(), problem.shape, getattr(torch, problem.dtype)
         self.layer = self.layers[problem.cell](
             shape.I, shape.H, shape.L, batch_first=True, bidirectional=shape.bidirectional, **options
         )
         self.layer.load_state_dict({name: torch.from_numpy(w) for name, w in data.weights.items()})
-        self.layer.to(device)
-        self.input = torch.from_numpy(data.input).to(device)
-        self.lengths = None if problem.full else torch.from_numpy(data.lengths).to(device if lengths_there else "cpu")
-        self.cotangents = [torch.from_numpy(d).to(device) for d in (data.d_output, *data.d_states)]
+        self.layer.to(device, dtype)
+        self.parameters = list(self.layer.parameters())
+
+        def there(array: Array) -> Tensor:
+            return torch.from_numpy(array).to(device, dtype)
+
+        self.input = there(data.input)
+        self.lengths: Any = None
+        if not problem.full:
+            self.lengths = torch.from_numpy(data.lengths).to(device if lengths_there else "cpu")
+            self.lengths = self.lengths.tolist() if problem.listed else self.lengths
+        self.states = tuple(map(there, data.states)) if problem.acting else ()
+        self.resets = torch.from_numpy(data.starts[:, None]).to(device)
+        self.done = there(data.starts)
+        self.cotangents = [there(d) for d in (data.d_output, *data.d_states)]
 
     def forward(self) -> tuple[Tensor, ...]:
         raise NotImplementedError
@@ -54,15 +72,16 @@ class TorchRunner:
         return results
 
     def train(self) -> tuple[Tensor, ...]:
-        self.layer.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
         results = self.forward()
         torch.autograd.backward(results, self.cotangents)
         self.wait()
         return results
 
     def result(self, training: bool) -> Result:
-        output, *states = (t.detach().cpu().numpy() for t in (self.train() if training else self.infer()))
-        grads = {name: p.grad.cpu().numpy() for name, p in self.layer.named_parameters() if p.grad is not None}
+        output, *states = (t.detach().cpu().float().numpy() for t in (self.train() if training else self.infer()))
+        grads = {name: p.grad.cpu().float().numpy() for name, p in self.layer.named_parameters() if p.grad is not None}
         return Result(output, tuple(states), grads if training else None)
 
 
@@ -73,7 +92,10 @@ class Masked(TorchRunner):
         super().__init__(problem, threads, flatten_hidden=False, **options)
 
     def forward(self) -> tuple[Tensor, ...]:
-        output, last = self.layer(self.input, lengths=self.lengths)
+        if self.states:
+            output, last = self.layer(self.input, given(self.states), resets=self.resets)
+        else:
+            output, last = self.layer(self.input, lengths=self.lengths)
         return output, *flat(last)
 
 
@@ -140,7 +162,21 @@ def without_native_loops() -> Iterator[None]:
 
 class Padded(TorchRunner):
     def forward(self) -> tuple[Tensor, ...]:
-        output, last = self.layer(self.input)
+        if self.states:
+            kept = (1 - self.done).view(1, -1, 1)
+            output, last = self.layer(self.input, given(tuple(kept * h for h in self.states)))
+        else:
+            output, last = self.layer(self.input)
+        return output, *flat(last)
+
+
+class Packing(TorchRunner):
+    """Packs and unpacks in the fewest calls. PyTorch sorts, and restores the order."""
+
+    def forward(self) -> tuple[Tensor, ...]:
+        packed = pack_padded_sequence(self.input, self.lengths, batch_first=True, enforce_sorted=False)
+        packed, last = self.layer(packed)
+        output, _ = pad_packed_sequence(packed, batch_first=True, total_length=self.input.size(1))
         return output, *flat(last)
 
 
@@ -159,3 +195,8 @@ class Recipe(TorchRunner):
 
 def flat(last: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return last if isinstance(last, tuple) else (last,)
+
+
+def given(states: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    """Returns states as a layer takes them: a tuple for an LSTM alone."""
+    return states if len(states) > 1 else states[0]
