@@ -137,8 +137,18 @@ def test_faq_quotes_error_messages() -> None:
     assert str(ours.value) in faq
 
 
-def test_readme_head_covers_essentials() -> None:
-    head = "\n".join((ROOT / "README.md").read_text().splitlines()[:40])
+def test_resets_are_called_starts() -> None:
+    """An environment's `done` is True one step before the state has to start anew."""
+    folders = ("masked_rnn", "docs", "examples", "benchmarks")
+    written = [path for folder in folders for kind in ("py", "md") for path in (ROOT / folder).rglob(f"*.{kind}")]
+    for path in [ROOT / "README.md", *written]:
+        assert not re.search(r"resets=~?(dones?|terminated|truncated)\b(?!\.bool)", path.read_text()), path
+
+
+def test_readme_is_short_and_its_head_covers_essentials() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 100
+    head = "\n".join(lines[:40])
     for needed in ("```python", "padding.svg", "promised", "pip install -e . && python examples/", "Honest limits"):
         assert needed in head
 

@@ -61,8 +61,8 @@ class MaskedLSTM(MaskedRNNBase, nn.LSTM):
             promise raise. Default: ``False``
         flatten_hidden: ``True`` returns the last states as :math:`(N, L \cdot D \cdot P)` and
             :math:`(N, L \cdot D \cdot H)`, ``False`` as :class:`torch.nn.LSTM` does. Default: ``True``
-        backend: ``"packed"``, ``"padded"``, ``"bptt"`` or ``"scan"`` forces one (docs/backends.md); ``"auto"`` takes
-            the fastest that can run the call. Default: ``"auto"``
+        backend: ``"packed"``, ``"padded"``, ``"bptt"`` or ``"scan"`` forces one. ``"auto"`` chooses by rules that
+            were measured (docs/backends.md). Default: ``"auto"``
 
     T is the number of steps in time, N of sequences, I is ``input_size``, H ``hidden_size``, L ``num_layers``, D 2 if
     ``bidirectional`` else 1, P ``proj_size`` if it is above 0 else H. Unbatched input leaves N out of every shape.
@@ -77,9 +77,9 @@ class MaskedLSTM(MaskedRNNBase, nn.LSTM):
           input, which has its own.
         * **mask**: in the place of lengths, a bool tensor shaped as the input without its last dimension, True at real
           steps. Padding may stand anywhere: the state is held across it.
-        * **resets**: a bool tensor shaped as a mask, True where the state starts anew, from zeros, before the step: one
-          row may hold several episodes, and each gives what it would give alone. A reset at padding counts at the next
-          real step (docs/resets.md). None for packed or nested input.
+        * **resets**: a bool tensor shaped as a mask, True at an episode's first step, where the state starts anew, from
+          zeros, before the step. One row may hold several episodes, and each gives what it would give alone. The
+          ``done`` of an environment belongs to the step before (docs/resets.md). None for packed or nested input.
 
         Without lengths and mask, every step is real. Padding is never read, NaN included; its gradient is exactly zero.
 
@@ -195,7 +195,7 @@ class MaskedLSTM(MaskedRNNBase, nn.LSTM):
                 it is not 0. Zeros if None
             lengths: How many steps of each sequence are real, ``(N,)``, each from 0 to T
             mask: In place of lengths, a bool tensor, ``(N, T)`` or ``(T, N)`` as the input is: True at real steps
-            resets: A bool tensor shaped as a mask: True where the state starts anew before the step
+            resets: A bool tensor shaped as a mask: True at an episode's first step, where the state starts anew
 
         Returns:
             output: The top layer's h of each step, zero at padding, laid out as the input, as wide as h: ``D·H`` or
