@@ -27,7 +27,7 @@ def to_markdown(text: str) -> str:
     text = re.sub(r":(?:class|meth):`~(?:\w+\.)*(\w+)`", r"`\1`", text)
     text = re.sub(r":(?:class|meth):`([^`]+)`", r"`\1`", text)
     text = re.sub(r"`([^`<]+) <(http[^>]+)>`_", r"[\1](\2)", text)
-    text = re.sub(r"docs/(\w+)\.md", r"[\g<0>](\1.md)", text)
+    text = re.sub(r"docs/(\w+)\.md", lambda m: f"[the page {m[1].replace('_', ' ')}]({m[1]}.md)", text)
     text = re.sub(r"\s+Default:\s+``[^`]*``$", "", text, flags=re.MULTILINE)  # the signature says it
     text = text.replace("Example::\n\n", "Examples:\n")
     text = re.sub(r"^(Inputs|Outputs): (.*)\n((?:[ ]+.*\n|\n)+)", _described, text, flags=re.MULTILINE)
@@ -36,7 +36,7 @@ def to_markdown(text: str) -> str:
 
 def _equation(match: re.Match[str]) -> str:
     rows = re.sub(r"\\(?:begin|end)\{array\}(?:\{\w+\})?", "", match[1]).strip().split(r"\\")
-    return f'<div class="math">{"<br>".join(map(to_html, rows))}</div>\n\n'
+    return f'<div class="math">{"".join(f"<div>{to_html(row)}</div>" for row in rows)}</div>\n\n'
 
 
 def to_html(latex: str) -> str:
