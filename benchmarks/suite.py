@@ -60,7 +60,7 @@ QUICK = Plan(
     least_rounds=3,
     growth=(250, 500),
     recipe_up_to=500,
-    every=12,
+    every=11,
 )
 ALONE = {
     "short": Plan(works=("short",), budget=0.4, least_rounds=15, threads=1),

@@ -32,18 +32,17 @@ def counts_of(name: str, learns: bool) -> Counts:
 @pytest.mark.parametrize(
     ("name", "learns", "most"),
     [  # release 1.6.0 had 162, 103, 18, 70 and 181, 111, 18, 74 with lengths; 26 and 42 calls for one step
-        ("lengths", False, Counts(94, 76, 19, 58)),
-        ("lengths", True, Counts(104, 82, 20, 62)),
-        ("one sequence", False, Counts(79, 65, 18, 50)),
-        ("one sequence", True, Counts(89, 71, 19, 54)),
-        ("one step", False, Counts(33, 33, 12, 24)),
-        ("one step, lengths", False, Counts(44, 44, 13, 31)),
+        ("lengths", False, 94),
+        ("lengths", True, 104),
+        ("one sequence", False, 79),
+        ("one sequence", True, 89),
+        ("one step", False, 33),
+        ("one step, lengths", False, 44),
     ],
 )
-def test_eager_call_runs_little_python(name: str, learns: bool, most: Counts) -> None:
+def test_eager_call_runs_little_python(name: str, learns: bool, most: int) -> None:
     """The limits allow a few more calls, because other tests may have loaded modules into this process."""
-    found = counts_of(name, learns)
-    assert all(a <= b for a, b in zip(found, most, strict=True)), found
+    assert counts_of(name, learns).calls <= most
 
 
 if __name__ == "__main__":
