@@ -37,6 +37,8 @@ class Backend(Protocol):
 BACKENDS: dict[str, Backend] = {"packed": packed, "padded": padded, "bptt": bptt, "scan": scan}
 CAPTURED: dict[str, Backend] = {"operator": custom_op, "onnx": onnx}
 """The forms in which a compiler or an exporter captures a layer."""
+CAPTURES = {"operator": ("auto", "bptt"), "onnx": ("auto",)}
+"""The values of a layer's `backend` that each form captures. `scan` is captured as its own ops."""
 TAKES_RESETS = ("scan", "operator")
 MOST_PADDING = 0.9
 """On a GPU, rows are padded only up to this share of padding, because padding takes memory."""
@@ -186,12 +188,14 @@ def _reads_plan(call: Call, name: str) -> bool:
 def _choose_captured(call: Call, wanted: str, captured_as: str) -> str:
     if wanted == "scan":
         return "scan"
-    if wanted in ("packed", "padded"):
+    if wanted not in CAPTURES[captured_as]:
         raise ValueError(
             f"backend={wanted!r} can't run this call: it is being compiled or exported, which goes through an operator "
             "of its own. Use backend='auto'."
         )
     reason = CAPTURED[captured_as].why_not(call)
+    if reason and wanted != "auto":
+        raise _refusal(call, wanted, reason)
     if reason:
         raise ValueError(f"this layer can't be captured: {reason}.")
     return captured_as

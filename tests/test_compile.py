@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 from support.oracle import INPUT, ONE_STATE_AND_TWO, as_tuple, cotangents, masked, random_states, torch_before
-from support.strict_kernel import with_cudnn
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from masked_rnn import MaskedGRU, _torch
-from masked_rnn._backends import kernels
+from masked_rnn._backends import kernels, padded, scan
 from masked_rnn._backends.bptt import library
 from masked_rnn._capture import custom_op
 from masked_rnn._capture.arguments import Arguments
@@ -265,6 +264,42 @@ def test_non_integer_lengths_are_refused_when_compiling(lengths: Any) -> None:
         torch.compile(layer, backend="aot_eager", fullgraph=True)(x, lengths=lengths)
 
 
+@pytest.mark.parametrize("steps", [1, 3, 4])
+@pytest.mark.parametrize("given", ["neither", "lengths", "resets"])
+@pytest.mark.usefixtures("allow_rnn")
+def test_compiled_layer_runs_forced_bptt(cell: str, steps: int, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` runs PyTorch's kernel over so few steps."""
+    for other in (padded, scan):
+        monkeypatch.setattr(other, "run", lambda _call: pytest.fail("another backend ran"))
+    layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend="bptt")
+    x, hx, pulled = arguments(layer, 3, steps, with_hx=True)
+    more = options(given, 3, steps)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    found, expected = run(compiled, layer, x, hx, pulled, **more), run(layer, layer, x, hx, pulled, **more)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("forced", ["packed", "padded"])
+@pytest.mark.usefixtures("allow_rnn")
+def test_compiler_refuses_other_forced_backends(forced: str) -> None:
+    layer = masked("gru", backend=forced)
+    with pytest.raises(Exception, match=f"backend='{forced}' can't run this call: it is being compiled .*'auto'"):
+        torch.compile(layer, backend="eager", fullgraph=True)(torch.randn(5, 2, INPUT))
+
+
+@pytest.mark.usefixtures("allow_rnn")
+def test_compiler_refuses_bptt_of_complex_layer() -> None:
+    layer = masked("gru", backend="bptt", dtype=torch.complex64)
+    x = torch.randn(5, 2, INPUT, dtype=torch.complex64)
+    with pytest.raises(Exception, match=r"backend='bptt' can't run this call: its gradients are those of real"):
+        torch.compile(layer, backend="eager", fullgraph=True)(x)
+    given = (x, None, None, [x.new_zeros(1, 2, 3)], list(layer.parameters()), "GRU", False)
+    with pytest.raises(RuntimeError, match="backend='bptt' can't run this layer: its gradients are those of real"):
+        torch.ops.masked_rnn.layer(*given, "bptt", False)
+    with pytest.raises(RuntimeError, match="Expected backend 'auto' or 'bptt', got 'padded'"):
+        torch.ops.masked_rnn.layer(*given, "padded", False)
+
+
 @pytest.mark.parametrize("lengths", [None, [6, 2, 5]], ids=str)
 def test_operator_backward_follows_its_forward(lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient must not choose anew, because only the one that ran forward has saved anything."""
@@ -274,7 +309,7 @@ def test_operator_backward_follows_its_forward(lengths: list[int] | None, monkey
     expected = torch.autograd.grad(layer(x, lengths=lengths)[0].square().sum(), weights)
     for first in (True, False):
         monkeypatch.setattr(kernels, "has_onednn", lambda here=first: here)
-        results = torch.ops.masked_rnn.layer(x, given, None, states, True, weights, "LSTM", True, True)
+        results = torch.ops.masked_rnn.layer(x, given, None, states, weights, "LSTM", True, "auto", True)
         monkeypatch.setattr(kernels, "has_onednn", lambda here=first: not here)
         close(list(torch.autograd.grad(results[0].square().sum(), weights)), list(expected))
 
@@ -285,9 +320,9 @@ def test_operator_keeps_dtype_under_autocast(cell: str) -> None:
     x, states = torch.randn(3, 6, INPUT), random_states(layer, 3, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         results = torch.ops.masked_rnn.layer(
-            x, torch.tensor([6, 2, 5]), None, states, False, list(layer.parameters()), layer.mode, True, False
+            x, torch.tensor([6, 2, 5]), None, states, list(layer.parameters()), layer.mode, True, "auto", False
         )
-    assert all(t.dtype == torch.float32 for t in results[:-3])
+    assert all(t.dtype == torch.float32 for t in results[:-2])
     close([results[0]], [layer(x, states if len(states) > 1 else states[0], [6, 2, 5])[0]])
 
 
@@ -304,7 +339,7 @@ def test_operator_runs_same_kernel_as_eager(
     given = None if lengths is None else torch.tensor(lengths)
     x, weights = torch.randn(3, 6, INPUT), list(layer.parameters())
     states = random_states(layer, 3, torch.float32)
-    called = (x, given, None, states, False, weights, "LSTM", True, True)
+    called = (x, given, None, states, weights, "LSTM", True, "auto", True)
     found = torch.ops.masked_rnn.layer(*called)
     assert bool(ran) == (torch.backends.mkldnn.is_available() and not library.runs(torch.float32))
     expected = layer(x, states, lengths=lengths)
@@ -329,7 +364,7 @@ def test_operator_matches_eager_bit_for_bit(cell: str, steps: int, given: str) -
         resets = None  # the layer drops them before it calls the operator
     weights = list(layer.parameters())
     time_first = None if resets is None else resets.t()
-    results = torch.ops.masked_rnn.layer(x, lengths, time_first, list(states), False, weights, layer.mode, True, True)
+    results = torch.ops.masked_rnn.layer(x, lengths, time_first, list(states), weights, layer.mode, True, "auto", True)
     output, last = layer(x, states if len(states) > 1 else states[0], lengths, resets=resets)
     found, expected = list(results[: 1 + len(states)]), [output, *as_tuple(last)]
     pulled = [torch.randn_like(t) for t in expected]
@@ -456,7 +491,7 @@ def test_operator_passes_opcheck(cell: str, monkeypatch: pytest.MonkeyPatch) -> 
         initial = [torch.zeros(shape) for shape in shapes]
         torch.library.opcheck(
             torch.ops.masked_rnn.layer,
-            (x, lengths, resets if anew else None, initial, True, weights, layer.mode, batch_first, True),
+            (x, lengths, resets if anew else None, initial, weights, layer.mode, batch_first, "auto", True),
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"),
         )
 
@@ -485,10 +520,10 @@ def test_operator_results_share_no_memory(
     x = torch.randn(4, 3, INPUT)
     states, weights = random_states(layer, 3, torch.float32), [p.detach() for p in layer.parameters()]
     given = None if lengths is None else torch.tensor(lengths)
-    called = (x, given, torch.rand(4, 3) < 0.4 if anew else None, states, False, weights)
-    results = torch.ops.masked_rnn.layer(*called, layer.mode, False, True)
-    grads = [torch.randn_like(result) for result in results[:-3]]
-    found = torch.ops.masked_rnn.layer_gradient(*called, layer.mode, False, *results[-3:], grads, True, True)
+    called = (x, given, torch.rand(4, 3) < 0.4 if anew else None, states, weights, layer.mode, False, "auto")
+    results = torch.ops.masked_rnn.layer(*called, True)
+    grads = [torch.randn_like(result) for result in results[:-2]]
+    found = torch.ops.masked_rnn.layer_gradient(*called, *results[-2:], grads, True, True)
     assert [g.shape for g in found] == [t.shape for t in (*states, x, *weights)]
     for tensors in ([*states, x, *weights, *results], [*states, x, *weights, *grads, *found]):
         places = [t.untyped_storage().data_ptr() for t in tensors]
@@ -506,32 +541,3 @@ def test_empty_batch_compiles_and_trains(cell: str, batch: int, steps: int) -> N
     assert output.shape[:2] == (batch, steps)
     assert x.grad is not None
     assert all(p.grad is not None and p.grad.eq(0).all() for p in layer.parameters())
-
-
-@pytest.mark.slow_but("gru-")
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.usefixtures("allow_rnn")
-def test_compiled_layer_runs_cudnn_forward_once(
-    cell: str, bidirectional: bool, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its backward runs from the reserve that forward saved."""
-    ran = with_cudnn(monkeypatch, operators=True)
-    layer = masked(cell, num_layers=2, bidirectional=bidirectional, batch_first=True)
-    compiled = torch.compile(layer, backend=backend, fullgraph=True, dynamic=True)
-    parameters = list(layer.parameters())
-    for steps in (5, 7):
-        x, lengths = torch.randn(4, steps, INPUT), torch.tensor([3, 4, 0, 1])
-        ran.clear()
-        output, last = compiled(x, lengths=lengths)
-        found = torch.autograd.grad(score(output, last), parameters)
-        assert ran == ["cudnn_forward"] * 2 + ["cudnn_backward"] * 2
-        layer.backend = "scan"
-        expected = torch.autograd.grad(score(*layer(x, lengths=lengths)), parameters)
-        layer.backend = "auto"
-        for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-
-
-def score(output: Tensor, last: Any) -> Tensor:
-    return sum(((t * t).sum() for t in (output, *as_tuple(last))), torch.zeros(()))

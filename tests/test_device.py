@@ -33,7 +33,10 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from masked_rnn import _dispatch, _torch
+from masked_rnn._backends import padded as padded_backend
+from masked_rnn._backends import scan
 from masked_rnn._call import context
+from masked_rnn._capture import custom_op
 
 STEPS = 5
 LENGTHS = [3, 4, 0, 1]
@@ -90,7 +93,7 @@ def to(device: Any, value: Any) -> Any:
     if isinstance(value, dict):
         return {name: to(device, v) for name, v in value.items()}
     if isinstance(value, list | tuple) and any(isinstance(v, Tensor) for v in value):
-        return [v.to(device) for v in value]
+        return [to(device, v) for v in value]
     return value.to(device) if isinstance(value, Tensor) else value
 
 
@@ -464,6 +467,30 @@ def test_simulated_device_refuses_mixing_and_notes_waits() -> None:
         there[i] = torch.arange(2, device=DEVICE).float() + torch.repeat_interleave(at, output_size=2)[:1]
         torch.tensor([1]).to(DEVICE)
     assert waits == ["upload"]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4])
+@pytest.mark.parametrize("given", ["neither", "lengths", "resets"])
+def test_operator_runs_forced_bptt_on_device(
+    cell: str, steps: int, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` runs PyTorch's kernel there."""
+    for other in (padded_backend, scan):
+        monkeypatch.setattr(other, "run", lambda _call: pytest.fail("another backend ran"))
+    layer = masked(cell, bidirectional=True).double()
+    lengths = torch.tensor([steps, 1, 0, 1]) if given == "lengths" else None
+    resets = RESETS[:, :steps].t().contiguous() if given == "resets" else None
+    x, states = torch.randn(steps, 4, INPUT, dtype=torch.float64), list(random_states(layer, 4))
+    tensors = (x, lengths, resets, states, [p.detach() for p in layer.parameters()])
+    pulled = [c.transpose(0, 1) if k == 0 else c for k, c in enumerate(cotangents(layer, 4, steps))]
+
+    def run(device: Any) -> list[Tensor]:
+        called = (*to(device, list(tensors)), layer.mode, False, "bptt")
+        *results, saved, kernel_ran = custom_op._forward(*called, True)
+        gradients = custom_op._backward(*called, saved, kernel_ran, to(device, pulled), True, True)
+        return to("cpu", [*results, *gradients])
+
+    assert_agree(run(DEVICE), run("cpu"))
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])

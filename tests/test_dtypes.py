@@ -98,7 +98,7 @@ def test_dtype_is_refused_as_torch_refuses_it(cell: str, dtype: torch.dtype, ran
     initial = [cast(h.float(), dtype) for h in random_states(ours, BATCH)]
 
     def by_operator() -> None:
-        torch.ops.masked_rnn.layer(x, torch.tensor(LENGTHS), None, initial, False, weights, ours.mode, True, False)
+        torch.ops.masked_rnn.layer(x, torch.tensor(LENGTHS), None, initial, weights, ours.mode, True, "auto", False)
 
     assert type(refusal(by_operator)) is type(expected)
 

@@ -196,12 +196,12 @@ def the_operator_is_given_another_shape(cell: str) -> None:
     states = [h.detach() for h in states]
     lengths = torch.tensor(LENGTHS)
 
-    rest = (layer.mode, True, True)
+    rest = (layer.mode, True, "auto", True)
 
     def run(
         x: Tensor = x, lengths: Any = lengths, resets: Any = None, states: Any = states, weights: Any = weights
     ) -> list[Tensor]:
-        found: list[Tensor] = torch.ops.masked_rnn.layer(x, lengths, resets, states, False, weights, *rest)
+        found: list[Tensor] = torch.ops.masked_rnn.layer(x, lengths, resets, states, weights, *rest)
         return found
 
     assert_near(run()[:1], [layer(x, as_hx(states), lengths=LENGTHS)[0]])
@@ -216,12 +216,12 @@ def the_operator_is_given_another_shape(cell: str) -> None:
     raises(ValueError, "lengths", run, lengths=lengths + STEPS)
     raises(RuntimeError, "resets", run, resets=torch.ones(STEPS, BATCH - 1, dtype=torch.bool))
 
-    output, *last, saved, raw, kernel_ran = run()
+    output, *last, saved, kernel_ran = run()
     grads = [output, *last]
-    given = [x, lengths, None, states, False, weights, layer.mode, True, saved, raw, kernel_ran, grads, True, True]
+    given = [x, lengths, None, states, weights, layer.mode, True, "auto", saved, kernel_ran, grads, True, True]
     torch.ops.masked_rnn.layer_gradient(*given)
     shorter = [output[:, :-1], *last]
-    for at, value, words in ((8, saved[:-8], "saved"), (11, shorter, "gradient"), (1, lengths + STEPS, "lengths")):
+    for at, value, words in ((8, saved[:-8], "saved"), (10, shorter, "gradient"), (1, lengths + STEPS, "lengths")):
         changed = [*given[:at], value, *given[at + 1 :]]
         raises((RuntimeError, ValueError), words, torch.ops.masked_rnn.layer_gradient, *changed)
 

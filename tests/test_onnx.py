@@ -130,6 +130,13 @@ def test_resets_are_refused_with_reason() -> None:
     assert "ONNX's nodes know no resets within a sequence" in str(refused.value)
 
 
+@pytest.mark.parametrize("forced", ["packed", "padded", "bptt"])
+def test_forced_backend_is_refused(forced: str) -> None:
+    layer = masked("gru", backend=forced).eval()
+    with pytest.raises(Exception, match=f"backend='{forced}' can't run this call: it is being compiled or exported"):
+        torch.onnx.export(layer, (torch.randn(5, 2, INPUT),), dynamo=True, verbose=False)
+
+
 @pytest.mark.slow
 def test_projection_exports_through_scan(tmp_path: Any) -> None:
     """The export takes any batch, and as many steps as the example has."""

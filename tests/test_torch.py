@@ -137,12 +137,12 @@ def check():
     recorded = make_fx(lambda x, n: layer(x, lengths=n)[0])(x.detach(), torch.tensor([6, 6, 6]))
     close([recorded(x.detach(), lengths)], [expected])
     weights, initial = list(layer.parameters()), [torch.zeros(1, 3, 3)]
-    results = torch.ops.masked_rnn.layer(x, lengths, None, initial, False, weights, "GRU", True, True)
+    results = torch.ops.masked_rnn.layer(x, lengths, None, initial, weights, "GRU", True, "auto", True)
     close([results[0].mul_(1)], [expected])
     lstm = _layers.MaskedLSTM(4, 3, batch_first=True, backend="scan")
     weights = list(lstm.parameters())
     wanted = torch.autograd.grad(lstm(x, lengths=lengths)[0].square().sum(), weights)
-    results = torch.ops.masked_rnn.layer(x, lengths, None, [*initial, *initial], True, weights, "LSTM", True, True)
+    results = torch.ops.masked_rnn.layer(x, lengths, None, [*initial, *initial], weights, "LSTM", True, "auto", True)
     close(torch.autograd.grad(results[0].square().sum(), weights), wanted)
     try:
         assert not _torch.assert_async(torch.tensor(False), "no")  # the caller reads

@@ -204,7 +204,7 @@ def backward(
     """
     real, zero, last = held.marked.real, held.marked.zero, held.marked.last
     memory, raw, reserve = saved
-    raw = raw.contiguous()  # a compiler or a hook on saved tensors may have laid it out anew
+    raw = raw.contiguous()  # a hook on saved tensors may have laid it out anew
     d_raw = torch.where(real, d_output, zero) if held.is_top and d_output is not None else d_output
     # The last state of a row without steps depends on no weight. But its gradient may be NaN, and 0 · NaN is NaN.
     d_h, *d_c = [None if d is None else torch.where(held.marked.find_runs(), d, zero) for d in d_last]
@@ -219,35 +219,6 @@ def backward(
         d_initial = [torch.where(runs, d, zero if e is None else e) for d, e in zip(d_states, d_last, strict=True)]
     dx = torch.where(real, dx[..., :inputs], zero)
     return dx, d_initial, narrow(held.kernel, d_weights, inputs) if want_weights else None
-
-
-def run_one_layer(call: Call, train: bool) -> tuple[Tensor, States, Tensor, Tensor]:
-    """Run a call of one layer without autograd. Return output, last states, and cuDNN's output and reserve."""
-    held, x, wide, states, restore = _open_one_layer(call)
-    output, last, (_, raw, reserve) = forward(held, wide, x, states, call.weights[0], train)
-    return restore(output), last, raw, reserve
-
-
-def run_one_layer_back(
-    call: Call,
-    raw: Tensor,  # (T, N, D·P)
-    reserve: Tensor,
-    grads: Sequence[Tensor],  # of the output, then of each last state
-    want_weights: bool,
-) -> tuple[Tensor, Sequence[Tensor | None], LayerWeights | None]:
-    """Return what `backward` returns, x's gradient in the layout of the input. `reserve` does not change."""
-    held, x, wide, states, restore = _open_one_layer(call)
-    memory = _memory(held, wide, x, states, call.weights[0])
-    d_output = grads[0].transpose(0, 1) if call.form.batch_first else grads[0]
-    saved = (memory, raw, reserve.clone())
-    dx, d_initial, d_weights = backward(held, saved, d_output, grads[1:], x.size(-1), want_weights)
-    return restore(dx), d_initial, d_weights
-
-
-def _open_one_layer(call: Call) -> tuple[Held, Tensor, Tensor, States, Restore]:
-    x, real, lengths, restore = _padded(call)
-    marked, wide, states = _open(call, x, real, lengths)
-    return Held(_kernel(call), marked, True, call.initial is not None, False), x, wide, states, restore
 
 
 class HeldLayer(torch.autograd.Function):

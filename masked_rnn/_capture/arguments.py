@@ -48,12 +48,12 @@ class Arguments(NamedTuple):
     """(T, N)"""
     initial: Sequence[Tensor]
     """Each (D, N, P or H)"""
-    from_zeros: bool
-    """True: the initial states are zeros, because the caller of the layer gave none"""
     weights: Sequence[Tensor]
     """In `torch.nn`'s order"""
     mode: str
     batch_first: bool
+    backend: BackendName
+    """"auto", or "bptt" if the layer was told to run it"""
 
     @property
     def directions(self) -> int:
@@ -70,6 +70,7 @@ class Arguments(NamedTuple):
             batch_first=self.batch_first,
             bidirectional=self.directions == 2,
             proj_size=self.initial[0].size(-1) if projects else 0,
+            backend=self.backend,
         )
 
     def open(self) -> Call:
@@ -77,6 +78,8 @@ class Arguments(NamedTuple):
 
         As in an eager call, lengths that are all T become None if they are on the CPU, and so do resets without a True.
         """
+        if self.backend not in ("auto", "bptt"):
+            raise RuntimeError(f"Expected backend 'auto' or 'bptt', got {self.backend!r}.")
         _check_count("initial states", self.initial, 2 if self.mode == "LSTM" else 1)
         layer, (batch, steps) = self.layer(), self.x.shape[:2]
         if not self.batch_first:
@@ -100,7 +103,7 @@ class Arguments(NamedTuple):
             mask=None,
             resets=resets,
             real=lengths,
-            initial=None if self.from_zeros else tuple(self.initial),
+            initial=tuple(self.initial),
         )
 
     def _check_shapes(self, layer: OneLayer, batch: int, steps: int) -> None:

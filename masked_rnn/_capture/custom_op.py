@@ -1,7 +1,8 @@
 """One layer as a custom operator, so that torch.compile and torch.export do not trace the loop over time.
 
 Input and output are padded, in the layer's own layout. The operator has a fake kernel and a registered gradient. On a
-CPU it reads the lengths when it runs: it makes the plan and the choice, and saves the tensors, of an eager call.
+CPU it reads the lengths when it runs: it makes the plan and the choice, and saves the tensors, of an eager call. Of the
+backends that a layer can be told to run, it knows `bptt`.
 
 T time, N batch, I input, P the state that is fed back, D directions.
 """
@@ -14,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._backends import cudnn, held, padded, scan
+from .._backends import bptt, padded, scan
 from .._backends.bptt import library, native
 from .._backends.bptt.layer_run import LayerRun, saved_in, saved_numbers
 from .._backends.kernels import kernel_is_faster
 from .._call import Call
+from .._call.context import PLAIN
 from .._cells import LayerWeights, States, flatten_weights, group_weights, stack_layers
 from .._plan import Plan, move_to_front
 from .._probe import check_dtype
@@ -29,6 +31,8 @@ from .arguments import Arguments
 
 def why_not(call: Call) -> str | None:
     """Return the reason why the operator can't run a call. None: it can."""
+    if call.layer.backend == "bptt":
+        return bptt.why_not(call._with(context=PLAIN))  # values are read when the operator runs
     return None
 
 
@@ -38,7 +42,7 @@ def run(call: Call) -> tuple[Tensor, States]:
     else:
         x, lengths, restore = call.padded_last()
         batch_first = False
-    mode, S, resets = call.layer.mode, len(call.states), call.resets
+    mode, backend, S, resets = call.layer.mode, call.layer.backend, len(call.states), call.resets
     if resets is not None and call.mask is not None:
         resets, _ = move_to_front(resets_at_real_steps(resets, call.mask).unsqueeze(-1), call.mask)
         resets = resets.squeeze(-1)
@@ -46,7 +50,7 @@ def run(call: Call) -> tuple[Tensor, States]:
     def run_one(x: Tensor, initial: States, weights: LayerWeights) -> tuple[Tensor, States]:
         tensors, save = flatten_weights([weights]), torch.is_grad_enabled()
         results = torch.ops.masked_rnn.layer(
-            x, lengths, resets, list(initial), call.initial is None, tensors, mode, batch_first, save
+            x, lengths, resets, list(initial), tensors, mode, batch_first, backend, save
         )
         return results[0], tuple(results[1 : 1 + S])
 
@@ -59,11 +63,10 @@ def _forward(*given: Any) -> list[Tensor]:
     arguments, (save,) = Arguments(*given[:8]), given[8:]
     call, x, initial = arguments.open(), arguments.x, arguments.initial
     check_dtype(arguments.mode, x.dtype, x.device, call.layer.bias, call.layer.proj_size > 0)
-    kernel_ran = _runs_kernel(call, save)
-    if _saves_reserve(arguments, save) and call.lengths is not None:
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            output, last, raw, saved = held.run_one_layer(call, train=True)
-        return [output.contiguous(), *last, saved, raw, x.new_full((), True, dtype=torch.bool)]
+    reason = why_not(call)
+    if reason:
+        raise RuntimeError(f"backend={call.layer.backend!r} can't run this layer: {reason}.")
+    kernel_ran = _always_runs_kernel(arguments) or _runs_kernel(call, save)
     saved = x.new_empty(_saved_bytes(arguments, save), dtype=torch.uint8)
     if kernel_ran:
         with torch.no_grad():
@@ -78,17 +81,15 @@ def _forward(*given: Any) -> list[Tensor]:
         output = call.from_rows(rows)
         if segments is not None:
             last = tuple(map(segments.last, last, initial))
-    return [output, *last, saved, x.new_empty(0), x.new_full((), kernel_ran, dtype=torch.bool)]
+    return [output, *last, saved, x.new_full((), kernel_ran, dtype=torch.bool)]
 
 
 def _backward(*given: Any) -> list[Tensor]:
     """Return the gradients of the initial states, then of x and of the weights if they are wanted."""
-    arguments, (saved, raw, kernel_ran, grads, want_x, want_weights) = Arguments(*given[:8]), given[8:]
+    arguments, (saved, kernel_ran, grads, want_x, want_weights) = Arguments(*given[:8]), given[8:]
     call = arguments.open()
-    if raw.numel():
-        return _run_back_from_reserve(arguments, call, (raw, saved), grads, want_x, want_weights)
     arguments.check_saved(saved, _saved_bytes(arguments, True), grads)
-    if not call.data.is_cpu or bool(kernel_ran):
+    if _always_runs_kernel(arguments) or bool(kernel_ran):
         return _run_kernel_again(arguments, grads, want_x, want_weights)
     layer_run, states, segments = _plan_layer(call)
     rows, (weights,), d_last = call.rows(), call.weights, list(grads[1:])
@@ -114,11 +115,14 @@ def _backward(*given: Any) -> list[Tensor]:
     return result
 
 
+def _always_runs_kernel(arguments: Arguments) -> bool:
+    """Return whether `_run_kernel` runs whatever the values are, as on a GPU."""
+    return arguments.backend == "auto" and arguments.x.device.type != "cpu"
+
+
 def _runs_kernel(call: Call, learns: bool) -> bool:
-    """Return whether `_run_kernel` runs, on a CPU by the choice of `auto`. For the gradient it then runs again."""
-    if not call.data.is_cpu:
-        return True
-    if call.is_empty():
+    """Return whether `_run_kernel` runs a call on a CPU, by the choice of `auto`. For the gradient it runs again."""
+    if call.layer.backend == "bptt" or call.is_empty():
         return False
     return call.data.is_complex() or kernel_is_faster(call, learns, library.runs(call.data.dtype))
 
@@ -128,29 +132,6 @@ def _run_kernel(call: Call) -> tuple[Tensor, States]:
     run_backend = padded.run if call.resets is None and not call.data.is_complex() else scan.run
     with torch.autocast(call.data.device.type, enabled=False):
         return run_backend(call)
-
-
-def _saves_reserve(arguments: Arguments, save: bool) -> bool:
-    """Return whether cuDNN's own backward will run, from its reserve. Values do not matter, as in the fake kernel."""
-    if not save or arguments.resets is not None or arguments.lengths is None or not cudnn.calls_operators(arguments.x):
-        return False
-    return arguments.mode == "GRU" or arguments.from_zeros or arguments.directions == 1
-
-
-def _run_back_from_reserve(
-    arguments: Arguments,
-    call: Call,
-    raw_and_reserve: tuple[Tensor, Tensor],
-    grads: Sequence[Tensor],
-    want_x: bool,
-    want_weights: bool,
-) -> list[Tensor]:
-    with torch.no_grad(), torch.autocast(call.data.device.type, enabled=False):
-        dx, d_initial, d_weights = held.run_one_layer_back(call, *raw_and_reserve, grads, want_weights)
-    result = [torch.zeros_like(h) if d is None else d for h, d in zip(arguments.initial, d_initial, strict=True)]
-    result += [dx.contiguous()] if want_x else []
-    # Copies, because an operator's results must not share memory.
-    return result + [g.clone() for g in flatten_weights([d_weights] if d_weights else [])]
 
 
 def _run_kernel_again(arguments: Arguments, grads: Sequence[Tensor], want_x: bool, want_weights: bool) -> list[Tensor]:
@@ -171,8 +152,8 @@ def _run_kernel_again(arguments: Arguments, grads: Sequence[Tensor], want_x: boo
 class Planned(NamedTuple):
     """A call's lengths and resets, and its plan."""
 
-    layout: tuple[int, int, int, bool]
-    """Batch, steps, directions, batch_first"""
+    layout: tuple[int, int, int, bool, torch.device]
+    """Batch, steps, directions, batch_first, device"""
     lengths: Tensor | None
     resets: Tensor | None
     plan: Plan
@@ -187,7 +168,7 @@ def _plan_layer(call: Call) -> tuple[LayerRun, States, Segments | None]:
     """Return the layer run, the initial states, and the segments between resets. None: there are no resets."""
     global _latest
     form, planned = call.form, _latest
-    layout = (form.batch, form.steps, call.directions, form.batch_first)
+    layout = (form.batch, form.steps, call.directions, form.batch_first, call.data.device)
     if (
         planned is None
         or planned.layout != layout
@@ -204,16 +185,16 @@ def _plan_layer(call: Call) -> tuple[LayerRun, States, Segments | None]:
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b or (a is not None and b is not None and torch.equal(a, b))
+    return a is b or (a is not None and b is not None and a.device == b.device and torch.equal(a, b))
 
 
 def _saved_bytes(arguments: Arguments, save: bool) -> Any:
-    """Return a size of a CPU's `saved` that is enough if there is no padding. Memory that is not written costs nothing.
+    """Return a size of the loops' `saved` that is enough if there is no padding. Unwritten memory costs nothing.
 
     It depends on shapes and dtypes only, because the fake kernel knows no values.
     """
-    x, _, resets, initial, _, weights, mode, _ = arguments
-    if not save or x.device.type != "cpu":
+    x, _, resets, initial, weights, mode, _, _ = arguments
+    if not save or _always_runs_kernel(arguments):
         return 0
     rows = x.shape[0] * x.shape[1]
     sequences = initial[0].shape[1] if resets is None else rows  # at most one segment for each row
@@ -226,13 +207,8 @@ def _fake_forward(*given: Any) -> list[Tensor]:
     x, initial = arguments.x, arguments.initial
     output = x.new_empty(x.shape[0], x.shape[1], arguments.directions * initial[0].shape[-1])
     last = [torch.empty_like(h, memory_format=torch.contiguous_format) for h in initial]
-    if _saves_reserve(arguments, save):
-        size: Any = torch.library.get_ctx().new_dynamic_size()  # only cuDNN knows it
-        T, N = x.shape[:2] if not arguments.batch_first else (x.shape[1], x.shape[0])
-        raw = x.new_empty(T, N, output.shape[-1])
-    else:
-        size, raw = _saved_bytes(arguments, save), x.new_empty(0)
-    return [output, *last, x.new_empty(size, dtype=torch.uint8), raw, x.new_empty((), dtype=torch.bool)]
+    saved = x.new_empty(_saved_bytes(arguments, save), dtype=torch.uint8)
+    return [output, *last, saved, x.new_empty((), dtype=torch.bool)]
 
 
 def _fake_backward(*given: Any) -> list[Tensor]:
@@ -242,26 +218,26 @@ def _fake_backward(*given: Any) -> list[Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, lengths, resets, initial, ctx.from_zeros, weights, ctx.mode, ctx.batch_first, _ = inputs
+    x, lengths, resets, initial, weights, *ctx.options, _ = inputs
     ctx.n_states, ctx.n_weights = len(initial), len(weights)
-    ctx.save_for_backward(x, lengths, resets, *output[-3:], *initial, *weights)
+    ctx.save_for_backward(x, lengths, resets, *output[-2:], *initial, *weights)
 
 
 def _gradient(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    x, lengths, resets, saved, raw, kernel_ran, *rest = ctx.saved_tensors
+    x, lengths, resets, saved, kernel_ran, *rest = ctx.saved_tensors
     S = ctx.n_states
-    arguments = Arguments(x, lengths, resets, rest[:S], ctx.from_zeros, rest[S:], ctx.mode, ctx.batch_first)
+    arguments = Arguments(x, lengths, resets, rest[:S], rest[S:], *ctx.options)
     want_x, want_weights = ctx.needs_input_grad[0], any(t.requires_grad for t in rest[S:])
     results = list(
-        torch.ops.masked_rnn.layer_gradient(*arguments, saved, raw, kernel_ran, grads[: 1 + S], want_x, want_weights)
+        torch.ops.masked_rnn.layer_gradient(*arguments, saved, kernel_ran, grads[: 1 + S], want_x, want_weights)
     )
     d_initial, results = results[:S], results[S:]
     dx = results.pop(0) if want_x else None
-    return dx, None, None, d_initial, None, results if want_weights else [None] * ctx.n_weights, *[None] * 3
+    return dx, None, None, d_initial, results if want_weights else [None] * ctx.n_weights, *[None] * 4
 
 
-ARGUMENTS = "Tensor x, Tensor? lengths, Tensor? resets, Tensor[] initial, bool from_zeros, Tensor[] weights, str mode"
-ARGUMENTS += ", bool batch_first"
+ARGUMENTS = "Tensor x, Tensor? lengths, Tensor? resets, Tensor[] initial, Tensor[] weights, str mode, bool batch_first"
+ARGUMENTS += ", str backend"
 forward_operator = torch.library.custom_op(
     "masked_rnn::layer", _forward, mutates_args=(), schema=f"({ARGUMENTS}, bool save) -> Tensor[]"
 )
@@ -271,7 +247,7 @@ backward_operator = torch.library.custom_op(
     "masked_rnn::layer_gradient",
     _backward,
     mutates_args=(),
-    schema=f"({ARGUMENTS}, Tensor saved, Tensor raw, Tensor kernel_ran, Tensor[] grads, bool want_x,"
+    schema=f"({ARGUMENTS}, Tensor saved, Tensor kernel_ran, Tensor[] grads, bool want_x,"
     " bool want_weights) -> Tensor[]",
 )
 backward_operator.register_fake(_fake_backward)
