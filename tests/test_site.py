@@ -53,6 +53,12 @@ def test_links_work_on_the_site() -> None:
     assert linked("```\n[a](b.md)\n```\n") == "```\n[a](b.md)\n```\n"
 
 
+def test_link_texts_to_pages_are_words() -> None:
+    sources = [*(ROOT / "docs").glob("*.md"), *(ROOT / source for source in hooks.PAGES.values())]
+    for source in sources:
+        assert not re.search(r"\[[^\]]*\.md[^\]]*\]\(", source.read_text()), f"{source.name}: a path is no title"
+
+
 def test_long_names_in_tables_may_break() -> None:
     def cell(code: str) -> str:
         return str(hooks.on_page_content(f"<table><tr><td><code>{code}</code></td></tr></table>"))
