@@ -1,26 +1,41 @@
 """Builds the native loops if there is a compiler. pyproject.toml has the rest of the package's configuration."""
 
+import os
 from pathlib import Path
 from runpy import run_path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 ENGINE = Path("masked_rnn/_backends/bptt")
-DIGEST = run_path(str(ENGINE / "digest.py"))["sources_digest"](ENGINE / "native")
+ARTIFACT = run_path(str(ENGINE / "artifact.py"))
+DIGEST = ARTIFACT["sources_digest"](ENGINE / "native")
+
+# These come after the user's flags (CXXFLAGS and the like), and undo what makes wrong numbers: NaN and infinity that do
+# not exist, and sums in another order. A linker with such flags makes the whole process flush small numbers to zero.
+EXACT = ["-O2", "-fno-fast-math", "-fno-unsafe-math-optimizations"]
+
+
+class Library(build_ext):
+    """Builds a library that has nothing of Python: neither a version in its name nor a function that initializes it."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")[:-1], ARTIFACT["LIBRARY"])
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return []
 
 
 class Wheel(bdist_wheel):
-    """Names the wheel cp311-abi3-<platform> if the library is in it, else py3-none-<platform>."""
+    """Names the wheel py3-none-<platform>."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        python, abi, platform = super().get_tag()
-        built = any(Path(self.bdist_dir).rglob("_native.*"))
-        return (python, abi, platform) if built else ("py3", "none", platform)
+        return "py3", "none", super().get_tag()[2]
 
 
 setup(
-    cmdclass={"bdist_wheel": Wheel},
+    cmdclass={"build_ext": Library, "bdist_wheel": Wheel},
     ext_modules=[
         Extension(
             "masked_rnn._backends.bptt._native",
@@ -28,7 +43,7 @@ setup(
             define_macros=[("SOURCES_DIGEST", f'"{DIGEST}"')],
             extra_compile_args=[
                 "-std=c++17",
-                "-O2",
+                *EXACT,
                 "-g0",
                 "-fno-math-errno",
                 "-fno-trapping-math",
@@ -37,8 +52,7 @@ setup(
                 "-Wno-psabi",
                 "-pthread",
             ],
-            extra_link_args=["-pthread"],
-            py_limited_api=True,
+            extra_link_args=["-pthread", *EXACT],
             optional=True,  # without the library, the loops of PyTorch's ops run
         )
     ],

@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from support.oracle import CELLS, INPUT, assert_same, call, cotangents, masked, 
 
 import masked_rnn
 from masked_rnn._backends.bptt import library, loops, native
-from masked_rnn._backends.bptt.digest import sources_digest
+from masked_rnn._backends.bptt.artifact import LIBRARY, sources_digest
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,7 +50,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "native").mkdir()
     (tmp_path / "native" / "loops.cpp").write_text("int one;")
     (tmp_path / "native" / "loops.h").write_text("extern int one;")
-    (tmp_path / "_native.abi3.so").write_text("not a library")
+    (tmp_path / LIBRARY).write_text("not a library")
     monkeypatch.setattr(library, "FOLDER", tmp_path)
     monkeypatch.delenv(library.VARIABLE, raising=False)
     return tmp_path
@@ -120,14 +122,31 @@ def test_other_interface_asks_for_reinstall(folder: Path, monkeypatch: pytest.Mo
 
 
 def test_missing_library_asks_for_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (folder / "_native.abi3.so").unlink()
-    expected = "MSVC lacks" if os.name == "nt" else "install a C++17 compiler (GCC or Clang), then run `python -m pip"
-    assert expected in str(find())
+    (folder / LIBRARY).unlink()
+    compiler = "Clang" if os.name == "nt" else "a C++17 compiler (GCC or Clang)"
+    assert f"install {compiler}, then run `python -m pip install " in str(find())
+
+
+def test_source_tree_that_hides_installed_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after `pip install .`, if Python is started in the clone."""
+    clone, site = tmp_path / "clone", tmp_path / "site-packages"
+    for root in (clone, site):
+        (root / "masked_rnn" / "_backends" / "bptt").mkdir(parents=True)
+    (clone / "setup.py").touch()
+    monkeypatch.setattr(library, "FOLDER", clone / "masked_rnn" / "_backends" / "bptt")
+    monkeypatch.setattr(sys, "path", [str(clone), str(site)])
+    monkeypatch.delenv(library.VARIABLE, raising=False)
+    assert "were not built when masked_rnn was installed" in str(find())
+    (site / "masked_rnn" / "_backends" / "bptt" / LIBRARY).touch()
+    assert str(find()) == (
+        f"Python imports {clone}, where the native loops were not built, and not the package installed in {site}, "
+        f"which has them: start Python in another folder, or run `python -m pip install -e {clone}`"
+    )
 
 
 @pytest.mark.parametrize("contents", [b"", b"not a library", b"\x7fELF"])
 def test_unreadable_library_asks_for_reinstall(contents: bytes, folder: Path) -> None:
-    (folder / "_native.abi3.so").write_bytes(contents)
+    (folder / LIBRARY).write_bytes(contents)
     assert "the native loops can't be loaded: run `python -m pip install" in str(find())
 
 
@@ -140,7 +159,8 @@ def test_install_command_fits_checkout_or_wheel(tmp_path: Path, monkeypatch: pyt
     folder = tmp_path / "masked_rnn" / "_backends" / "bptt"
     folder.mkdir(parents=True)
     monkeypatch.setattr(library, "FOLDER", folder)
-    assert "--no-cache-dir --no-binary masked_rnn masked_rnn" in library._install_again()
+    hint = library._install_again()
+    assert "pip install --force-reinstall --no-deps --no-cache-dir SOURCE`" in hint  # no index is named
     (tmp_path / "setup.py").touch()
     assert library._install_again() == f"`python -m pip install -e {tmp_path}`"
 
@@ -162,6 +182,59 @@ def test_loops_of_ops_run_without_library(cell: str, folder: Path, monkeypatch: 
         call(layer, x, states, pulled, lengths=lengths), oracle(layer, x, prefix_mask(lengths, 5), states, pulled)
     )
     assert set(ran) == {(loops, "forward"), (loops, "backward")}
+
+
+@pytest.fixture
+def warns_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the library be looked for, and be missed, as in a new process."""
+    monkeypatch.setattr(library, "find", find)
+    monkeypatch.setattr(library, "_warn_of_slow_loops", cache(library._warn_of_slow_loops.__wrapped__))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows may have no compiler for the loops")
+@pytest.mark.usefixtures("warns_anew")
+@pytest.mark.parametrize("backend", ["auto", "bptt"])
+@pytest.mark.parametrize("fault", ["missing", "unreadable"])
+def test_first_call_that_could_run_natively_warns(fault: str, backend: str, folder: Path) -> None:
+    if fault == "missing":
+        (folder / LIBRARY).unlink()
+    layer = masked("gru", backend=backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        masked_rnn.get_env_info()
+        layer.to(torch.bfloat16)(torch.randn(5, 3, INPUT, dtype=torch.bfloat16), lengths=[5, 2, 0])
+    layer.float()
+
+    def train() -> None:
+        for _ in range(3):
+            layer(torch.randn(5, 3, INPUT), lengths=[5, 2, 0])[0].sum().backward()
+
+    with pytest.warns(masked_rnn.SlowLoopsWarning) as caught:
+        train()
+    (warning,) = caught
+    assert str(warning.message) == (
+        f"Layers run on the CPU in the loops of PyTorch's ops, which are slower: {find()}. "
+        "MASKED_RNN_CPU_CAPABILITY=none in the environment silences this warning."
+    )
+
+
+@pytest.mark.usefixtures("warns_anew")
+@pytest.mark.parametrize("why", ["they run", "none", "Windows"])
+def test_call_does_not_warn(why: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = masked("gru")
+    if why == "they run":
+        load(monkeypatch)
+    else:
+        (folder / LIBRARY).unlink()
+    if why == "none":
+        monkeypatch.setenv(library.VARIABLE, "None")
+    with warnings.catch_warnings(), monkeypatch.context() as patch:
+        warnings.simplefilter("error")
+        if why == "Windows":
+            patch.setattr(os, "name", "nt")
+            library._warn_of_slow_loops("no compiler")
+        else:
+            layer(torch.randn(5, 3, INPUT), lengths=[5, 2, 0])
 
 
 def test_env_info_reports_loops(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

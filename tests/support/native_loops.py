@@ -114,8 +114,9 @@ def assert_equal(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None])
         assert (a is None and b is None) or torch.equal(a, b)
 
 
-def run_python(code: str, **environment: str) -> str:
-    path = os.pathsep.join([str(Path(library.__file__).parents[3]), str(TESTS)])
+def run_python(code: str, root: Path = Path(library.__file__).parents[3], **environment: str) -> str:
+    """Runs code in a new process, with the package in `root`."""
+    path = os.pathsep.join([str(root), str(TESTS)])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2", **environment}
     done = subprocess.run(
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment, check=False

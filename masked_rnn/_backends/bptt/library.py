@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
+import warnings
 from array import array
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -12,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from .digest import sources_digest
+from .artifact import LIBRARY, sources_digest
 
 INTERFACE = 1
 """Must be that of native/interface.h."""
@@ -37,6 +39,16 @@ FAULTS = {
 OUT_OF_MEMORY = 11
 
 
+class SlowLoopsWarning(UserWarning):
+    """Layers run on the CPU in the loops of PyTorch's ops, which are slower, because the native loops can't be used.
+
+    It is given once a process, at the first call that could run natively, with the reason and the cure. The environment
+    variable `MASKED_RNN_CPU_CAPABILITY=none` asks for the loops of PyTorch's ops, and silences it.
+    """
+
+    __module__ = "masked_rnn"
+
+
 class Library(NamedTuple):
     functions: dict[str, Callable[[int, int], int]]
     level: int
@@ -55,16 +67,11 @@ def find() -> Library | str:
         return f"{VARIABLE}=none asks for the loops of PyTorch's ops"
     if wanted not in ("", *LEVELS):
         raise ValueError(f"{VARIABLE}={wanted!r}: expected one of {', '.join(LEVELS)} and none")
-    paths = [path for pattern in ("_native*.so", "_native*.pyd") for path in sorted(FOLDER.glob(pattern))]
-    if not paths:
-        if os.name == "nt":
-            return "the native loops can't be built on Windows: MSVC lacks the vector types that they need"
-        return (
-            "the native loops were not built when masked_rnn was installed: "
-            f"install a C++17 compiler (GCC or Clang), then run {_install_again()}"
-        )
+    path = FOLDER / LIBRARY
+    if not path.is_file():
+        return _why_not_built()
     try:
-        library = ctypes.CDLL(str(paths[0]))
+        library = ctypes.CDLL(str(path))
         library.masked_rnn_digest.restype = ctypes.c_char_p
         if library.masked_rnn_interface() != INTERFACE:
             return f"the native loops are of another version of masked_rnn: run {_install_again()}"
@@ -83,12 +90,31 @@ def find() -> Library | str:
     return Library(functions, level)
 
 
+def _why_not_built() -> str:
+    """Return why there is no library, and the cure. A source tree may hide an installed package that has one."""
+    root = FOLDER.parents[2]
+    for folder in map(Path, sys.path):
+        if folder != root and (folder / FOLDER.relative_to(root) / LIBRARY).is_file():
+            return (
+                f"Python imports {root}, where the native loops were not built, and not the package installed in "
+                f"{folder}, which has them: start Python in another folder, or run {_install_again()}"
+            )
+    compiler = "Clang" if os.name == "nt" else "a C++17 compiler (GCC or Clang)"
+    return (
+        "the native loops were not built when masked_rnn was installed: "
+        f"install {compiler}, then run {_install_again()}"
+    )
+
+
 def _install_again() -> str:
     """Return the command that builds the library. It avoids pip's cache, which may hold a wheel without it."""
     root = FOLDER.parents[2]
     if (root / "setup.py").is_file():
         return f"`python -m pip install -e {root}`"
-    return "`python -m pip install --force-reinstall --no-deps --no-cache-dir --no-binary masked_rnn masked_rnn`"
+    return (
+        "`python -m pip install --force-reinstall --no-deps --no-cache-dir SOURCE`, "
+        "where SOURCE is the folder, the archive or the address of masked_rnn's source"
+    )
 
 
 def call(name: str, numbers: Sequence[int]) -> None:
@@ -105,5 +131,22 @@ def call(name: str, numbers: Sequence[int]) -> None:
 
 
 def runs(dtype: torch.dtype) -> bool:
-    """Return whether the native loops run for a dtype."""
-    return dtype in (torch.float32, torch.float64) and isinstance(find(), Library)
+    """Return whether the native loops run for a dtype. Warn once a process if they would, but can't be used."""
+    if dtype not in (torch.float32, torch.float64):
+        return False
+    found = find()
+    if isinstance(found, Library):
+        return True
+    _warn_of_slow_loops(found)
+    return False
+
+
+@cache
+def _warn_of_slow_loops(reason: str) -> None:
+    if os.environ.get(VARIABLE, "").lower() != "none" and os.name != "nt":  # Windows may have no compiler for them
+        warnings.warn(
+            f"Layers run on the CPU in the loops of PyTorch's ops, which are slower: {reason}. "
+            f"{VARIABLE}=none in the environment silences this warning.",
+            SlowLoopsWarning,
+            stacklevel=2,
+        )

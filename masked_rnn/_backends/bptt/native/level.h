@@ -1,8 +1,13 @@
 // The loops for one kind of CPU: a namespace, a register's width, and the instructions that the compiler may use.
 // Each of baseline.cpp, avx2.cpp and avx512.cpp defines these and includes this file once.
 
-#if !defined(__GNUC__)
+#if !defined(__GNUC__) && !defined(__clang__)
 #error "The loops need the vector types of GCC and Clang. Without them the loops of PyTorch's ops run."
+#endif
+
+// setup.py turns these modes off. GCC says of all of them, and Clang of some, that they are on.
+#if defined(__FAST_MATH__) || __FINITE_MATH_ONLY__ || (defined(__GCC_IEC_559) && !__GCC_IEC_559)
+#error "Under -ffast-math, and under any part of it, the loops would give wrong numbers."
 #endif
 
 // The shared headers come first, so that they are compiled for any CPU.
