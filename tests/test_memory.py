@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -62,8 +63,9 @@ def raises(kind: Any, words: Any, run: Callable[..., Any], *args: Any, **kwargs:
         assert word in str(error.value)
 
 
-def free(tensor: Tensor) -> Tensor:
-    tensor.untyped_storage().resize_(0)
+def free(tensor: Tensor, left: int = 0) -> Tensor:
+    """Resizes the tensor's storage to so many bytes."""
+    tensor.untyped_storage().resize_(left)
     return tensor
 
 
@@ -363,20 +365,21 @@ def _changed(cell: str, backend: str, name: str, change: Any) -> list[Tensor] | 
 @point
 def storage_that_was_freed(cell: str) -> None:
     x = torch.randn(BATCH, STEPS, INPUT)
-    for learns in (True, False):
+    for left, learns in product((0, 4), (True, False)):
         with torch.set_grad_enabled(learns):
             for name in dict(make(cell).named_parameters()):
                 layer = make(cell)
-                free(getattr(layer, name))
+                free(getattr(layer, name), left)
                 raises(RuntimeError, "", layer, x, lengths=LENGTHS)
             layer = make(cell)
             states = random_states(layer, BATCH, torch.float32)
-            raises(RuntimeError, "", layer, free(x.clone()), lengths=LENGTHS)
+            raises(RuntimeError, "", layer, free(x.clone(), left), lengths=LENGTHS)
             for k in range(len(states)):
-                given = [free(h.clone()) if k == j else h for j, h in enumerate(states)]
+                given = [free(h.clone(), left) if k == j else h for j, h in enumerate(states)]
                 raises(RuntimeError, "", layer, x, as_hx(given), lengths=LENGTHS)
-    raises(RuntimeError, "", gradient, make(cell), lambda layer, x, states: free(layer.weight_hh_l0))
-    raises(RuntimeError, "", gradient, make(cell), lambda layer, x, states: free(x))
+    saved: list[Callable[..., Tensor]] = [lambda layer, x, states: layer.weight_hh_l0, lambda layer, x, states: x]
+    for left, chosen in product((0, 4), saved):
+        raises(RuntimeError, "", gradient, make(cell), lambda *given, of=chosen, left=left: free(of(*given), left))
 
 
 @point

@@ -66,6 +66,12 @@ SHAPES = {
     "more columns than are packed at once": (3, 5, 4, 100),
     "columns packed thrice": (2, 4, 101, 200),
     "more rows than a gradient's product takes at once": (3, 400, 3, 17),
+    # Few rows are multiplied with weights that are not packed:
+    "few rows, few columns": (2, 1, 1, 3),
+    "few rows, no whole register": (2, 1, 5, 7),
+    "few rows, parts of registers": (1, 2, 70, 53),
+    "few rows, several at once": (7, 1, 130, 200),
+    "few rows in all": (3, 4, 257, 300),
 }
 
 
@@ -106,7 +112,9 @@ def test_sizes_at_tile_edges_match_loops_of_ops(cell: str, dtype: torch.dtype) -
 def test_projections_match_loops_of_ops(hidden: int, fed_back: int, bidirectional: bool) -> None:
     for dtype in DTYPES:
         layer = make("lstm-proj", 3, hidden, fed_back, bidirectional=bidirectional).to(dtype)
-        compare(layer, torch.randn(5, 6, 3, dtype=dtype, requires_grad=True), lengths=[6, 1, 0, 4, 6])
+        for lengths in ([6, 1, 0, 4, 6], [1, 0, 1]):
+            x = torch.randn(len(lengths), max(lengths), 3, dtype=dtype, requires_grad=True)
+            compare(layer, x, lengths=lengths)
 
 
 LENGTHS = {
@@ -170,7 +178,7 @@ def test_native_loops_run(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_native
 @pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("own", [False, True], ids=["openmp", "own_threads"])
 @pytest.mark.parametrize("batch", [1, 21, 140])
 def test_threads_share_work_reproducibly(
     cell: str, bidirectional: bool, own: bool, batch: int, monkeypatch: pytest.MonkeyPatch
@@ -194,7 +202,7 @@ def test_threads_share_work_reproducibly(
 
 
 @needs_native
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("own", [False, True], ids=["openmp", "own_threads"])
 def test_concurrent_python_threads_give_same_results(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if own:
         use_own_threads(monkeypatch)
@@ -359,3 +367,19 @@ def test_activations_are_right_to_two_ulps(name: str, dtype: torch.dtype) -> Non
     errors = np.abs(ours - truth) / np.maximum(np.abs(truth) * float(limits.eps), float(limits.smallest_subnormal))
     worst = errors.argmax()
     assert errors[worst] <= 2, f"{errors[worst]} units at {a[worst]}"
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("level")
+def test_zero_comes_out_with_torchs_sign(dtype: torch.dtype) -> None:
+    least = torch.finfo(dtype).smallest_normal
+    layer = make("rnn-tanh", 1, 19).to(dtype)
+    theirs = torch.nn.RNN(1, 19, batch_first=True).to(dtype)
+    with torch.no_grad():
+        for p in (*layer.parameters(), *theirs.parameters()):
+            p.zero_()
+        for p in (layer.weight_ih_l0, theirs.weight_ih_l0):
+            p.fill_(1)
+        x = torch.tensor([0.0, least, -least, 1, -1], dtype=dtype).view(-1, 1, 1)
+        assert layer(x)[0].signbit().equal(theirs(x)[0].signbit())

@@ -21,35 +21,30 @@ class BackwardPass {
           projects_(layer_.weights[0].w_hr.data),
           wants_x_(run.dx.data),
           wants_weights_(run.gradients[0].w_hh.data),
-          delta_row_(row_ + (projects_ ? P_ + H_ : 0) + PADDING<T>),
-          memory_(bytes()) {}
+          delta_row_(row_ + (projects_ ? P_ + H_ : 0) + PADDING<T>) {}
 
     Fault operator()() {
-        if (!memory_) return NO_MEMORY;
-        for (ptrdiff_t d = 0; d < layer_.directions; ++d) {
-            if (wants_x_) w_ih_[d] = {memory_.take<T>(Panels<T>::size(N_, I_)), N_, I_};
-            w_hh_[d] = {memory_.take<T>(Panels<T>::size(N_, P_)), N_, P_};
-            if (projects_) w_hr_[d] = {memory_.take<T>(Panels<T>::size(P_, H_)), P_, H_};
-        }
+        take_memory();
+        if (!memory_.allocate()) return NO_MEMORY;
+        take_memory();
         const ptrdiff_t D = layer_.directions, tasks = D * division_.sides;
-        T* scratch = memory_.take<T>(tasks * scratch_size());
-        T* sums = memory_.take<T>(tasks * sums_size());
-        const ptrdiff_t panels = divide_up(max(I_, max(P_, H_)), TILE_WIDTH<T>);
-        auto* is_there = memory_.take<unsigned char>(D * outside_rows());
-        run_tasks(layer_, D * panels + (wants_x_ ? D : 0), [&](ptrdiff_t k) {
-            if (k < D * panels) return pack(k % D, k / D);
-            const ptrdiff_t d = k - D * panels, rows = outside_rows();
-            clear_padding(layer_, in<T>(run_.dx) + d * rows * I_, rows, I_, is_there + d * rows);
+        const bool packs_any =
+            (wants_x_ && w_ih_[0].is_packed) || w_hh_[0].is_packed || (projects_ && w_hr_[0].is_packed);
+        const ptrdiff_t packs = packs_any ? D * divide_up(max(I_, max(P_, H_)), TILE_WIDTH<T>) : 0;
+        run_tasks(layer_, packs + (wants_x_ ? D : 0), [&](ptrdiff_t k) {
+            if (k < packs) return pack(k % D, k / D);
+            const ptrdiff_t d = k - packs, rows = outside_rows();
+            clear_padding(layer_, in<T>(run_.dx) + d * rows * I_, rows, I_, is_there_ + d * rows);
         });
         run_tasks(layer_, tasks, [&](ptrdiff_t k) {
             const ptrdiff_t d = k % D, side = k / D;
-            const Sums own = sums_of(d, side, sums + k * sums_size());
+            const Sums own = sums_of(d, side);
             if (wants_weights_) clear(own);
             for (ptrdiff_t b = side; b < division_.blocks; b += division_.sides)
-                run_block(Block{layer_, d, b, division_.blocks}, scratch + k * scratch_size(), own);
+                run_block(Block{layer_, d, b, division_.blocks}, k, own);
         });
         if (wants_weights_)
-            run_tasks(layer_, D * layer_.threads, [&](ptrdiff_t k) { join(sums, k % D, k / D, layer_.threads); });
+            run_tasks(layer_, D * layer_.threads, [&](ptrdiff_t k) { join(k % D, k / D, layer_.threads); });
         return NONE;
     }
 
@@ -68,48 +63,59 @@ class BackwardPass {
     bool projects_, wants_x_, wants_weights_;
     ptrdiff_t delta_row_;  // deltas; with a projection also the gradient of h, and m; then unused space
     Memory memory_;
-    Panels<T> w_ih_[2], w_hh_[2], w_hr_[2];
+    Straight<T> w_ih_[2], w_hh_[2], w_hr_[2];
+
+    // Of each task: deltas of some rows, the gradients of m, m again, and the products' columns and panels.
+    T *deltas_, *projected_, *m_again_, *hs_, *xs_, *ms_, *columns_;
+    // Of each task: its sums of the gradients. The first tasks sum all but the biases' in the result.
+    T *bias_, *more_w_ih_, *more_w_hh_, *more_w_hr_;
+    unsigned char* is_there_;
 
     static constexpr ptrdiff_t COLUMNS = 96;  // of the deltas, packed at once: they fit the second-level cache
     static_assert(COLUMNS % TILE_ROWS == 0);
 
-    ptrdiff_t panels_size() const {
-        return wants_weights_ ? Panels<T>::size(DEPTH, I_) + Panels<T>::size(DEPTH, P_) +
-                                    (projects_ ? Panels<T>::size(DEPTH, H_) : 0) + DEPTH * COLUMNS
-                              : 0;
-    }
-    ptrdiff_t scratch_size() const { return DEPTH * delta_row_ + 2 * MOST_ROWS * H_ + panels_size() + 16; }
-    ptrdiff_t sums_size() const {
-        const ptrdiff_t weights = division_.sides > 1 ? N_ * (I_ + P_) + (projects_ ? P_ * H_ : 0) : 0;
-        return wants_weights_ ? weights + row_ : 0;
-    }
-    size_t bytes() const {
-        const size_t weights = Memory::bytes_for<T>(Panels<T>::size(N_, I_)) +
-                               Memory::bytes_for<T>(Panels<T>::size(N_, P_)) +
-                               Memory::bytes_for<T>(Panels<T>::size(P_, H_));
-        const ptrdiff_t tasks = layer_.directions * division_.sides;
-        return layer_.directions * weights + Memory::bytes_for<T>(tasks * scratch_size()) +
-               Memory::bytes_for<T>(tasks * sums_size()) +
-               Memory::bytes_for<unsigned char>(layer_.directions * outside_rows());
+    void take_memory() {
+        const ptrdiff_t D = layer_.directions, tasks = D * division_.sides, products = products_in_steps(layer_);
+        for (ptrdiff_t d = 0; d < D; ++d) {
+            const Weights& w = layer_.weights[d];
+            if (wants_x_) w_ih_[d].take(w.w_ih, N_, I_, 0, products_at_once(layer_), memory_);
+            w_hh_[d].take(w.w_hh, N_, P_, (N_ - free_) % N_, products, memory_);
+            if (projects_) w_hr_[d].take(w.w_hr, P_, H_, 0, products, memory_);
+        }
+        deltas_ = memory_.take<T>(tasks * DEPTH * delta_row_);
+        projected_ = memory_.take<T>(projects_ ? tasks * MOST_ROWS * H_ : 0);
+        m_again_ = memory_.take<T>(tasks * MOST_ROWS * H_);
+        if (wants_weights_) {
+            hs_ = memory_.take<T>(tasks * Panels<T>::size(DEPTH, P_));
+            xs_ = memory_.take<T>(tasks * Panels<T>::size(DEPTH, I_));
+            ms_ = memory_.take<T>(projects_ ? tasks * Panels<T>::size(DEPTH, H_) : 0);
+            columns_ = memory_.take<T>(tasks * DEPTH * COLUMNS);
+            const ptrdiff_t more = tasks - D;  // the tasks that do not sum in the result
+            bias_ = memory_.take<T>(tasks * row_);
+            more_w_ih_ = memory_.take<T>(more * N_ * I_);
+            more_w_hh_ = memory_.take<T>(more * N_ * P_);
+            more_w_hr_ = memory_.take<T>(projects_ ? more * P_ * H_ : 0);
+        }
+        is_there_ = memory_.take<unsigned char>(D * outside_rows());
     }
 
     // The rows of dx.
     ptrdiff_t outside_rows() const { return wants_x_ && I_ ? run_.dx.size / (layer_.directions * I_) : 0; }
 
     void pack(ptrdiff_t d, ptrdiff_t p) {
-        const Weights& w = layer_.weights[d];
-        const ptrdiff_t column = p * TILE_WIDTH<T>;
-        if (wants_x_ && column < I_) pack_straight(in<const T>(w.w_ih), N_, I_, 0, w_ih_[d], p);
-        if (column < P_) pack_straight(in<const T>(w.w_hh), N_, P_, N_ - free_, w_hh_[d], p);
-        if (projects_ && column < H_) pack_straight(in<const T>(w.w_hr), P_, H_, 0, w_hr_[d], p);
+        if (wants_x_) w_ih_[d].pack(p);
+        w_hh_[d].pack(p);
+        if (projects_) w_hr_[d].pack(p);
     }
 
     // The first side sums directly in the result.
-    Sums sums_of(ptrdiff_t d, ptrdiff_t side, T* memory) const {
+    Sums sums_of(ptrdiff_t d, ptrdiff_t side) const {
         const Weights& g = run_.gradients[d];
-        if (side == 0) return {in<T>(g.w_ih), in<T>(g.w_hh), in<T>(g.w_hr), memory};
-        T* w_hh = memory + row_ + N_ * I_;
-        return {memory + row_, w_hh, projects_ ? w_hh + N_ * P_ : nullptr, memory};
+        const ptrdiff_t task = side * layer_.directions + d, more = task - layer_.directions;
+        T* bias = bias_ + task * row_;
+        if (side == 0) return {in<T>(g.w_ih), in<T>(g.w_hh), in<T>(g.w_hr), bias};
+        return {more_w_ih_ + more * N_ * I_, more_w_hh_ + more * N_ * P_,
+                projects_ ? more_w_hr_ + more * P_ * H_ : nullptr, bias};
     }
 
     void clear(const Sums& sums) const {
@@ -120,13 +126,10 @@ class BackwardPass {
     }
 
     // Adds up the sums of all sides. Each of `parts` calls does a part of it.
-    void join(T* sums, ptrdiff_t d, ptrdiff_t part, ptrdiff_t parts) const {
-        const auto of_side = [&](ptrdiff_t side) {
-            return sums_of(d, side, sums + (side * layer_.directions + d) * sums_size());
-        };
+    void join(ptrdiff_t d, ptrdiff_t part, ptrdiff_t parts) const {
         const Weights& g = run_.gradients[d];
         for (ptrdiff_t side = 1; side < division_.sides; ++side) {
-            const Sums more = of_side(side);
+            const Sums more = sums_of(d, side);
             const auto add_part = [&](ptrdiff_t count, const T* from, T* to) {
                 const ptrdiff_t first = count * part / parts, stop = count * (part + 1) / parts;
                 add(stop - first, from + first, to + first);
@@ -136,16 +139,16 @@ class BackwardPass {
             if (projects_) add_part(P_ * H_, more.w_hr, in<T>(g.w_hr));
         }
         if (part || !g.b_ih.data) return;
-        T* total = of_side(0).bias;
-        for (ptrdiff_t side = 1; side < division_.sides; ++side) add(row_, of_side(side).bias, total);
+        T* total = sums_of(d, 0).bias;
+        for (ptrdiff_t side = 1; side < division_.sides; ++side) add(row_, sums_of(d, side).bias, total);
         for (ptrdiff_t j = 0; j < N_; ++j) in<T>(g.b_ih)[j] = total[free_ + j];
         for (ptrdiff_t j = 0; j < N_; ++j) in<T>(g.b_hh)[(j + N_ - free_) % N_] = total[j];
     }
 
-    void run_block(const Block& block, T* scratch, const Sums& sums) const {
+    void run_block(const Block& block, ptrdiff_t task, const Sums& sums) const {
         const ptrdiff_t d = block.direction, most = block.active(0);
-        T *deltas = scratch, *projected = deltas + DEPTH * delta_row_, *m_again = projected + MOST_ROWS * H_;
-        T* packed = m_again + MOST_ROWS * H_;
+        T *deltas = deltas_ + task * DEPTH * delta_row_, *m_again = m_again_ + task * MOST_ROWS * H_;
+        T* projected = projects_ ? projected_ + task * MOST_ROWS * H_ : nullptr;
         const T *history = in<const T>(layer_.history), *cells = in<const T>(layer_.cells);
         ptrdiff_t length[MOST_ROWS];
         T *dh[MOST_ROWS], *dc[MOST_ROWS] = {}, *dm[MOST_ROWS];
@@ -167,7 +170,7 @@ class BackwardPass {
                 const ptrdiff_t outside = block.outside(t, block.place(i), length[i], layer_.scatter);
                 add(P_, in<const T>(run_.d_output) + outside * run_.d_output_row + d * P_, dh[i]);
             }
-            if (projects_) multiply(dh, w_hr_[d], AT_ZERO, static_cast<const T*>(nullptr), dm, m);
+            if (projects_) w_hr_[d].multiply(dh, AT_ZERO, dm, m);
             for (ptrdiff_t i = 0; i < m; ++i) {
                 const ptrdiff_t place = block.place(i), before = block.before(t, place), after = block.after(t, place);
                 const ptrdiff_t outside = block.outside(t, place, length[i], layer_.gather), k = waiting + i;
@@ -187,14 +190,13 @@ class BackwardPass {
                 steps_.step_back(H_,
                                  RowBack<T>{buffer, h[k], c, history + after * P_, c_after, dm[i], dc[i], own, m_row});
             }
-            multiply(delta + waiting, w_hh_[d], steps_.keeps_dh ? AT_C : AT_ZERO, static_cast<const T*>(nullptr), dh,
-                     m);
+            w_hh_[d].multiply(delta + waiting, steps_.keeps_dh ? AT_C : AT_ZERO, dh, m);
             waiting += m;
             if (t == 0 || waiting + block.active(t - 1) > DEPTH) {
-                if (wants_weights_) add_gradients(deltas, h, x, waiting, packed, sums);
+                if (wants_weights_) add_gradients(task, deltas, h, x, waiting, sums);
                 if (wants_x_) {
                     for (ptrdiff_t k = 0; k < waiting; ++k) delta[k] += free_;
-                    multiply(delta, w_ih_[d], AT_ZERO, static_cast<const T*>(nullptr), dx, waiting);
+                    w_ih_[d].multiply(delta, AT_ZERO, dx, waiting);
                 }
                 waiting = 0;
             }
@@ -202,10 +204,11 @@ class BackwardPass {
     }
 
     // Adds the waiting rows to the weights' gradients.
-    void add_gradients(const T* deltas, const T* const* h, const T* const* x, ptrdiff_t rows, T* packed,
+    void add_gradients(ptrdiff_t task, const T* deltas, const T* const* h, const T* const* x, ptrdiff_t rows,
                        const Sums& sums) const {
-        const Panels<T> hs{packed, rows, P_}, xs{hs.data + Panels<T>::size(DEPTH, P_), rows, I_};
-        T* columns = xs.data + Panels<T>::size(DEPTH, I_);
+        const Panels<T> hs{hs_ + task * Panels<T>::size(DEPTH, P_), rows, P_};
+        const Panels<T> xs{xs_ + task * Panels<T>::size(DEPTH, I_), rows, I_};
+        T* columns = columns_ + task * DEPTH * COLUMNS;
         pack_rows(h, hs);
         pack_rows(x, xs);
         for (ptrdiff_t k = 0; k < rows; ++k) add(row_, deltas + k * delta_row_, sums.bias);
@@ -227,7 +230,7 @@ class BackwardPass {
             }
         }
         if (!projects_) return;
-        const Panels<T> ms{columns + DEPTH * COLUMNS, rows, H_};
+        const Panels<T> ms{ms_ + task * Panels<T>::size(DEPTH, H_), rows, H_};
         const T* m[TABLE];
         for (ptrdiff_t k = 0; k < rows; ++k) m[k] = deltas + k * delta_row_ + row_ + P_;
         pack_rows(m, ms);

@@ -18,31 +18,25 @@ class ForwardPass {
           row_(sizes_.width * H_),
           projects_(layer_.weights[0].w_hr.data),
           saves_(layer_.history.data),
-          group_(max(TILE_ROWS, min(GROUP_BYTES / (row_ * ptrdiff_t(sizeof(T))), MOST_ROWS))),
-          memory_(bytes()) {}
+          group_(max(TILE_ROWS, min(GROUP_BYTES / (row_ * ptrdiff_t(sizeof(T))), MOST_ROWS))) {}
 
     Fault operator()() {
-        if (!memory_) return NO_MEMORY;
-        for (ptrdiff_t d = 0; d < layer_.directions; ++d) {
-            w_ih_[d] = {memory_.take<T>(Panels<T>::size(layer_.inputs, N_)), layer_.inputs, N_};
-            w_hh_[d] = {memory_.take<T>(Panels<T>::size(P_, N_)), P_, N_};
-            if (projects_) w_hr_[d] = {memory_.take<T>(Panels<T>::size(H_, P_)), H_, P_};
-        }
+        take_memory();
+        if (!memory_.allocate()) return NO_MEMORY;
+        take_memory();
         const ptrdiff_t tasks = layer_.directions * division_.sides;
-        T* scratch = memory_.take<T>(tasks * scratch_size());
-        const ptrdiff_t panels = divide_up(N_, TILE_WIDTH<T>);
-        const ptrdiff_t outside = run_.output.size / run_.output_row, packs = layer_.directions * panels;
-        auto* is_there = memory_.take<unsigned char>(outside);
+        const bool packs_any = w_ih_[0].is_packed || w_hh_[0].is_packed || (projects_ && w_hr_[0].is_packed);
+        const ptrdiff_t packs = packs_any ? layer_.directions * divide_up(N_, TILE_WIDTH<T>) : 0;
         run_tasks(layer_, packs + 1, [&](ptrdiff_t k) {
             if (k < packs)
                 pack(k % layer_.directions, k / layer_.directions);
             else
-                clear_padding(layer_, in<T>(run_.output), outside, run_.output_row, is_there);
+                clear_padding(layer_, in<T>(run_.output), rows_of_output(), run_.output_row, is_there_);
         });
         run_tasks(layer_, tasks, [&](ptrdiff_t k) {
             const ptrdiff_t d = k % layer_.directions;
             for (ptrdiff_t b = k / layer_.directions; b < division_.blocks; b += division_.sides)
-                run_block(Block{layer_, d, b, division_.blocks}, scratch + k * scratch_size());
+                run_block(Block{layer_, d, b, division_.blocks}, k);
         });
         return NONE;
     }
@@ -57,28 +51,35 @@ class ForwardPass {
     bool projects_, saves_;
     ptrdiff_t group_;
     Memory memory_;
-    Panels<T> w_ih_[2], w_hh_[2], w_hr_[2];
+    Transposed<T> w_ih_[2], w_hh_[2], w_hr_[2];
 
-    // A task's scratch memory: activations that are not saved, the biases that each row starts from, and m.
-    ptrdiff_t scratch_size() const { return MOST_ROWS * stride() + row_ + MOST_ROWS * (projects_ ? H_ : 0) + 16; }
+    // Of each task: activations that are not saved, the biases that each row starts from, and m.
+    T *buffers_, *biases_, *projected_;
+    unsigned char* is_there_;
 
     // The stride of these activations.
     ptrdiff_t stride() const { return row_ + PADDING<T>; }
+    ptrdiff_t rows_of_output() const { return run_.output.size / run_.output_row; }
 
-    size_t bytes() const {
-        const size_t weights = Memory::bytes_for<T>(Panels<T>::size(layer_.inputs, N_)) +
-                               Memory::bytes_for<T>(Panels<T>::size(P_, N_)) +
-                               Memory::bytes_for<T>(Panels<T>::size(H_, P_));
-        return layer_.directions * weights +
-               Memory::bytes_for<T>(layer_.directions * division_.sides * scratch_size()) +
-               Memory::bytes_for<unsigned char>(run_.output.size / run_.output_row);
+    void take_memory() {
+        const ptrdiff_t products = products_in_steps(layer_);
+        for (ptrdiff_t d = 0; d < layer_.directions; ++d) {
+            const Weights& w = layer_.weights[d];
+            w_ih_[d].take(w.w_ih, N_, layer_.inputs, 0, products_at_once(layer_), memory_);
+            w_hh_[d].take(w.w_hh, N_, P_, (N_ - free_) % N_, products, memory_);
+            if (projects_) w_hr_[d].take(w.w_hr, P_, H_, 0, products, memory_);
+        }
+        const ptrdiff_t tasks = layer_.directions * division_.sides;
+        buffers_ = memory_.take<T>(tasks * MOST_ROWS * stride());
+        biases_ = memory_.take<T>(tasks * row_);
+        projected_ = memory_.take<T>(projects_ ? tasks * MOST_ROWS * H_ : 0);
+        is_there_ = memory_.take<unsigned char>(rows_of_output());
     }
 
     void pack(ptrdiff_t d, ptrdiff_t p) {
-        const Weights& w = layer_.weights[d];
-        pack_transposed(in<const T>(w.w_ih), N_, layer_.inputs, 0, w_ih_[d], p);
-        pack_transposed(in<const T>(w.w_hh), N_, P_, N_ - free_, w_hh_[d], p);
-        if (projects_ && p * TILE_WIDTH<T> < P_) pack_transposed(in<const T>(w.w_hr), P_, H_, 0, w_hr_[d], p);
+        w_ih_[d].pack(p);
+        w_hh_[d].pack(p);
+        if (projects_) w_hr_[d].pack(p);
     }
 
     // The initial value of a row's activations: b_ih + b_hh, except for the GRU's g, which starts from b_hn alone.
@@ -89,9 +90,10 @@ class ForwardPass {
         for (ptrdiff_t j = 0; j < N_; ++j) begin[free_ + j] = b_ih ? b_ih[j] + (j < joined ? b_hh[j] : T(0)) : T(0);
     }
 
-    void run_block(const Block& block, T* scratch) const {
+    void run_block(const Block& block, ptrdiff_t task) const {
         const ptrdiff_t d = block.direction, most = block.active(0);
-        T *buffer = scratch, *biases = buffer + MOST_ROWS * stride(), *projected = biases + row_;
+        T *buffer = buffers_ + task * MOST_ROWS * stride(), *biases = biases_ + task * row_;
+        T* projected = projects_ ? projected_ + task * MOST_ROWS * H_ : nullptr;
         T *history = in<T>(layer_.history), *cells = in<T>(layer_.cells);
         write_biases(layer_.weights[d], biases);
         ptrdiff_t length[MOST_ROWS];
@@ -124,7 +126,7 @@ class ForwardPass {
                     copy(free_, biases, own[rows]);
                 }
             }
-            multiply(x, w_ih_[d], AT_ROW, biases + free_, gates, rows);
+            w_ih_[d].multiply(x, AT_ROW, biases + free_, gates, rows);
             ptrdiff_t done = 0;
             for (ptrdiff_t s = first; s < t; ++s) {
                 const ptrdiff_t m = block.active(s);
@@ -133,12 +135,12 @@ class ForwardPass {
                     h[i] = history + before * P_, h_after[i] = history + after * P_;
                     if (sizes_.has_c) c[i] = cells + before * H_, c_after[i] = cells + after * H_;
                 }
-                multiply(h, w_hh_[d], AT_C, static_cast<const T*>(nullptr), own + done, m);
+                w_hh_[d].multiply(h, AT_C, nullptr, own + done, m);
                 for (ptrdiff_t i = 0; i < m; ++i) {
                     m_rows[i] = projects_ ? projected + i * H_ : h_after[i];
                     steps_.step(H_, Row<T>{own[done + i], h[i], c[i], m_rows[i], c_after[i]});
                 }
-                if (projects_) multiply(m_rows, w_hr_[d], AT_ZERO, static_cast<const T*>(nullptr), h_after, m);
+                if (projects_) w_hr_[d].multiply(m_rows, AT_ZERO, nullptr, h_after, m);
                 for (ptrdiff_t i = 0; i < m; ++i) {
                     const ptrdiff_t place = block.place(i), at = block.state(place);
                     const ptrdiff_t outside = block.outside(s, place, length[i], layer_.scatter);

@@ -18,19 +18,18 @@ struct PackedColumnsOfA {
     ALWAYS_INLINE T at(int r, ptrdiff_t k) const { return begin[k * TILE_ROWS + r]; }
 };
 
-// sums += A B, for M rows and a panel of B: (depth, TILE_WIDTH).
+// sums += A B, for M rows and TILE_WIDTH columns of B: (depth, stride).
 template <class T, int M, class A>
-ALWAYS_INLINE void add_product(const A& a, const T* b, ptrdiff_t depth, Vec<T> (&sums)[M][2]) {
+ALWAYS_INLINE void add_product(const A& a, const T* b, ptrdiff_t stride, ptrdiff_t depth, Vec<T> (&sums)[M][2]) {
     // With few rows, each sum would wait for the one before. So each row has several sums, over parts of the depth.
     constexpr int APART = M >= 4 ? 1 : M == 1 ? 4 : 2;
-    constexpr ptrdiff_t WIDTH = TILE_WIDTH<T>;
     ptrdiff_t k = 0;
     if constexpr (APART > 1) {
         Vec<T> part[APART][M][2] = {};
         for (; k + APART <= depth; k += APART) {
 #pragma GCC unroll 4
             for (int s = 0; s < APART; ++s) {
-                const Vec<T> b0 = load(b + (k + s) * WIDTH), b1 = load(b + (k + s) * WIDTH + LANES<T>);
+                const Vec<T> b0 = load(b + (k + s) * stride), b1 = load(b + (k + s) * stride + LANES<T>);
 #pragma GCC unroll 16
                 for (int r = 0; r < M; ++r) {
                     part[s][r][0] += a.at(r, k + s) * b0;
@@ -52,7 +51,7 @@ ALWAYS_INLINE void add_product(const A& a, const T* b, ptrdiff_t depth, Vec<T> (
         }
     }
     for (; k < depth; ++k) {
-        const Vec<T> b0 = load(b + k * WIDTH), b1 = load(b + k * WIDTH + LANES<T>);
+        const Vec<T> b0 = load(b + k * stride), b1 = load(b + k * stride + LANES<T>);
 #pragma GCC unroll 16
         for (int r = 0; r < M; ++r) {
             sums[r][0] += a.at(r, k) * b0;
@@ -79,9 +78,9 @@ inline void store_part(T* to, ptrdiff_t count, const Vec<T> (&sums)[2]) {
 // The value that the sums start from.
 enum Start { AT_ZERO, AT_C, AT_ROW };
 
-// C = start + A B, for M rows of C and `count` columns of them.
-template <class T, int M, class A>
-ALWAYS_INLINE void multiply_tile(const A& a, const T* panel, ptrdiff_t depth, Start start, const T* row, T* const* c,
+// C = start + A B, for M rows of C and `count` columns of them. `add_product` adds A B to the sums.
+template <class T, int M, class AddProduct>
+ALWAYS_INLINE void multiply_tile(const AddProduct& add_product, Start start, const T* row, T* const* c,
                                  ptrdiff_t column, ptrdiff_t count) {
     Vec<T> sums[M][2] = {};
     const bool whole = count >= TILE_WIDTH<T>;
@@ -99,7 +98,7 @@ ALWAYS_INLINE void multiply_tile(const A& a, const T* panel, ptrdiff_t depth, St
                 load_part(row + column, count, sums[r]);
         }
     }
-    add_product<T, M>(a, panel, depth, sums);
+    add_product(sums);
     if (start == AT_C) {
 #pragma GCC unroll 16
         for (int r = 0; r < M; ++r) {
@@ -124,7 +123,8 @@ ALWAYS_INLINE void multiply_tile(const A& a, const T* panel, ptrdiff_t depth, St
 // The number of rows for the next tile. Avoids a last tile of only one or two rows.
 ALWAYS_INLINE ptrdiff_t rows_of_next_tile(ptrdiff_t left) { return divide_up(left, divide_up(left, TILE_ROWS)); }
 
-// A packed weight: panels of TILE_WIDTH columns, each (depth, TILE_WIDTH), padded with zeros.
+// A packed weight: panels of TILE_WIDTH columns, each (depth, TILE_WIDTH). The columns after the last
+// one are never stored: what stands there does not matter.
 template <class T>
 struct Panels {
     T* data;
@@ -141,13 +141,16 @@ NEVER_INLINE void multiply_rows(const T* const* a, const T* panel, ptrdiff_t dep
                                 T* const* c, ptrdiff_t column, ptrdiff_t count) {
     RowsOfA<T, M> rows;
     for (int r = 0; r < M; ++r) rows.row[r] = a[r];
-    multiply_tile<T, M>(rows, panel, depth, start, row, c, column, count);
+    const auto product = [&](Vec<T>(&sums)[M][2]) ALWAYS_INLINE_LAMBDA {
+        add_product<T, M>(rows, panel, TILE_WIDTH<T>, depth, sums);
+    };
+    multiply_tile<T, M>(product, start, row, c, column, count);
 }
 
 // C = start + A B, for at most TABLE rows. `a` and `c` are tables of the rows' addresses.
 template <class T>
-NEVER_INLINE void multiply(const T* const* a, const Panels<T>& b, Start start, const T* row, T* const* c,
-                           ptrdiff_t rows) {
+NEVER_INLINE void multiply_packed(const T* const* a, const Panels<T>& b, Start start, const T* row, T* const* c,
+                                  ptrdiff_t rows) {
     unsigned char tiles[TABLE];
     for (ptrdiff_t i = 0, n = 0; i < rows; i += tiles[n++])
         tiles[n] = static_cast<unsigned char>(rows_of_next_tile(rows - i));
@@ -246,8 +249,10 @@ NEVER_INLINE void pack_columns(const T* from, ptrdiff_t row, ptrdiff_t depth, pt
 template <class T, int M>
 NEVER_INLINE void multiply_columns_tile(const T* packed, const T* panel, ptrdiff_t depth, T* const* c, ptrdiff_t column,
                                         ptrdiff_t count) {
-    multiply_tile<T, M>(PackedColumnsOfA<T, M>{packed}, panel, depth, AT_C, static_cast<const T*>(nullptr), c, column,
-                        count);
+    const auto product = [&](Vec<T>(&sums)[M][2]) ALWAYS_INLINE_LAMBDA {
+        add_product<T, M>(PackedColumnsOfA<T, M>{packed}, panel, TILE_WIDTH<T>, depth, sums);
+    };
+    multiply_tile<T, M>(product, AT_C, static_cast<const T*>(nullptr), c, column, count);
 }
 
 // C += Aᵀ B for packed columns of A. `c` is a table of the rows of C.

@@ -12,9 +12,9 @@ template <class T>
 constexpr ptrdiff_t PADDING = 64 / sizeof(T);
 
 // <algorithm> is not used: of a standard template the linker may keep a copy that was compiled for another CPU.
-ALWAYS_INLINE ptrdiff_t min(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
-ALWAYS_INLINE ptrdiff_t max(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
-ALWAYS_INLINE ptrdiff_t divide_up(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
+ALWAYS_INLINE constexpr ptrdiff_t min(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+ALWAYS_INLINE constexpr ptrdiff_t max(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
+ALWAYS_INLINE constexpr ptrdiff_t divide_up(ptrdiff_t a, ptrdiff_t b) { return (a + b - 1) / b; }
 
 template <class T>
 ALWAYS_INLINE T* in(const Array& array) {
@@ -33,6 +33,21 @@ struct Division {
         blocks = sides * divide_up(divide_up(layer.sequences, sides), most);
     }
 };
+
+// Whether products with a weight of rows of K numbers are faster where it lies. That saves packing it, which takes a
+// time in proportion to K, but each product of one or two rows then takes longer by about the same time for every K.
+template <class T>
+bool stays_in_place(ptrdiff_t K, ptrdiff_t products) {
+    return products <= max(1, K / (LANES<T> + 8));
+}
+
+// The products of one or two rows, if a weight is multiplied with all rows at once, or with those of each step.
+inline ptrdiff_t products_at_once(const Layer& layer) { return divide_up(layer.rows, 2); }
+inline ptrdiff_t products_in_steps(const Layer& layer) {
+    ptrdiff_t products = 0;
+    for (ptrdiff_t t = 0; t < layer.steps; ++t) products += divide_up(in<const int64_t>(layer.sizes)[t], 2);
+    return products;
+}
 
 // One block: the sequences in it, by their sorted places.
 struct Block {
@@ -70,33 +85,47 @@ struct Block {
     }
 };
 
-// Scratch memory for a call. The address is null if the allocation failed.
+// Scratch memory for a call. A pass takes its arrays twice: first to count their bytes, then, after `allocate`, to get
+// them.
 class Memory {
   public:
-    explicit Memory(size_t bytes) : bytes_(static_cast<char*>(malloc(bytes + ALIGNMENT))), size_(bytes) {}
-    ~Memory() { free(bytes_); }
+    Memory() = default;
+    ~Memory() { free(begin_); }
     Memory(const Memory&) = delete;
     Memory& operator=(const Memory&) = delete;
 
-    explicit operator bool() const { return bytes_ != nullptr; }
-
     template <class T>
     T* take(size_t count) {
-        const size_t begin = reinterpret_cast<size_t>(bytes_) + used_;
-        const size_t aligned = (begin + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-        used_ = aligned - reinterpret_cast<size_t>(bytes_) + count * sizeof(T);
-        if (used_ > size_ + ALIGNMENT) abort();  // `bytes_for` and `take` disagree
-        return reinterpret_cast<T*>(aligned);
+        const size_t at = used_, bytes = count * sizeof(T);
+        used_ = (at + bytes + SPACE + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+        if (!begin_) return nullptr;
+        close(first() + at + bytes, used_ - at - bytes);
+        return reinterpret_cast<T*>(first() + at);
     }
 
-    // The number of bytes that `take` uses for `count` numbers.
-    template <class T>
-    static size_t bytes_for(size_t count) {
-        return count * sizeof(T) + ALIGNMENT;
+    // Returns false if there is not as much memory.
+    bool allocate() {
+        begin_ = static_cast<char*>(malloc(used_ + ALIGNMENT));
+        used_ = 0;
+        return begin_;
     }
 
   private:
     static constexpr size_t ALIGNMENT = 64;
-    char* bytes_;
-    size_t size_, used_ = 0;
+#if defined(__SANITIZE_ADDRESS__)
+    // The sanitizer reports an access to the space after an array, as if each array had been allocated by itself.
+    static constexpr size_t SPACE = ALIGNMENT;
+    static void close(const char* from, size_t bytes) { __asan_poison_memory_region(from, bytes); }
+#else
+    static constexpr size_t SPACE = 0;
+    static void close(const char*, size_t) {}
+#endif
+
+    char* first() const {
+        const size_t address = reinterpret_cast<size_t>(begin_);
+        return begin_ + (ALIGNMENT - address % ALIGNMENT) % ALIGNMENT;
+    }
+
+    char* begin_ = nullptr;
+    size_t used_ = 0;
 };

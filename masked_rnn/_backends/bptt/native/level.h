@@ -17,10 +17,15 @@
 
 #include <utility>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include "interface.h"
 #include "threads.h"
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
+#define ALWAYS_INLINE_LAMBDA __attribute__((always_inline))
 #define NEVER_INLINE __attribute__((noinline))
 #define SIMD _Pragma("omp simd")
 
@@ -39,11 +44,12 @@ namespace LEVEL {
 
 constexpr ptrdiff_t TILE_ROWS = TILE_ROWS_OF_THIS_CPU;
 
-#include "layout.h"
 #include "vec.h"
+#include "layout.h"
 #include "activations.h"
 #include "cells.h"
 #include "gemm.h"
+#include "weights.h"
 #include "loops.h"
 
 }  // namespace LEVEL

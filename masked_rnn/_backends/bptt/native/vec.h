@@ -69,3 +69,56 @@ ALWAYS_INLINE void transpose(Vec<T> (&rows)[LANES<T>]) {
         }
 #endif
 }
+
+#if HAS_SHUFFLES
+// Blocks of S numbers: the first (HALF 0) or second (HALF 1) of each pair of blocks, in turns from two registers.
+template <class T, ptrdiff_t S, ptrdiff_t HALF, size_t... K>
+ALWAYS_INLINE Vec<T> take_blocks(Vec<T> a, Vec<T> b, std::index_sequence<K...>) {
+    return __builtin_shufflevector(
+        a, b, (K / (2 * S) * (2 * S) + HALF * S + K % S + (K % (2 * S) < S ? 0 : LANES<T>))...);
+}
+
+// Halves the number of registers, and of numbers that belong to one sum.
+template <class T, ptrdiff_t S>
+ALWAYS_INLINE void add_blocks(Vec<T> (&rows)[LANES<T>]) {
+    constexpr auto lanes = std::make_index_sequence<LANES<T>>();
+#pragma GCC unroll 16
+    for (ptrdiff_t r = 0; r < S; ++r)
+        rows[r] = take_blocks<T, S, 0>(rows[r], rows[r + S], lanes) + take_blocks<T, S, 1>(rows[r], rows[r + S], lanes);
+    if constexpr (S > 1) add_blocks<T, S / 2>(rows);
+}
+#endif
+
+// Sums the numbers in each register: one number of the result for each.
+template <class T>
+ALWAYS_INLINE Vec<T> sum_each(Vec<T> (&rows)[LANES<T>]) {
+#if HAS_SHUFFLES
+    add_blocks<T, LANES<T> / 2>(rows);
+    return rows[0];
+#else
+    Vec<T> sums = {};
+    for (ptrdiff_t r = 0; r < LANES<T>; ++r)
+        for (ptrdiff_t k = 0; k < LANES<T>; ++k) sums[r] += rows[r][k];
+    return sums;
+#endif
+}
+
+template <class T>
+using Mask = decltype(Vec<T>{} < Vec<T>{});
+
+// A mask of a register's first lanes.
+template <class T>
+ALWAYS_INLINE Mask<T> first_lanes(ptrdiff_t count) {
+    Vec<T> places;
+#pragma GCC unroll 16
+    for (ptrdiff_t j = 0; j < LANES<T>; ++j) places[j] = T(j);
+    return places < T(count);
+}
+
+// The first numbers of a register, then zeros.
+template <class T>
+inline Vec<T> load_first(const T* from, ptrdiff_t count) {
+    T all[LANES<T>] = {};
+    for (ptrdiff_t j = 0; j < count; ++j) all[j] = from[j];
+    return load(all);
+}
