@@ -22,9 +22,10 @@ def check_dtype(mode: str, dtype: torch.dtype, device: torch.device, has_biases:
     fault = _fault(mode, dtype, device.type, has_biases, projects)
     if fault is not None:
         kind, words = fault
+        wide = torch.complex64 if dtype.is_complex else torch.float32
         raise kind(
             f"torch.nn's {mode} can't run in {dtype} on {device.type}: {words}. "
-            "Give the layer parameters, and an input, of a floating dtype: torch.float32."
+            f"Convert both: layer.to({wide}), input.to({wide})."
         )
 
 

@@ -55,11 +55,8 @@ def below_autograd(function: Callable[Arguments, Result]) -> Callable[Arguments,
     For functions whose gradients are computed by hand: skipping those layers of the dispatcher makes each small op
     cheaper, and a backward that is called under autocast must not be cast.
     """
-    below, exclude, keys = (
-        _find("_C._AutoDispatchBelowAutograd"),
-        _find("_C._ExcludeDispatchKeyGuard"),
-        _key_set(_SKIPPED_KEYS),
-    )
+    below, exclude = _find("_C._AutoDispatchBelowAutograd"), _find("_C._ExcludeDispatchKeyGuard")
+    keys = _key_set(_SKIPPED_KEYS)
 
     @wraps(function)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
@@ -81,12 +78,14 @@ def in_fresh_thread(function: Callable[[], Result]) -> Result:
 
 def with_autograd(function: Callable[[], Result]) -> Result:
     """Call a function with autograd on and autocast off. In the kernel of an operator, autograd is off."""
-    force, included = _find("_C._ForceDispatchKeyGuard"), _find("_C._dispatch_tls_local_include_set")
-    autocast = _key_set([key for key in _SKIPPED_KEYS if key.startswith("Autocast")])
-    if force is None or included is None or autocast is None:
+    if _force_keys is None or _included_keys is None or _AUTOCAST_KEYS is None:
         return in_fresh_thread(function)
-    with force(included(), autocast):
+    with _force_keys(_included_keys(), _AUTOCAST_KEYS):
         return function()
+
+
+_force_keys, _included_keys = _find("_C._ForceDispatchKeyGuard"), _find("_C._dispatch_tls_local_include_set")
+_AUTOCAST_KEYS = _key_set([key for key in _SKIPPED_KEYS if key.startswith("Autocast")])
 
 
 def _without_views(result: Any) -> Any:
@@ -148,8 +147,10 @@ def is_recorded() -> bool:
     if proxy_mode is not None:
         return proxy_mode() is not None
     # Without that function: any dispatch mode could be one that records.
-    modes = _find("_C._len_torch_dispatch_stack")
-    return modes is not None and modes() > 0
+    return _count_modes is not None and _count_modes() > 0
+
+
+_count_modes = _find("_C._len_torch_dispatch_stack")
 
 
 def values_can_be_read(tensor: Tensor) -> bool:
@@ -174,8 +175,10 @@ def forward_gradients_run() -> bool:
 
 def is_batched(grad: Tensor) -> bool:
     """Return whether a gradient is batched. `autograd.grad(is_grads_batched=True)` has a vmap of its own."""
-    tests = [_find(f"_C._functorch.{name}") for name in ("is_legacy_batchedtensor", "is_batchedtensor")]
-    return any(test is None or test(grad) for test in tests)
+    return any(test is None or test(grad) for test in _BATCHED_TESTS)
+
+
+_BATCHED_TESTS = [_find(f"_C._functorch.{name}") for name in ("is_legacy_batchedtensor", "is_batchedtensor")]
 
 
 def is_exporting_onnx() -> bool:
@@ -257,8 +260,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
         return tensor.to(device)
     if is_capturing(device):
         raise ValueError(
-            "a CUDA graph is being recorded, and what is on the CPU would be copied into it for good. "
-            f"Give lengths, masks and resets as tensors on {device}."
+            "a CUDA graph is being recorded: CPU values would become constants of the graph. "
+            f"Pass lengths, masks and resets as tensors on {device}."
         )
     if device.type != "cuda":
         return tensor.to(device)
@@ -271,14 +274,16 @@ def assert_async(holds: Tensor, message: str) -> bool:
 
     Returns False if the device has no such assertion. The values have to be read then.
     """
-    check = _find("_assert_async")
-    if check is None:
+    if _assert_async is None:
         return False
     try:
-        check(holds, message)
+        _assert_async(holds, message)
     except NotImplementedError:
         return False
     return True
+
+
+_assert_async = _find("_assert_async")
 
 
 def symbolic_node(kind: str, inputs: Any, attributes: dict[str, Any], dtypes: Any, shapes: Any) -> Any:

@@ -305,13 +305,13 @@ def test_device_without_async_assert_reads_lengths(backend: str, monkeypatch: py
     def lacking(*_: Any) -> None:
         raise NotImplementedError("The operator 'aten::_assert_async.msg' is not implemented for this device")
 
-    monkeypatch.setattr(torch, "_assert_async", lacking)
+    monkeypatch.setattr(_torch, "_assert_async", lacking)
     layer = masked("gru", batch_first=True, backend=backend, enforce_sorted=True)
     there, x = copy.deepcopy(layer).to(DEVICE), torch.randn(2, STEPS, INPUT)
     lengths = torch.tensor([3, 1])
     for with_name in (True, False):  # an old or a later release may have no such name
         if not with_name:
-            monkeypatch.delattr(torch, "_assert_async")
+            monkeypatch.setattr(_torch, "_assert_async", None)
         found = there(x.to(DEVICE), lengths=lengths.to(DEVICE))[0].cpu()
         torch.testing.assert_close(found, layer(x, lengths=lengths)[0])
         for wrong, fault in (
@@ -343,7 +343,7 @@ def test_graph_capture_refuses_host_values(cell: str, backend: str, form: str) -
     cuts = backend == "padded" and "resets" in form
     with watching() as noted:
         if plans or cuts or not (form.startswith("device") or form == "neither"):
-            with pytest.raises(ValueError, match="a CUDA graph is being recorded, "):
+            with pytest.raises(ValueError, match=r"a CUDA graph is being recorded[,:] "):
                 there(leaf, **given)
             return
         output, _ = there(leaf, **given)

@@ -76,6 +76,8 @@ def test_positional_arguments_match_torch() -> None:
 
 def test_repr_names_only_changed_options() -> None:
     assert repr(MaskedGRU(4, 3)) == "MaskedGRU(4, 3)"
+    assert repr(MaskedRNN(4, 3)) == "MaskedRNN(4, 3)"
+    assert repr(MaskedRNN(4, 3, nonlinearity="relu")) == "MaskedRNN(4, 3, nonlinearity='relu')"
     text = repr(MaskedGRU(4, 3, bidirectional=True, enforce_sorted=True, flatten_hidden=False, backend="scan"))
     assert text == "MaskedGRU(4, 3, bidirectional=True, enforce_sorted=True, flatten_hidden=False, backend='scan')"
 
@@ -204,10 +206,34 @@ def test_functional_call_accepts_weights_of_other_dtype(cell: str, backend: str)
 
 
 def test_conversion_refuses_other_layer_kinds() -> None:
-    with pytest.raises(TypeError, match=r"expected an nn\.GRU, got LSTM"):
+    with pytest.raises(TypeError, match=r"expected an nn\.GRU, got LSTM\. Use MaskedLSTM\.from_lstm\.$"):
         MaskedGRU.from_gru(nn.LSTM(4, 3))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"expected an nn\.LSTM, got Linear"):
+    with pytest.raises(TypeError, match=r"expected an nn\.RNN, got MaskedGRU\. Use MaskedGRU\.from_gru\.$"):
+        MaskedRNN.from_rnn(MaskedGRU(4, 3))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"expected an nn\.LSTM, got Linear\.$"):
         MaskedLSTM.from_lstm(nn.Linear(4, 3))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("option", ["batch_first", "flatten_hiden", "device", "num_layers", "dtype"])
+def test_conversion_names_its_options(option: str) -> None:
+    given: Any = {option: True}
+    words = f"unexpected option {option}: the options are enforce_sorted, flatten_hidden and backend"
+    with pytest.raises(TypeError, match=words):
+        MaskedGRU.from_gru(nn.GRU(4, 3), **given)
+    if option != "device":
+        with pytest.raises(TypeError, match=words):
+            MaskedGRU.from_keras(None, **given)
+
+
+def test_conversion_to_a_subclass_takes_its_options() -> None:
+    class Named(MaskedGRU):
+        def __init__(self, *args: Any, name: str = "", **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.name = name
+
+    options: Any = {"name": "a", "backend": "scan"}
+    layer = Named.from_gru(nn.GRU(4, 3), **options)
+    assert (layer.name, layer.backend) == ("a", "scan")
 
 
 def test_frozen_parameters_get_no_gradient(cell: str, backend: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,16 @@ LENGTHS: list[tuple[Any, type[Exception], str]] = [
         ValueError,
         r"lengths\[2\] = -1, but a length can't be negative\. Expected 0 <= length <= 6\.",
     ),
-    ([6, 2], ValueError, r"lengths has 2 elements, but the input holds 3 sequences \(batch_first=True\)"),
+    (
+        [6, 2],
+        ValueError,
+        r"expected 3 lengths, one for each sequence of the input \(batch_first=True\), got 2\.$",
+    ),
+    (
+        [3, 2, 1, 3, 2, 1],  # as many as steps
+        ValueError,
+        r"got 6\. If the input's second dimension is the batch, build the layer with batch_first=False\.$",
+    ),
     (torch.tensor([[1], [2], [3]]), ValueError, r"lengths must have one dimension.*\(3, 1\).*Expected shape \(3,\)"),
     (torch.tensor(3), ValueError, r"lengths must have one dimension.*Expected shape \(3,\)"),
     ([[1], [2], [3]], ValueError, r"lengths must have one dimension, but lengths\[0\] is \[1\]"),
@@ -40,15 +50,45 @@ LENGTHS: list[tuple[Any, type[Exception], str]] = [
         TypeError,
         r"integer dtype\. If they are fractions of the 6 steps, use \(lengths \* 6\)\.round\(\)\.long\(\)\.$",
     ),
-    (np.array([1.0, 0.4, 0.5]), TypeError, r"use \(lengths \* 6\)\.round\(\)\.long\(\)\.$"),
+    (np.array([6.0, 4.0, 2.0]), TypeError, r"dtype is float64.*Use lengths\.astype\(int\)\.$"),
+    (np.array([6, 4, 2], np.float16), TypeError, r"dtype is float16.*Use lengths\.astype\(int\)\.$"),
+    (np.array([6, 4, 2], np.longdouble), TypeError, r"Use lengths\.astype\(int\)\.$"),
+    (np.array([1.0, 0.4, 0.5]), TypeError, r"use \(lengths \* 6\)\.round\(\)\.astype\(int\)\.$"),
+    (
+        np.array([1.0, 1.0, 0.0]),
+        TypeError,
+        r"use \(lengths \* 6\)\.round\(\)\.astype\(int\); if they count steps, lengths\.astype\(int\)\.$",
+    ),
     (torch.tensor([1.0, 1.0, 0.0]), TypeError, r"use \(lengths \* 6\).*; if they count steps, lengths\.long\(\)\.$"),
     ([1.0, 0.4, 0.5], TypeError, r"lengths\[0\] = 1\.0.*use \(torch\.tensor\(lengths\) \* 6\)\.round\(\)\.long\(\)\.$"),
     (np.array([1, 2.5, 3], dtype=object), TypeError, r"lengths\[1\] = 2\.5 is of type float"),
-    (np.array([True, False, True]), TypeError, r"dtype is torch\.bool.*give it as mask"),
+    (np.array([True, False, True]), TypeError, r"dtype is bool.*give torch\.as_tensor\(lengths\) as mask"),
+    (
+        [np.array([6]), np.array([2]), np.array([1])],
+        ValueError,
+        r"lengths\[0\] is array\(\[6\]\).*np\.concatenate\(lengths\)",
+    ),
+    ([6, np.array([2, 3]), 1], ValueError, r"one dimension, but lengths\[1\] is array\(\[2, 3\]\)\..*integer dtype\.$"),
+    (
+        torch.tensor([6, 2, 1], device="meta"),
+        ValueError,
+        r"lengths has no values.*the meta device\. Give it on the CPU",
+    ),
+    ([6, torch.tensor(2, device="meta"), 1], ValueError, r"lengths\[1\] has no values"),
+    ((n for n in [6, 2, 1]), TypeError, r"got generator.*Use list\(lengths\)\.$"),
+    (map(int, "621"), TypeError, r"got map.*Use list\(lengths\)\.$"),
+    ({"a": 6, "b": 2, "c": 1}.values(), TypeError, r"got dict_values.*Use list\(lengths\)\.$"),
+    ([6.0, 4.0, 2.0], TypeError, r"lengths\[0\] = 6\.0.*Use torch\.tensor\(lengths\)\.long\(\)\.$"),
+    (
+        [1.0, 0.0, 1.0],
+        TypeError,
+        r"use \(torch.*\.long\(\); if they count steps, torch\.tensor\(lengths\)\.long\(\)\.$",
+    ),
+    ([6.0, True, 2.0], TypeError, r"lengths\[0\] = 6\.0.*integer dtype\.$"),
     ([1, 10**30, 3], ValueError, r"lengths\[1\] = 1000.* is out of range\. Expected 0 <= length <= 6"),
     (np.array([1, 2**63, 3], dtype=np.uint64), ValueError, r"lengths\[1\] = 9223372036854775808 is out of range"),
     (torch.tensor([True, False, True]), TypeError, r"dtype is torch\.bool.*If it marks real steps, give it as mask"),
-    (np.array([1.5, 2, 3]), TypeError, r"dtype is torch\.float64"),
+    (np.array([1.5, 2, 3]), TypeError, r"dtype is float64.*integer dtype\.$"),
     ([1, 2.0, 3], TypeError, r"lengths\[1\] = 2\.0 is of type float"),
     ([1.5, 1.0, 0.5], TypeError, r"lengths\[0\] = 1\.5 is of type float.*integer dtype\.$"),
     ([0.5, 1.0, -0.5], TypeError, r"lengths\[0\] = 0\.5 is of type float.*integer dtype\.$"),
@@ -64,12 +104,14 @@ LENGTHS: list[tuple[Any, type[Exception], str]] = [
     ("123", TypeError, r"got '123' of type str"),
     (2.0, TypeError, r"got 2\.0 of type float"),
     (True, TypeError, r"got True of type bool"),
-    ({1, 2, 3}, TypeError, r"can't be read as integers, got set"),
+    ({1, 2, 3}, TypeError, r"can't be read as integers, got set.*integer dtype\.$"),  # list() would lose the order
     (np.array(["a", "b", "c"]), TypeError, r"can't be read as integers"),
 ]
 
 
-@pytest.mark.parametrize(("lengths", "kind", "words"), LENGTHS, ids=[str(v[0]) for v in LENGTHS])
+@pytest.mark.parametrize(
+    ("lengths", "kind", "words"), LENGTHS, ids=[re.sub(r" at 0x\w+", "", str(v[0])) for v in LENGTHS]
+)
 def test_wrong_lengths_are_refused(lengths: Any, kind: type[Exception], words: str) -> None:
     with pytest.raises(kind, match=words):
         masked("gru", batch_first=True)(X, lengths=lengths)
@@ -94,24 +136,56 @@ def test_error_names_the_layout() -> None:
 def test_wrong_unbatched_length_is_refused() -> None:
     with pytest.raises(ValueError, match=r"lengths\[0\] = 7, but the input has only 6 time steps"):
         masked("gru")(X[0], lengths=7)
-    with pytest.raises(ValueError, match="lengths has 2 elements, but the input holds 1 sequences"):
+    with pytest.raises(ValueError, match=r"expected 1 length, one for each .*, got 2"):
         masked("gru")(X[0], lengths=[3, 3])
+    with pytest.raises(ValueError, match=r"expected 1 length, one for each .*, got 6\.$"):
+        masked("gru")(X[0], lengths=[1] * 6)
     for x in (X[0], X[:1]):
         with pytest.raises(ValueError, match=r"lengths\[0\] = 1000.* is out of range\. Expected 0 <= length <= 6"):
             masked("gru", batch_first=True)(x, lengths=10**30)
+
+
+def test_as_many_lengths_as_steps_ask_for_the_batch() -> None:
+    words = r"expected 6 lengths, .*, got 3\. If the input's first dimension is the batch, build .* batch_first=True\.$"
+    with pytest.raises(ValueError, match=words):
+        masked("gru")(X, lengths=[6, 2, 1])
+    masked("gru", batch_first=True)(X, lengths=[6, 2, 1])
+
+
+def test_whole_numbers_of_any_type_are_lengths() -> None:
+    """The cures of the errors work, and so does every type that the annotations allow."""
+
+    class Whole:
+        def __index__(self) -> int:
+            return 4
+
+    layer = masked("gru", batch_first=True)
+    expected = layer(X + 1, lengths=[6, 4, 2])[0]
+    floats = np.array([6.0, 4.0, 2.0])
+    given: list[Any] = [floats.astype(int), (floats / 6 * 6).round().astype(int), torch.tensor(floats.tolist()).long()]
+    given += [(torch.tensor(6), torch.tensor(4), torch.tensor(2)), [np.int32(6), np.uint8(4), 2], [6, Whole(), 2]]
+    given += [list(map(int, "642")), list({"a": 6, "b": 4, "c": 2}.values()), np.concatenate([[6], [4], [2]])]
+    for lengths in given:
+        assert torch.equal(layer(X + 1, lengths=lengths)[0], expected)
+    for length in (4, np.int64(4), torch.tensor(4), Whole()):
+        assert torch.equal(layer(X[1] + 1, lengths=length)[0], expected[1])
 
 
 MASKS: list[tuple[Any, type[Exception], str]] = [
     (
         MASK.t(),
         ValueError,
-        r"mask has shape \(6, 3\), but the input's first dimensions are \(3, 6\) \(batch_first=True\)",
+        r"mask has shape \(6, 3\), but the input's first dimensions are \(3, 6\) \(batch_first=True\).*"
+        r"Use mask\.T; or, if the input's second dimension is the batch, batch_first=False\.$",
     ),
     (MASK.unsqueeze(-1), ValueError, r"mask has shape \(3, 6, 1\).*sequence\. Use mask\.squeeze\(-1\)\.$"),
     (MASK.unsqueeze(0), ValueError, r"mask has shape \(1, 3, 6\).*sequence\.$"),
     (MASK.float(), TypeError, r"dtype is torch\.float32\. Use mask\.bool\(\)"),
     (MASK.long(), TypeError, r"dtype is torch\.int64"),
-    (MASK.tolist(), TypeError, r"must be a bool tensor, got list"),
+    (MASK.tolist(), TypeError, r"must be a bool tensor, got list\. Use torch\.as_tensor\(mask\)\.$"),
+    (MASK.numpy(), TypeError, r"must be a bool tensor, got ndarray\. Use torch\.as_tensor\(mask\)\.$"),
+    (iter(MASK), TypeError, r"must be a bool tensor, got tuple_iterator\.$"),
+    (MASK.to("meta"), ValueError, r"mask has no values, because it is on the meta device\. Give it on the CPU\.$"),
 ]
 
 
@@ -155,7 +229,7 @@ LIKE_LENGTHS = [[3, 1, 2], (3, 1, 2), torch.tensor([3, 1, 2]), np.array([3, 1, 2
 @pytest.mark.parametrize("lengths", LIKE_LENGTHS, ids=str)
 def test_lengths_passed_as_hx_are_refused(lengths: Any, cell: str) -> None:
     """Users may write `gru(x, lengths)`."""
-    words = r"the second argument, hx, is the initial state, but got whole numbers.*pass lengths=\.\.\."
+    words = r"the second argument, hx, is the initial state, but got whole numbers.*pass lengths=\.\.\., as in [^.]*\.$"
     layer = masked(cell, batch_first=True)
     with pytest.raises(TypeError, match=words):
         layer(X, lengths)
@@ -284,17 +358,41 @@ REFUSED: dict[str, tuple[Any, tuple[int | None, ...] | None]] = {
     "hx batch, one step": (X[:, :1], (1, 2, None)),
     "hx layers": (X, (2, 3, None)),
     "hx width": (X, (1, 3, 7)),
-    "hx 4-D": (X, (1, 1, 3, None)),
-    "hx 1-D": (X, (None,)),
-    "hx flat": (X, (3, 7)),
-    "hx of unbatched, 3-D": (X[0], (1, 1, None)),
     "hx of unbatched, layers": (X[0], (2, None)),
-    "hx of unbatched, flat": (X[0], (7,)),
     "hx of packed, batch": (packed(ROWS), (1, 2, None)),
     "hx of packed, width": (packed(ROWS, [2, 0, 1]), (1, 3, 7)),
-    "hx of packed, flat": (packed(ROWS), (3, 7)),
 }
 """The input, and the shape of the states."""
+OTHER_DIMS: dict[str, tuple[Any, tuple[int | None, ...], str]] = {
+    "4-D": (X, (1, 1, 3, None), r"Expected NAME of size \(1, 3, W\), or flattened \(3, W\), got \[1, 1, 3, W\]\."),
+    "1-D": (X, (None,), r"Expected NAME of size \(1, 3, W\), or flattened \(3, W\), got \[W\]\."),
+    "flat": (X, (3, 7), r"Expected NAME of size \(1, 3, W\), or flattened \(3, W\), got \[3, 7\]\."),
+    "unbatched, 3-D": (X[0], (1, 1, None), r"Expected NAME of .*, got \[1, 1, W\]\. Use NAME\.squeeze\(1\)\."),
+    "unbatched, flat": (X[0], (7,), r"Expected NAME of size \(1, W\), or flattened \(W,\), got \[7\]\."),
+    "packed, flat": (packed(ROWS), (3, 7), r"Expected NAME of size \(1, 3, W\), or flattened \(3, W\), got \[3, 7\]\."),
+}
+"""The input, the shape of the states, and the whole message. torch says that they should be 3-D, or 2-D."""
+
+
+@pytest.mark.parametrize("case", OTHER_DIMS)
+def test_states_of_other_dims_are_refused_in_own_words(case: str, cell: str) -> None:
+    x, shape, words = OTHER_DIMS[case]
+    layer = masked(cell, batch_first=True)
+    hx = states(layer, *shape)
+    name, width = ("hx[0]", layer.proj_size or 3) if isinstance(hx, tuple) else ("hx", 3)
+    found = refused(layer, x, hx)
+    assert type(found) is type(refused_by_torch(plain(cell, batch_first=True), x, hx))
+    assert re.fullmatch(words.replace("NAME", re.escape(name)).replace("W", str(width)), str(found))
+
+
+def test_batch_first_states_are_refused_with_their_cure(cell: str) -> None:
+    layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True)
+    hx = states(layer, 3, 4, None)
+    name, first = ("hx[0]", hx[0]) if isinstance(hx, tuple) else ("hx", hx)
+    found = str(refused(layer, X, hx))
+    assert found.endswith(f" Flattened, {name} would be (3, {4 * first.size(2)}). Use {name}.transpose(0, 1).")
+    assert found.count("[3, 4, ") == 1
+    layer(X, tuple(h.transpose(0, 1) for h in hx) if isinstance(hx, tuple) else hx.transpose(0, 1))
 
 
 def refused_by_torch(layer: Any, x: Any, hx: Any) -> Exception:
@@ -341,17 +439,13 @@ def test_wrong_cell_state_is_refused_in_torchs_words(x: Any, cell: str) -> None:
     assert str(refused(layer, x, (h, c[:, :2]))).startswith(str(expected))
     # A flattened h is right, so the error names c.
     assert str(refused(layer, x, (h.flatten(0, 1), c[:, :2]))).startswith(str(expected))
-    if isinstance(x, Tensor):
-        both = masked(cell, batch_first=True, bidirectional=True)
-        expected = refused_by_torch(plain(cell, batch_first=True, bidirectional=True), x, torch.zeros(2, 3, 3))
-        assert str(refused(both, x, torch.zeros(2, 3, 3))).startswith(f"{expected}. ")
 
 
 def test_own_hints_follow_torchs_words(cell: str) -> None:
     layer = masked(cell, batch_first=True)
-    width = layer.proj_size or 3
+    width, name = layer.proj_size or 3, "hx[0]" if layer.mode == "LSTM" else "hx"
     assert str(refused(layer, X, states(layer, 1, 2, None))).endswith(
-        f"of size (1, 3, {width}), or flattened (3, {width}), got [1, 2, {width}]"
+        f"(1, 3, {width}), got [1, 2, {width}]. Flattened, {name} would be (3, {width})."
     )
     assert str(refused(layer, X.long())).endswith(". If these are ids, embed them first: torch.nn.Embedding.")
 
@@ -414,12 +508,22 @@ def test_hx_of_other_dtype_is_named_in_error(cell: str) -> None:
 def test_hx_of_wrong_shape_or_type_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"Expected hx of size \(1, 3, 3\), or flattened \(3, 3\), got \[3, 4\]"):
         masked("gru", batch_first=True)(X, torch.zeros(3, 4))
-    with pytest.raises(RuntimeError, match=r"hx must be the pair \(h_0, c_0\), got Tensor"):
-        masked("lstm", batch_first=True)(X, torch.zeros(1, 3, 3))
-    with pytest.raises(RuntimeError, match=r"hx\[1\].*got \[1, 3, 4\]"):
+    h = torch.zeros(2, 3, 3)
+    for wrong, got in ((h, "a Tensor"), ((h, h, h), "3 tensors"), ([h], "1 tensors")):
+        with pytest.raises(RuntimeError, match=rf"^MaskedLSTM: hx must be the pair \(h_0, c_0\), got {got}\.$"):
+            masked("lstm", batch_first=True, bidirectional=True)(X, wrong)
+    with pytest.raises(RuntimeError, match=r"got \[1, 3, 4\]\. Flattened, hx\[1\] would be \(3, 3\)\.$"):
         masked("lstm", batch_first=True)(X, (torch.zeros(1, 3, 3), torch.zeros(1, 3, 4)))
     with pytest.raises(TypeError, match="hx must be a tensor, got list"):
         masked("gru", batch_first=True)(X, [0.0])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torch_script_is_refused_with_what_works() -> None:
+    words = "torch.jit.script can't compile MaskedGRU.*torch.compile or torch.export, or torch.jit.trace"
+    for module in (masked("gru"), nn.Sequential(nn.Linear(2, 4), masked("gru"))):
+        with pytest.raises(NotImplementedError, match=words):
+            torch.jit.script(module)
 
 
 def test_input_that_is_no_tensor_is_refused() -> None:

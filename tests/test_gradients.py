@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -242,6 +243,27 @@ def test_results_and_gradients_are_contiguous_like_torchs(cell: str, given: str,
             ours = masked(cell, num_layers=2, backend=backend, flatten_hidden=flatten_hidden, **options)
             for name, found in run(ours, **lengths).items():
                 assert found.is_contiguous() or not theirs[name].is_contiguous(), (backend, name, found.stride())
+
+
+def assert_gradients_have_strides(layer: Any, leaves: Sequence[Tensor], given: dict[str, Any], x: Tensor) -> None:
+    output, last = layer(x, as_hx(leaves), **given)
+    (output.sum() + sum(h.sum() for h in as_tuple(last))).backward()
+    for name, p in (*layer.named_parameters(), *((f"hx[{s}]", h) for s, h in enumerate(leaves))):
+        assert p.grad is not None
+        assert p.grad.stride() == p.stride(), (layer, name, list(given), tuple(p.shape), p.grad.stride())
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_gradient_has_strides_of_its_parameter(cell: str, backend: str, bidirectional: bool) -> None:
+    """Sizes of 1 have strides too. DistributedDataParallel warns of other strides, and copies such gradients."""
+    T = 3
+    for inputs, hidden, batch in ((1, 1, 1), (1, 1, 2), (2, 1, 2), (1, 3, 2)):
+        hidden = 3 if cell == "lstm-proj" else hidden
+        mask = torch.tensor([[True], [False], [True]]).repeat(1, batch)
+        for given in ({}, {"lengths": [1, T][:batch]}, {"mask": mask}, {"resets": mask}):
+            layer = masked(cell, inputs, hidden, num_layers=2, bidirectional=bidirectional, backend=backend)
+            leaves = [h.requires_grad_() for h in random_states(layer, batch, torch.float32)]
+            assert_gradients_have_strides(layer, leaves, given, torch.randn(T, batch, inputs))
 
 
 def test_gradient_holds_under_allow_mutation_on_saved_tensors(cell: str, backend: str) -> None:

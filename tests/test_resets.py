@@ -308,7 +308,7 @@ def test_jit_trace_refuses_resets(backend: str) -> None:
         return layer(x, resets=resets)[0]
 
     for steps in (1, 3):
-        with pytest.raises(ValueError, match=r"torch\.jit\.trace would keep the resets of this call"):
+        with pytest.raises(ValueError, match=r"torch\.jit\.trace would record the resets of this call"):
             torch.jit.trace(run, (torch.randn(2, steps, INPUT), torch.ones(2, steps, dtype=torch.bool)))
 
 

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import masked_rnn
+from masked_rnn import _torch
 
 SOURCE = Path(masked_rnn.__file__).parent
 NAMES = (
@@ -148,7 +150,7 @@ def check():
         assert not _torch.assert_async(torch.tensor(False), "no")  # the caller reads
     except RuntimeError:
         return
-    assert getattr(_torch.torch, "_assert_async", None) is None
+    assert _torch._assert_async is None
 
 
 # Loads, once for all forks, what torch loads at its first use.
@@ -197,6 +199,17 @@ def found() -> dict[str, str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_layer_is_right_without_private_name(name: str, found: dict[str, str]) -> None:
     assert not found[name], found[name]
+
+
+def test_private_names_are_found_once(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At import, not in every call or backward."""
+    found: list[str] = []
+    monkeypatch.setattr(_torch, "_find", found.append)
+    layer, x = masked_rnn.MaskedLSTM(4, 3, backend="auto" if backend == "packed" else backend), torch.randn(5, 2, 4)
+    layer(x, lengths=torch.tensor([5, 2]))[0].sum().backward()
+    weights, initial = list(layer.parameters()), [torch.zeros(1, 2, 3)] * 2
+    torch.ops.masked_rnn.layer(x, None, None, initial, True, weights, "LSTM", False, False)[0].sum().backward()
+    assert not found
 
 
 def test_private_names_stand_in_one_file() -> None:

@@ -76,7 +76,7 @@ def test_traced_layer_takes_other_lengths(cell: str, given: str, bidirectional: 
 def test_backend_reports_why_it_cannot_be_traced(cell: str, backend: str) -> None:
     layer = masked(cell, backend=backend, batch_first=True)
     what = "the number of steps" if backend == "scan" else "the lengths"
-    words = f"backend='{backend}' can't run this call: torch.jit.trace would keep {what} of this call.*backend='auto'"
+    words = f"backend='{backend}' can't run this call: torch.jit.trace would record {what} of this call.*backend='auto'"
     with pytest.raises(ValueError, match=words):
         torch.jit.trace(Model(layer, "lengths"), arguments(layer, "lengths", 3, 5, False))
 

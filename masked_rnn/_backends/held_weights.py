@@ -69,7 +69,7 @@ def narrow(kernel: Kernel, d_weights: Sequence[Tensor], inputs: int) -> LayerWei
     """Return the gradients of the weights from those of the widened ones."""
     own_weights = []
     for w in group_weights(d_weights, 1, kernel.directions)[0]:
-        own = w._replace(w_ih=w.w_ih[:, :inputs].contiguous())
+        own = w._replace(w_ih=w.w_ih[:, :inputs].clone(memory_format=torch.contiguous_format))
         if kernel.mode == "RNN_TANH" and w.b_ih is not None:
             bias = w.w_ih[:, inputs]
             own = own._replace(b_ih=bias.clone(), b_hh=bias.clone())

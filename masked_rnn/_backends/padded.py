@@ -145,6 +145,8 @@ def _driven_at_padding(
     drive: Tensor,  # (G·H,)
 ) -> tuple[Tensor, Weights]:
     """Add an input that is 1 at padding and 0 elsewhere, with `drive` as its weights."""
-    # F.pad, because after torch.cat the gradient of w_ih would not be contiguous.
-    wide = F.pad(w.w_ih, (0, 1)) + F.pad(drive.unsqueeze(1), (w.w_ih.size(1), 0))
+    # F.pad, because after torch.cat the gradient of w_ih would not be contiguous. If w_ih has one row, the gradient of
+    # F.pad has the strides of a wide row. The views give it those of w_ih.
+    w_ih = w.w_ih.flatten().view(w.w_ih.shape)
+    wide = F.pad(w_ih, (0, 1)) + F.pad(drive.unsqueeze(1), (w_ih.size(1), 0))
     return torch.cat([x, (~real).to(x.dtype)], -1), w._replace(w_ih=wide)

@@ -14,7 +14,7 @@ from .recurrence import scan
 def why_not(call: Call) -> str | None:
     """Return the reason why this backend can't run a call. None: it can."""
     if call.context.traced and call.resets is None:
-        return "torch.jit.trace would keep the number of steps of this call for good"
+        return "torch.jit.trace would record the number of steps of this call as a constant"
     return call.why_unreadable(reads_plan=call.data.dim() == 2, reads_resets=call.context.traced)
 
 

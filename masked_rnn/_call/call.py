@@ -18,7 +18,7 @@ from .._plan import Plan, move_back, move_to_front, real_mask
 from .._segments import Segments
 from .._torch import to_device, unsafe_view
 from .context import Context, find_context
-from .inputs import Cut, Form, check_input, open_input, open_lengths, open_resets, refuse_twice
+from .inputs import Cut, Form, check_input, open_input, open_lengths, open_resets, refuse_second_lengths
 from .lengths import check_sorted, is_on_host
 from .states import close_states, forget, open_states
 
@@ -110,7 +110,7 @@ class Call:
         has_resets = reads_resets and self.resets is not None
         if context.traced:
             what = "the resets of this call, or its number of steps," if has_resets else "the lengths of this call"
-            return f"torch.jit.trace would keep {what} for good" if has_resets or reads_plan else None
+            return f"torch.jit.trace would record {what} as constants" if has_resets or reads_plan else None
         if not context.readable:
             what = "resets" if has_resets else "lengths"
             why = f"it reads {what}, which have no values here (FakeTensorMode, make_fx or the meta device)"
@@ -217,7 +217,7 @@ def open_call(layer: Layer, input: Any, hx: Any, lengths: Any, mask: Any, resets
         lengths, mask = open_lengths(context, form, lengths, mask)
         resets = None if resets is None else open_resets(context, form, resets)
     else:
-        refuse_twice(form, lengths, mask, resets)
+        refuse_second_lengths(form, lengths, mask, resets)
         lengths = form.own_lengths
     if layer.enforce_sorted and form.name != "packed":
         counts = lengths if mask is None else mask.sum(0)

@@ -145,7 +145,7 @@ def open_input(context: Context, layer: Layer, input: Any) -> Form:
         return _open_nested(context, input)
     if input.dim() not in (2, 3):
         words = f"{type(layer).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead"
-        raise refusal(layer, ValueError, lambda their: their.forward(input), words)
+        raise refusal(layer, ValueError, lambda theirs: theirs.forward(input), words)
     batch_first, form = layer.batch_first, Padded
     if input.dim() == 2:
         input, form = input.unsqueeze(0 if batch_first else 1), Unbatched
@@ -207,19 +207,19 @@ def check_input(
     # torch only tests whether batch sizes are None, so () stands for any.
     batch_sizes = None if data.dim() == 3 else ()
 
-    def ask(their: Any) -> None:
-        their.check_input(data, batch_sizes)
+    def probe(theirs: Any) -> None:
+        theirs.check_input(data, batch_sizes)
 
     if wrong_dtype:
         words = f"input has dtype {data.dtype}, but the weights have {dtype}"
         ids = not (data.is_floating_point() or data.is_complex())
-        more = "If these are ids, embed them first: torch.nn.Embedding." if ids else ""
-        raise refusal(layer, ValueError, ask, words, more, dtype=dtype)
+        hint = "If these are ids, embed them first: torch.nn.Embedding." if ids else ""
+        raise refusal(layer, ValueError, probe, words, hint, dtype=dtype)
     words = f"input.size(-1) must be equal to input_size. Expected {layer.input_size}, got {data.size(-1)}"
-    raise refusal(layer, RuntimeError, ask, words, dtype=data.dtype)
+    raise refusal(layer, RuntimeError, probe, words, dtype=data.dtype)
 
 
-def refuse_twice(form: Form, lengths: Any, mask: Any, resets: Any) -> None:
+def refuse_second_lengths(form: Form, lengths: Any, mask: Any, resets: Any) -> None:
     """Refuse lengths, mask and resets for a form that has its own lengths."""
     kind = "a PackedSequence" if form.name == "packed" else "a nested tensor"
     if resets is not None:
@@ -264,6 +264,6 @@ def _open_marks(context: Context, name: str, marks: Any, form: Form) -> Tensor:
     """Return a mask or resets, checked, (T, N)."""
     unbatched = form.name == "unbatched"
     shape = (form.steps,) if unbatched else tuple(form.data.shape[:2])
-    checked = check_marks(context, name, marks, shape, f"batch_first={form.batch_first}")
+    checked = check_marks(context, name, marks, shape, form.data.device, form.batch_first)
     time_first: Tensor = checked.unsqueeze(-1) if unbatched else checked.t() if form.batch_first else checked
     return time_first

@@ -6,7 +6,7 @@ T time, N batch.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, ValuesView
 from itertools import pairwise
 from typing import Any, NoReturn
 
@@ -33,8 +33,10 @@ def check_lengths(
 
     They stay on the CPU if they or the input, which is on `device`, are there.
     """
-    if isinstance(given, Tensor) and context.can_read(given):
-        given = with_memory(given)
+    if isinstance(given, Tensor):
+        if device.type != "meta":
+            check_values(given, "lengths")
+        given = with_memory(given) if context.can_read(given) else given
     lengths = _int64(given, steps)
     if lengths.dim() == 0 and batch == 1:
         lengths = lengths.unsqueeze(0)
@@ -45,10 +47,14 @@ def check_lengths(
         )
     layout = f"batch_first={batch_first}"
     if lengths.size(0) != batch:
-        raise ValueError(
-            f"lengths has {lengths.size(0)} elements, but the input holds {batch} sequences ({layout}). "
-            "Expected one length per sequence."
-        )
+        expected = f"{batch} length{'' if batch == 1 else 's'}, one for each sequence of the input ({layout})"
+        cure = ""
+        if lengths.size(0) == steps and batch > 1:
+            place = "second" if batch_first else "first"
+            cure = (
+                f" If the input's {place} dimension is the batch, build the layer with batch_first={not batch_first}."
+            )
+        raise ValueError(f"expected {expected}, got {lengths.size(0)}.{cure}")
     if device.type == "cpu":
         lengths = lengths.cpu()
     if not context.can_read(lengths):
@@ -59,6 +65,12 @@ def check_lengths(
     if not assert_range(lengths, steps, layout):
         check_range(lengths, steps, layout)
     return lengths
+
+
+def check_values(given: Tensor, name: str) -> None:
+    """Refuse a tensor on the meta device."""
+    if given.device.type == "meta":
+        raise ValueError(f"{name} has no values, because it is on the meta device. Give it on the CPU.")
 
 
 def assert_range(
@@ -137,20 +149,29 @@ def check_nested(
 MARKS = {"mask": "True at real steps", "resets": "True where the state starts anew before the step"}
 
 
-def check_marks(context: Context, name: str, marks: Any, shape: tuple[int, ...], layout: str) -> Tensor:
-    """Return a mask, or resets, of the given shape: a bool for each step."""
+def check_marks(
+    context: Context, name: str, marks: Any, shape: tuple[int, ...], device: torch.device, batch_first: bool
+) -> Tensor:
+    """Return a mask, or resets, of the given shape: a bool for each step. The input is on `device`."""
     if not isinstance(marks, Tensor):
-        raise TypeError(f"{name} must be a bool tensor, got {type(marks).__name__}. Use torch.as_tensor({name}).")
+        converts = isinstance(marks, (list, tuple)) or hasattr(marks, "__array__")
+        cure = f" Use torch.as_tensor({name})." if converts else ""
+        raise TypeError(f"{name} must be a bool tensor, got {type(marks).__name__}.{cure}")
     if marks.dtype != torch.bool:
         raise TypeError(
             f"{name} must be a bool tensor, {MARKS[name]}, but its dtype is {marks.dtype}.{_marks_cure(name, marks)}"
         )
     if tuple(marks.shape) != shape:
         cure = f" Use {name}.squeeze(-1)." if tuple(marks.shape) == (*shape, 1) else ""
+        if tuple(marks.shape) == shape[::-1]:
+            place = "second" if batch_first else "first"
+            cure = f" Use {name}.T; or, if the input's {place} dimension is the batch, batch_first={not batch_first}."
         raise ValueError(
-            f"{name} has shape {tuple(marks.shape)}, but the input's first dimensions are {shape} ({layout}). "
-            f"Expected one bool per time step of each sequence.{cure}"
+            f"{name} has shape {tuple(marks.shape)}, but the input's first dimensions are {shape} "
+            f"(batch_first={batch_first}). Expected one bool per time step of each sequence.{cure}"
         )
+    if device.type != "meta":
+        check_values(marks, name)
     return with_memory(marks) if context.can_read(marks) else marks
 
 
@@ -198,8 +219,14 @@ def _int64(given: Any, steps: int) -> Tensor:
     if array.ndim and array.dtype.kind in "uO":
         return _from_list(array.tolist(), steps)
     if array.dtype.kind in "bf":
-        return _whole(torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="))), steps)
-    raise TypeError(f"lengths can't be read as integers, got {type(given).__name__}. {EXPECTED}")
+        values = torch.from_numpy(array.astype(bool if array.dtype.kind == "b" else float))
+        raise TypeError(
+            f"lengths must be integers, but its dtype is {array.dtype}. {EXPECTED}{_cure(values, steps, array)}"
+        )
+    if array.ndim == 0 and hasattr(given, "__index__"):
+        return _from_list([given], steps).squeeze(0)
+    cure = " Use list(lengths)." if isinstance(given, (Iterator, ValuesView)) else ""
+    raise TypeError(f"lengths can't be read as integers, got {type(given).__name__}. {EXPECTED}{cure}")
 
 
 def _from_list(given: Sequence[Any], steps: int) -> Tensor:
@@ -212,7 +239,11 @@ def _from_list(given: Sequence[Any], steps: int) -> Tensor:
         for n, length in enumerate(given):
             if isinstance(length, Sequence) and not isinstance(length, (str, bytes)):
                 raise ValueError(f"lengths must have one dimension, but lengths[{n}] is {length!r}. {EXPECTED}")
+            if isinstance(length, np.ndarray) and length.ndim:
+                cure = " Use np.concatenate(lengths)." if all(np.shape(length) == (1,) for length in given) else ""
+                raise ValueError(f"lengths must have one dimension, but lengths[{n}] is {length!r}. {EXPECTED}{cure}")
             if isinstance(length, Tensor):
+                check_values(length, f"lengths[{n}]")
                 integral = length.numel() == 1 and _is_integral(length.dtype)
             else:
                 integral = hasattr(length, "__index__") and not isinstance(length, (bool, np.bool_))
@@ -228,31 +259,40 @@ def _from_list(given: Sequence[Any], steps: int) -> Tensor:
 def _whole(lengths: Tensor, steps: int) -> Tensor:
     if not _is_integral(lengths.dtype):
         raise TypeError(
-            f"lengths must be integers, but its dtype is {lengths.dtype}. {EXPECTED}{_cure(lengths, steps)}"
+            f"lengths must be integers, but its dtype is {lengths.dtype}. {EXPECTED}{_cure(lengths, steps, lengths)}"
         )
     whole: Tensor = lengths.to(torch.int64)
     return whole
 
 
-def _cure(lengths: Tensor, steps: int) -> str:
-    """Return what to write instead, if that is sure to be right."""
-    if lengths.dtype == torch.bool:
-        return " If it marks real steps, give it as mask; if it marks where the state starts anew, as resets."
-    if lengths.is_complex() or not find_context().can_read(lengths) or not lengths.numel():
+def _cure(values: Tensor, steps: int, given: Tensor | np.ndarray[Any, Any]) -> str:
+    """Return what to write instead of the given tensor or array of these values, if that is sure to be right."""
+    is_tensor = isinstance(given, Tensor)
+    if values.dtype == torch.bool:
+        marks = "it" if is_tensor else "torch.as_tensor(lengths)"
+        return f" If it marks real steps, give {marks} as mask; if it marks where the state starts anew, as resets."
+    if values.is_complex() or not find_context().can_read(values) or not values.numel():
         return ""
-    are_whole = bool((lengths == lengths.round()).all())
-    if bool(((lengths >= 0) & (lengths <= 1)).all()):
-        cure = f"If they are fractions of the {steps} steps, use (lengths * {steps}).round().long()"
-        return f" {cure}; if they count steps, lengths.long()." if are_whole else f" {cure}."
-    return " Use lengths.long()." if are_whole else ""
+    are_whole = bool((values == values.round()).all())
+    are_fractions = bool(((values >= 0) & (values <= 1)).all())
+    return _to_whole("lengths", ".long()" if is_tensor else ".astype(int)", are_whole, steps if are_fractions else None)
+
+
+def _to_whole(given: str, convert: str, are_whole: bool, steps: int | None) -> str:
+    """Return how to convert floats. `steps` is None if they can't be fractions of the steps."""
+    if steps is None:
+        return f" Use {given}{convert}." if are_whole else ""
+    cure = f" If they are fractions of the {steps} steps, use ({given} * {steps}).round(){convert}"
+    return f"{cure}; if they count steps, {given}{convert}." if are_whole else f"{cure}."
 
 
 def _refuse_element(given: Sequence[Any], n: int, steps: int) -> NoReturn:
     cure = ""
     if all(isinstance(length, (bool, np.bool_)) for length in given):
         cure = " If they mark real steps, give a bool tensor as mask."
-    elif all(isinstance(length, (int, float)) and 0 <= length <= 1 for length in given):
-        cure = f" If they are fractions of the {steps} steps, use (torch.tensor(lengths) * {steps}).round().long()."
+    elif all(isinstance(length, (int, float)) and not isinstance(length, bool) for length in given):
+        are_whole, are_fractions = all(n % 1 == 0 for n in given), all(0 <= n <= 1 for n in given)
+        cure = _to_whole("torch.tensor(lengths)", ".long()", are_whole, steps if are_fractions else None)
     raise TypeError(f"lengths[{n}] = {given[n]!r} is of type {type(given[n]).__name__}. {EXPECTED}{cure}")
 
 

@@ -12,29 +12,34 @@ from .._cells import Layer
 
 
 def refusal(
-    layer: Layer, kind: type[Exception], ask: Callable[[Any], Any], instead: str = "", more: str = "", **made: Any
+    layer: Layer,
+    kind: type[Exception],
+    probe: Callable[[Any], Any],
+    fallback: str = "",
+    hint: str = "",
+    **layer_options: Any,
 ) -> Exception:
-    """Return the error to raise for a fault: in torch's words, followed by `more`.
+    """Return the error to raise for a fault: in torch's words, followed by `hint`.
 
-    `ask` passes the faulty argument to a torch.nn layer of the same configuration and the options `made`. That layer is
-    on the meta device, so it only checks its arguments. `instead` is used if torch raises nothing, and in compiled
-    calls.
+    `probe` passes the faulty argument to a torch.nn layer of the same configuration, made with `layer_options`. That
+    layer is on the meta device, so it only checks its arguments. `fallback` takes the place of torch's words if torch
+    raises nothing, and in compiled calls.
     """
     their = None
     if not torch.compiler.is_compiling():
         with suppress(Exception):  # some dtypes and transforms allow no new layer
-            their = _layer_of_torch(layer, **made)
+            their = _layer_of_torch(layer, **layer_options)
     try:
         if their is not None:
-            ask(their)
+            probe(their)
     except (RuntimeError, ValueError) as error:
-        return type(error)(_joined(str(error), more))
+        return type(error)(_joined(str(error), hint))
     except Exception:  # another error inside torch, whose message does not help
         pass
-    return kind(_joined(instead, more))
+    return kind(_joined(fallback, hint))
 
 
-def _layer_of_torch(layer: Any, **made: Any) -> Any:
+def _layer_of_torch(layer: Any, **layer_options: Any) -> Any:
     projected = {"proj_size": layer.proj_size} if layer.proj_size else {}
     return layer._torch_layer(
         layer.input_size,
@@ -44,9 +49,9 @@ def _layer_of_torch(layer: Any, **made: Any) -> Any:
         bidirectional=layer.bidirectional,
         device="meta",
         **projected,
-        **made,
+        **layer_options,
     )
 
 
-def _joined(words: str, more: str) -> str:
-    return f"{words.rstrip('.')}. {more}" if words and more else words or more
+def _joined(words: str, hint: str) -> str:
+    return f"{words.rstrip('.')}. {hint}" if words and hint else words or hint

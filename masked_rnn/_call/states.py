@@ -25,8 +25,8 @@ def open_states(context: Context, layer: Layer, form: Form, hx: Any) -> States:
     _refuse_lengths_as_hx(form, hx)
     given = (hx,) if len(widths) == 1 else hx
     if not isinstance(given, (tuple, list)) or len(given) != len(widths):
-        more = f"{type(layer).__name__}: hx must be the pair (h_0, c_0), got {type(hx).__name__}"
-        raise _refusal(layer, form, hx, more)
+        given = f"{len(hx)} tensors" if isinstance(hx, (tuple, list)) else f"a {type(hx).__name__}"
+        raise RuntimeError(f"{type(layer).__name__}: hx must be the pair (h_0, c_0), got {given}.")
     states = []
     for k, (h, width) in enumerate(zip(given, widths, strict=True)):
         name = "hx" if len(widths) == 1 else f"hx[{k}]"
@@ -79,7 +79,9 @@ def _refuse_lengths_as_hx(form: Form, hx: Any) -> None:
         cure = "Pass" if form.takes_lengths else "Padded input takes marks of its steps"
         raise TypeError(f"the second argument, hx, is the initial state, but got a bool tensor. {cure}: {marks}.")
     if look_like_lengths(hx):
-        cure = "pass lengths=..." if form.takes_lengths else f"{form.name} input carries its lengths: leave them out"
+        cure = f"{form.name} input carries its lengths: leave them out"
+        if form.takes_lengths:
+            cure = "pass lengths=..., as in layer(input, lengths=[4, 2])"
         raise TypeError(
             f"the second argument, hx, is the initial state, but got whole numbers. If they are lengths, {cure}."
         )
@@ -120,6 +122,7 @@ def _whole_state(form: Form, h: Tensor, stacked: int, width: int) -> Tensor | No
 
 
 def _refused_shape(layer: Layer, form: Form, given: Any, k: int, name: str) -> Exception:
+    """Return the error for the state `given[k]`: in torch's words, unless it may have been meant as a flattened one."""
     stacked = layer.num_layers * (2 if layer.bidirectional else 1)
     sizes = [_state_shapes(form, stacked, width) for width in _state_widths(layer)]
     # torch does not know flattened states: one of the right shape is replaced by one that torch takes.
@@ -128,15 +131,20 @@ def _refused_shape(layer: Layer, form: Form, given: Any, k: int, name: str) -> E
         for h, (whole, flat) in zip(given, sizes, strict=True)
     )
     whole, flat = sizes[k]
-    more = f"Expected {name} of size {whole}, or flattened {flat}, got {list(given[k].shape)}"
-    return _refusal(layer, form, seen if len(seen) > 1 else seen[0], more)
+    found = tuple(given[k].shape)
+    cure = f" Use {name}.transpose(0, 1)." if len(found) == 3 and (found[1], found[0], found[2]) == whole else ""
+    if form.name == "unbatched" and found == (stacked, 1, whole[1]):
+        cure = f" Use {name}.squeeze(1)."
+    if len(found) != len(whole):
+        return RuntimeError(f"Expected {name} of size {whole}, or flattened {flat}, got {list(found)}.{cure}")
 
-
-def _refusal(layer: Layer, form: Form, hx: Any, more: str) -> Exception:
-    def ask(their: Any) -> None:
+    def probe(theirs: Any) -> None:
+        hx = seen if len(seen) > 1 else seen[0]
         if form.takes_lengths:
-            their.forward(form.restore(form.data), hx)
+            theirs.forward(form.restore(form.data), hx)
         else:
-            their.check_forward_args(form.data, hx, [form.batch])
+            theirs.check_forward_args(form.data, hx, [form.batch])
 
-    return refusal(layer, RuntimeError, ask, more=more, dtype=form.data.dtype)
+    fallback = f"Expected {name} of size {whole}, got {list(found)}"
+    hint = f"Flattened, {name} would be {flat}.{cure}"
+    return refusal(layer, RuntimeError, probe, fallback, hint, dtype=form.data.dtype)

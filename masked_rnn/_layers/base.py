@@ -17,11 +17,11 @@ from .convert import copy_keras, share_torch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Protocol
+    from typing import Protocol, SupportsIndex
 
     import numpy as np
 
-    Lengths = int | Sequence[int] | Tensor | np.ndarray[Any, Any] | None
+    Lengths = SupportsIndex | Sequence[SupportsIndex] | Tensor | np.ndarray[Any, Any] | None
     Forward = TypeVar("Forward", covariant=True)
 
     class HasForward(Protocol[Forward]):
@@ -118,6 +118,13 @@ class MaskedRNNBase(nn.RNNBase):
             if getattr(self, name) != default:
                 parts.append(f"{name}={getattr(self, name)!r}")
         return ", ".join(parts)
+
+    def __prepare_scriptable__(self) -> Any:
+        """Refuse `torch.jit.script`, which calls this for each module, in words that help."""
+        raise NotImplementedError(
+            f"torch.jit.script can't compile {type(self).__name__}, whose forward takes arguments of several types. "
+            "Use torch.compile or torch.export, or torch.jit.trace, which works for any batch, length and lengths."
+        )
 
     @classmethod
     def _from_torch(cls, source: Any, options: Any, *extra: str) -> Self:

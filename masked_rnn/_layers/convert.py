@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,10 @@ from torch.nn.utils import parametrize
 
 from .._torch import forward_pre_hooks
 from .keras import read_keras
+
+SIZES = ("input_size", "hidden_size", "num_layers")
+SHARED = ("bias", "batch_first", "dropout", "bidirectional")
+"""With the sizes, the configuration that all kinds of layers have"""
 
 
 def share_torch(kind: Any, source: Any, options: Mapping[str, Any], extra: Sequence[str]) -> Any:
@@ -22,28 +27,34 @@ def share_torch(kind: Any, source: Any, options: Mapping[str, Any], extra: Seque
         TypeError: `source` is not a layer of torch.nn of the same kind.
     """
     if not isinstance(source, kind._torch_layer):
-        raise TypeError(f"expected an nn.{kind._torch_layer.__name__}, got {type(source).__name__}")
+        other = next((k.__name__ for k in (nn.GRU, nn.LSTM, nn.RNN) if isinstance(source, k)), None)
+        cure = "" if other is None else f" Use Masked{other}.from_{other.lower()}."
+        raise TypeError(f"expected an nn.{kind._torch_layer.__name__}, got {type(source).__name__}.{cure}")
     weight: Any = source.weight_ih_l0
-    layer = kind(
-        source.input_size,
-        source.hidden_size,
-        source.num_layers,
-        bias=source.bias,
-        batch_first=source.batch_first,
-        dropout=source.dropout,
-        bidirectional=source.bidirectional,
-        device="meta",
-        dtype=weight.dtype,
-        **{name: getattr(source, name) for name in extra},
-        **options,
-    )
+    _check_options(kind, options, (*SIZES, *SHARED, "device", "dtype", *extra))
+    sizes = [getattr(source, name) for name in SIZES]
+    shared = {name: getattr(source, name) for name in (*SHARED, *extra)}
+    layer = kind(*sizes, **shared, device="meta", dtype=weight.dtype, **options)
     _share_weights(layer, source)
     return layer.train(source.training)
+
+
+def _check_options(kind: Any, options: Mapping[str, Any], taken: Collection[str]) -> None:
+    """Refuse an argument that `kind` does not have, or that is `taken`, because the given layer decides it."""
+    known = inspect.signature(kind).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    for name in options:
+        if name in taken or (name not in known and not takes_all):
+            raise TypeError(
+                f"unexpected option {name}: the options are enforce_sorted, flatten_hidden and backend. The rest is "
+                "taken from the given layer."
+            )
 
 
 def copy_keras(kind: Any, keras_layer: Any, device: Any, options: Mapping[str, Any]) -> Any:
     """Make a layer of class `kind` with the configuration and the weights of a Keras layer. Raises as `read_keras`."""
     keras_kind = "SimpleRNN" if kind._torch_layer is nn.RNN else kind._torch_layer.__name__
+    _check_options(kind, options, (*SIZES, *SHARED, "dtype", "nonlinearity", "proj_size"))
     found = read_keras(keras_layer, keras_kind)
     layer = kind(
         found.input_size,

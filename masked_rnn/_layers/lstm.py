@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self, Unpack, overload
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex, Unpack, overload
 
 import numpy as np
 import torch
@@ -181,7 +181,7 @@ class MaskedLSTM(MaskedRNNBase, nn.LSTM):
         self,
         input: Tensor | PackedSequence,
         hx: tuple[Tensor, Tensor] | None = None,
-        lengths: int | Sequence[int] | Tensor | np.ndarray[Any, Any] | None = None,
+        lengths: SupportsIndex | Sequence[SupportsIndex] | Tensor | np.ndarray[Any, Any] | None = None,
         *,
         mask: Tensor | None = None,
         resets: Tensor | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self, Unpack, overload
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex, Unpack, overload
 
 import numpy as np
 import torch
@@ -176,7 +176,7 @@ class MaskedRNN(MaskedRNNBase, nn.RNN):
         self,
         input: Tensor | PackedSequence,
         hx: Tensor | None = None,
-        lengths: int | Sequence[int] | Tensor | np.ndarray[Any, Any] | None = None,
+        lengths: SupportsIndex | Sequence[SupportsIndex] | Tensor | np.ndarray[Any, Any] | None = None,
         *,
         mask: Tensor | None = None,
         resets: Tensor | None = None,
@@ -197,6 +197,9 @@ class MaskedRNN(MaskedRNNBase, nn.RNN):
         """
         result: tuple[Tensor | PackedSequence, Tensor] = self._forward(input, hx, lengths, mask, resets)
         return result
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", nonlinearity='relu'" if self.mode == "RNN_RELU" else "")
 
     @classmethod
     def from_rnn(cls, rnn: nn.RNN, **options: Unpack[Options]) -> Self:
