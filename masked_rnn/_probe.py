@@ -22,11 +22,16 @@ def check_dtype(mode: str, dtype: torch.dtype, device: torch.device, has_biases:
     fault = _fault(mode, dtype, device.type, has_biases, projects)
     if fault is not None:
         kind, words = fault
-        wide = torch.complex64 if dtype.is_complex else torch.float32
-        raise kind(
-            f"torch.nn's {mode} can't run in {dtype} on {device.type}: {words}. "
-            f"Convert both: layer.to({wide}), input.to({wide})."
-        )
+        raise kind(f"torch.nn's {mode} can't run in {dtype} on {device.type}: {words}.{_cure(mode, dtype)}")
+
+
+def _cure(mode: str, dtype: torch.dtype) -> str:
+    if dtype.is_complex and mode == "RNN_RELU":
+        return ""  # in no complex dtype
+    wide = torch.complex64 if dtype.is_complex else torch.float32
+    if dtype.is_floating_point or dtype.is_complex:
+        return f" Convert both: layer.to({wide}), input.to({wide})."
+    return f" Make the parameters and the input of dtype {wide}."  # layer.to does not convert whole numbers
 
 
 @cache

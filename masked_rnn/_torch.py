@@ -135,6 +135,7 @@ def is_fake(tensor: Tensor) -> bool:
 
 
 _FakeTensor: Any = _find("_subclasses.FakeTensor")
+_count_modes = _find("_C._len_torch_dispatch_stack")
 
 
 is_zero_tensor: Callable[[Tensor], bool] = _find("_is_zerotensor") or (lambda tensor: False)
@@ -150,15 +151,13 @@ def is_recorded() -> bool:
     return _count_modes is not None and _count_modes() > 0
 
 
-_count_modes = _find("_C._len_torch_dispatch_stack")
-
-
 def values_can_be_read(tensor: Tensor) -> bool:
     """Return False while a call is compiled, traced, recorded or transformed, and for a fake tensor."""
     return not (torch.compiler.is_compiling() or is_traced() or is_transformed() or is_recorded() or is_fake(tensor))
 
 
 _forward_ad = _find("autograd.forward_ad")
+_BATCHED_TESTS = [_find(f"_C._functorch.{name}") for name in ("is_legacy_batchedtensor", "is_batchedtensor")]
 
 
 def forward_gradients_run() -> bool:
@@ -176,9 +175,6 @@ def forward_gradients_run() -> bool:
 def is_batched(grad: Tensor) -> bool:
     """Return whether a gradient is batched. `autograd.grad(is_grads_batched=True)` has a vmap of its own."""
     return any(test is None or test(grad) for test in _BATCHED_TESTS)
-
-
-_BATCHED_TESTS = [_find(f"_C._functorch.{name}") for name in ("is_legacy_batchedtensor", "is_batchedtensor")]
 
 
 def is_exporting_onnx() -> bool:

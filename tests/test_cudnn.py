@@ -106,6 +106,18 @@ def run(layer: Any, form: str, kind: str, x: Tensor, states: tuple[Tensor, ...],
     return [t.detach().cpu() for t in (*results, *found)]
 
 
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 2, 2), (3, 1, 2)], ids=str)
+def test_gradient_has_strides_of_its_parameter(cell: str, bidirectional: bool, sizes: tuple[int, int, int]) -> None:
+    inputs, hidden, batch = sizes
+    hidden = 3 if cell == "lstm-proj" else hidden
+    layer = masked(cell, inputs, hidden, num_layers=2, bidirectional=bidirectional, backend="padded").to(DEVICE)
+    x, lengths = torch.randn(3, batch, inputs).to(DEVICE), torch.tensor([1, 3][:batch]).to(DEVICE)
+    layer(x, lengths=lengths)[0].sum().backward()
+    for name, p in layer.named_parameters():
+        assert p.grad.stride() == p.stride(), (name, tuple(p.shape), p.grad.stride())
+
+
 @pytest.mark.slow_but("lstm-proj")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)

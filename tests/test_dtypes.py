@@ -78,6 +78,26 @@ def refusal(run: Any) -> Exception | None:
     return None
 
 
+def cure_for(mode: str, dtype: torch.dtype) -> str:
+    if dtype.is_complex and mode == "RNN_RELU":
+        return "."
+    wide = "torch.complex64" if dtype.is_complex else "torch.float32"
+    if dtype.is_floating_point or dtype.is_complex:
+        return f". Convert both: layer.to({wide}), input.to({wide})."
+    return f". Make the parameters and the input of dtype {wide}."
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.complex32], ids=name_of)
+def test_cure_for_a_dtype_works(cell: str, dtype: torch.dtype) -> None:
+    layer = cast_layer(masked(cell, batch_first=True), dtype)
+    x = cast(torch.randn(BATCH, STEPS, INPUT), dtype)
+    with pytest.raises(RuntimeError, match=rf"can't run in {dtype}"):
+        layer(x, lengths=[3, 1, 2, 0])
+    wide = torch.complex64 if dtype.is_complex else torch.float32
+    if cell != "rnn-relu" or not dtype.is_complex:
+        assert layer.to(wide)(x.to(wide), lengths=[3, 1, 2, 0])[0].dtype == wide
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_dtype_is_refused_as_torch_refuses_it(cell: str, dtype: torch.dtype, ran: list[str]) -> None:
     """Each backend and form raises torch.nn's type of error before anything runs, or takes what torch.nn takes."""
@@ -91,6 +111,7 @@ def test_dtype_is_refused_as_torch_refuses_it(cell: str, dtype: torch.dtype, ran
             if expected is not None:
                 assert type(found) is type(expected), (backend, given, found)
                 assert f"{ours.mode} can't run in {dtype} on cpu: " in str(found)
+                assert str(found).endswith(cure_for(ours.mode, dtype))
             elif not dtype.is_complex:
                 assert found is None, (backend, given)
     assert bool(ran) == (expected is None)

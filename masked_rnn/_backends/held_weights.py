@@ -67,12 +67,16 @@ def _widened(kernel: Kernel, w: Weights, width: int, dtype: torch.dtype) -> Tens
 
 def narrow(kernel: Kernel, d_weights: Sequence[Tensor], inputs: int) -> LayerWeights:
     """Return the gradients of the weights from those of the widened ones."""
+
+    def copied(part: Tensor) -> Tensor:  # with its own strides, also where its size is 1
+        return part.clone(memory_format=torch.contiguous_format)
+
     own_weights = []
     for w in group_weights(d_weights, 1, kernel.directions)[0]:
-        own = w._replace(w_ih=w.w_ih[:, :inputs].clone(memory_format=torch.contiguous_format))
+        own = w._replace(w_ih=copied(w.w_ih[:, :inputs]))
         if kernel.mode == "RNN_TANH" and w.b_ih is not None:
             bias = w.w_ih[:, inputs]
-            own = own._replace(b_ih=bias.clone(), b_hh=bias.clone())
+            own = own._replace(b_ih=copied(bias), b_hh=copied(bias))
         own_weights.append(own)
     return tuple(own_weights)
 
