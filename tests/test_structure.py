@@ -13,7 +13,7 @@ import masked_rnn
 ROOT = Path(masked_rnn.__file__).parent
 MODULES = {str(path.relative_to(ROOT).with_suffix("")).removesuffix("/__init__"): path for path in ROOT.rglob("*.py")}
 FLOORS = (
-    ("__init__", "__main__"),
+    ("__init__", "__main__", "_modules"),
     ("_environment", "_layers"),
     ("_dispatch",),
     ("_capture",),
