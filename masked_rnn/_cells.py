@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ._torch import listed_weights
 
-BackendName = Literal["auto", "packed", "padded", "bptt", "scan"]
+BackendName = Literal["auto", "packed", "padded", "bptt", "scan", "held"]
 States = tuple[Tensor, ...]
 """(h,) or (h, c)"""
 
@@ -62,6 +62,8 @@ NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
 GATES = {"GRU": 3, "LSTM": 4, "RNN_TANH": 1, "RNN_RELU": 1}
 """The number of gates, by `nn.RNNBase.mode`. A weight has H rows for each."""
+HOLD = 1e4
+"""In every dtype, sigmoid(1e4) is 1 and sigmoid(-1e4) is 0: added to a gate's argument, it opens or shuts the gate."""
 
 
 def read_weights(layer: Layer, traced: bool) -> list[Tensor]:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ._backends import bptt, cudnn, packed, padded, scan
+from ._backends import bptt, cudnn, held, packed, padded, scan
 from ._backends.bptt import library
 from ._backends.kernels import (
     is_over_soon,
@@ -34,12 +34,13 @@ class Backend(Protocol):
         """Return the reason why this backend can't run the call, in words. None: it can."""
 
 
-BACKENDS: dict[str, Backend] = {"packed": packed, "padded": padded, "bptt": bptt, "scan": scan}
+BACKENDS: dict[str, Backend] = {"packed": packed, "padded": padded, "bptt": bptt, "scan": scan, "held": held}
 CAPTURED: dict[str, Backend] = {"operator": custom_op, "onnx": onnx}
 """The forms in which a compiler or an exporter captures a layer."""
 CAPTURES = {"operator": ("auto", "bptt"), "onnx": ("auto",)}
 """The values of a layer's `backend` that each form captures. `scan` is captured as its own ops."""
 TAKES_RESETS = ("scan", "operator")
+TAKES_AUTOCAST = ("packed", "padded", "held")
 MOST_PADDING = 0.9
 """On a GPU, rows are padded only up to this share of padding, because padding takes memory."""
 
@@ -79,7 +80,7 @@ def run(call: Call) -> tuple[Tensor, States]:
 
 
 def _run(name: str, call: Call) -> tuple[Tensor, States]:
-    if name in ("packed", "padded"):
+    if name in TAKES_AUTOCAST:
         return BACKENDS[name].run(call)
     backend, device = BACKENDS.get(name) or CAPTURED[name], call.data.device.type
     if not is_autocast_on(device):

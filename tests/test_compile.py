@@ -279,7 +279,7 @@ def test_compiled_layer_runs_forced_bptt(cell: str, steps: int, given: str, monk
     assert all(map(torch.equal, found, expected))
 
 
-@pytest.mark.parametrize("forced", ["packed", "padded"])
+@pytest.mark.parametrize("forced", ["packed", "padded", "held"])
 @pytest.mark.usefixtures("allow_rnn")
 def test_compiler_refuses_other_forced_backends(forced: str) -> None:
     layer = masked("gru", backend=forced)

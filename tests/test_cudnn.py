@@ -7,16 +7,30 @@ from typing import Any
 
 import pytest
 import torch
-from support.oracle import INPUT, ONE_STATE_AND_TWO, as_hx, as_tuple, every, masked, plain, random_states
+from support.oracle import (
+    INPUT,
+    ON_CUDNN,
+    ONE_STATE_AND_TWO,
+    as_hx,
+    as_tuple,
+    every,
+    held_refuses_hx,
+    masked,
+    plain,
+    random_states,
+)
 from support.simulated_device import DEVICE, SimulatedTensor
 from support.strict_kernel import check_chunk, with_cudnn
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import vector_to_parameters
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 from masked_rnn._backends import cudnn, kernels, padded
-from masked_rnn._backends.held_weights import marks_for
+from masked_rnn._backends.held import operators as operators_of_held
+from masked_rnn._backends.held.marks import marks_for
 from masked_rnn._capture import custom_op
 from masked_rnn._cells import Weights
 
@@ -46,13 +60,15 @@ FORMS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "one-step-unbatched": ("unbatched", 1, {}),
     "empty-rows": ("padded", STEPS, {"lengths": SORTED}),
 }
+WITHOUT_PADDING = ("whole", "unbatched", "one-step", "one-step-resets", "one-step-unbatched")
+"""With one step, a reset drops the initial state, and nothing else."""
 STATES = ("none", "flat", "whole", "expanded", "transposed")
 
 
-@pytest.fixture(autouse=True, params=[False, True], ids=["functions", "operators"])
-def operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Runs a test twice: PyTorch's functions call cuDNN, or the package calls its operators. Names those that ran."""
-    return with_cudnn(monkeypatch, lambda x: isinstance(x, SimulatedTensor), operators=bool(request.param))
+@pytest.fixture(autouse=True)
+def operators(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names cuDNN's operators that the package has called."""
+    return with_cudnn(monkeypatch, lambda x: isinstance(x, SimulatedTensor))
 
 
 def arranged(form: str, x: Tensor) -> Any:
@@ -126,7 +142,7 @@ def test_gradient_has_strides_of_its_parameter(cell: str, bidirectional: bool, s
     [{"num_layers": 2, "bidirectional": True}, pytest.param({"bias": False}, marks=pytest.mark.slow)],
     ids=str,
 )
-def test_hx_of_any_layout_is_accepted(cell: str, form: str, options: dict[str, Any]) -> None:
+def test_hx_of_any_layout_is_accepted(cell: str, form: str, options: dict[str, Any], operators: list[str]) -> None:
     """Covers the flattened state that the layer returns, an expanded one, and others, in each form of a call."""
     batch_first = FORMS[form][0] == "padded"
     enforced = form == "empty-rows" and options.get("num_layers") == 2
@@ -135,9 +151,15 @@ def test_hx_of_any_layout_is_accepted(cell: str, form: str, options: dict[str, A
     states = random_states(layer, BATCH)
     for kind in STATES:
         expected = run(layer, form, kind, x, states, "cpu")
-        for there.backend in ("auto", "packed", "padded"):
+        for there.backend in ON_CUDNN:
+            operators.clear()
+            if held_refuses_hx(there) and kind != "none" and form not in WITHOUT_PADDING:
+                with pytest.raises(ValueError, match=r"of an LSTM or RNN can't hold hx over it.*backend='auto'"):
+                    run(there, form, kind, x, states, DEVICE)
+                continue
             for a, b in zip(run(there, form, kind, x, states, DEVICE), expected, strict=True):
                 torch.testing.assert_close(a, b, msg=lambda m, k=kind: f"{there.backend} {k}: {m}")
+            assert bool(operators) == (there.backend == "held" and form not in WITHOUT_PADDING)
 
 
 @pytest.mark.parametrize("options", every(batch_first=[True, False], bias=[True, False]), ids=str)
@@ -157,7 +179,9 @@ def test_streamed_state_matches_cpu_for_every_cell(cell: str, options: dict[str,
 
     for given in ({}, {"lengths": LENGTHS}):
         expected = stream(layer, "cpu", given)
-        for there.backend in ("auto", "packed", "padded"):
+        for there.backend in ON_CUDNN:
+            if held_refuses_hx(there) and given:
+                continue
             for a, b in zip(stream(there, DEVICE, given), expected, strict=True):
                 torch.testing.assert_close(a, b)
 
@@ -167,7 +191,9 @@ def test_dropout_is_redrawn_alike_with_flattened_hx(cell: str, given: dict[str, 
     layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, dropout=0.5).to(DEVICE)
     x = torch.randn(BATCH, STEPS, INPUT).to(DEVICE).requires_grad_()
     hx = as_hx([h.transpose(0, 1).flatten(1).to(DEVICE) for h in random_states(layer, BATCH, torch.float32)])
-    for layer.backend in ("auto", "packed", "padded"):
+    for layer.backend in ON_CUDNN:
+        if held_refuses_hx(layer) and given:
+            continue
         torch.manual_seed(3)
         expected = layer(x, hx, **given)[0]
         torch.manual_seed(3)
@@ -207,10 +233,11 @@ def test_strict_kernel_refuses_what_cudnn_refuses() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_gru_state_is_held_over_3000_steps_of_padding(dtype: torch.dtype, operators: list[str]) -> None:
+def test_gru_state_is_held_over_3000_steps_of_padding(dtype: torch.dtype) -> None:
     """Padding comes first, so nothing is gathered: the state itself must stay."""
-    layer = masked("gru", bidirectional=True, batch_first=True, backend="padded", flatten_hidden=False).to(dtype)
+    layer = masked("gru", bidirectional=True, batch_first=True, flatten_hidden=False).to(dtype)
     there, steps = copy.deepcopy(layer).to(DEVICE), 3000
+    there.backend = "held"
     x, hx = torch.randn(2, steps, INPUT, dtype=dtype), random_states(layer, 2, dtype)[0]
     mask = torch.zeros(2, steps, dtype=torch.bool)
     mask[0, -3:] = True
@@ -226,11 +253,17 @@ def without_strides(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format).copy_(t)
 
 
-@pytest.mark.parametrize("given", [{}, {"lengths": LENGTHS}], ids=str)
+@pytest.mark.parametrize(
+    ("backend", "given"),
+    [("padded", {}), ("padded", {"lengths": LENGTHS}), ("held", {"lengths": LENGTHS})],
+    ids=["whole", "padded", "held"],
+)
 @pytest.mark.parametrize("way", ["kept graph", "eval", "hooks", "checkpoint", "anomaly", "batched"])
-def test_autograd_features_match_cpu(cell: str, given: dict[str, Any], way: str) -> None:
-    layer = masked(cell, bidirectional=True, num_layers=2, batch_first=True, backend="padded").double()
+def test_autograd_features_match_cpu(cell: str, backend: str, given: dict[str, Any], way: str) -> None:
+    layer = masked(cell, bidirectional=True, num_layers=2, batch_first=True).double()
     layer.train(way != "eval")
+    there = copy.deepcopy(layer).to(DEVICE)
+    there.backend = backend
     x = torch.randn(BATCH, STEPS, INPUT, dtype=torch.float64)
 
     def gradients(own: Any, device: Any) -> list[Tensor]:
@@ -258,7 +291,7 @@ def test_autograd_features_match_cpu(cell: str, given: dict[str, Any], way: str)
             return [t.cpu() for t in torch.autograd.grad(total, wanted, many, is_grads_batched=True)]
         return [t.cpu() for t in torch.autograd.grad(total, wanted)]
 
-    for a, b in zip(gradients(copy.deepcopy(layer).to(DEVICE), DEVICE), gradients(layer, "cpu"), strict=True):
+    for a, b in zip(gradients(there, DEVICE), gradients(layer, "cpu"), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -280,7 +313,7 @@ def test_marks_round_the_input_up(mode: str, inputs: int, directions: int, dtype
     assert marks_for(mode, inputs, 128, directions, dtype) == expected
 
 
-@pytest.mark.parametrize("backend", ["padded", "packed"])
+@pytest.mark.parametrize("backend", ["padded", "packed", "held"])
 def test_gradient_of_a_row_without_steps_reaches_no_weight(cell: str, backend: str) -> None:
     layer = masked(cell, bidirectional=True, num_layers=2, batch_first=True, backend=backend).to(DEVICE)
     _, last = layer(torch.randn(BATCH, STEPS, INPUT).to(DEVICE), lengths=LENGTHS)
@@ -291,12 +324,36 @@ def test_gradient_of_a_row_without_steps_reaches_no_weight(cell: str, backend: s
     assert all(bool(g.cpu().isfinite().all()) for g in found)
 
 
-@pytest.mark.parametrize("given", [{}, {"lengths": LENGTHS}], ids=str)
-def test_no_reserve_is_made_without_gradients(given: dict[str, Any], operators: list[str]) -> None:
-    layer, x = masked("gru", batch_first=True).to(DEVICE), torch.randn(BATCH, STEPS, INPUT).to(DEVICE)
+def test_no_reserve_is_made_without_gradients(operators: list[str]) -> None:
+    layer = masked("gru", batch_first=True, backend="held").to(DEVICE)
     with torch.no_grad():
-        layer(x, **given)
-    assert operators == (["cudnn_forward without reserve"] if given and cudnn.IS_PROVEN else [])
+        layer(torch.randn(BATCH, STEPS, INPUT).to(DEVICE), lengths=LENGTHS)
+    assert operators == ["cudnn_forward without reserve"]
+
+
+def test_held_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = masked("gru", batch_first=True, backend="held"), torch.randn(BATCH, STEPS, INPUT)
+    there, moved = copy.deepcopy(layer).to(DEVICE), x.to(DEVICE)
+
+    def refuses(words: str, own: Any = there, x: Tensor = moved) -> None:
+        for given in ({}, {"lengths": LENGTHS}):
+            with pytest.raises(ValueError, match=f"backend='held' can't run this call: {words}.*Use backend='auto'"):
+                own(x, **given)
+
+    refuses("it runs on an NVIDIA GPU, by cuDNN, and the input is on cpu", layer, x)
+    with monkeypatch.context() as patched:
+        patched.setattr(operators_of_held, "DTYPES", (torch.float16,))
+        refuses(r"cuDNN does not run torch\.float32 on this device")
+    words = r"make_fx and FakeTensorMode can't follow it into cuDNN's operators.*Use backend='auto'"
+    with pytest.raises(ValueError, match=words):
+        make_fx(lambda x: layer(x)[0])(x)
+    with pytest.raises(ValueError, match=words), FakeTensorMode():
+        masked("gru", backend="held")(torch.randn(BATCH, STEPS, INPUT))
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.version, "hip", "6.2")
+        refuses("it runs on an NVIDIA GPU, by cuDNN, and this PyTorch is one for AMD's")
+    monkeypatch.setattr(operators_of_held, "cudnn_backward", None)
+    refuses("this PyTorch lacks cuDNN's operators")
 
 
 def test_weights_without_biases_need_zeros_behind_them() -> None:

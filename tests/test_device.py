@@ -14,12 +14,14 @@ import torch
 from support.oracle import (
     BACKENDS,
     INPUT,
+    ON_CUDNN,
     ONE_STATE_AND_TWO,
     Run,
     as_tuple,
     assert_same,
     call,
     cotangents,
+    held_refuses_hx,
     masked,
     oracle,
     plain,
@@ -84,9 +86,24 @@ WAITS = {  # for lengths on the host, a mask on the host, and either on the devi
 }
 
 
-@pytest.fixture(params=("auto", *BACKENDS))
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+def see_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_cudnn(monkeypatch, lambda x: isinstance(x, SimulatedTensor))
+
+
+@pytest.fixture(
+    params=[
+        *(pytest.param(("fused", name), marks=pytest.mark.slow) for name in ("auto", "packed", "padded")),
+        *(("own", name) for name in ("bptt", "scan")),
+        *(("cudnn", name) for name in ON_CUDNN),
+    ],
+    ids="-".join,
+)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A layer's `backend`, with the kernels that it calls: ATen's fused cells, cuDNN or its own."""
+    kernels, name = request.param
+    if kernels == "cudnn":
+        see_cudnn(monkeypatch)
+    return str(name)
 
 
 def to(device: Any, value: Any) -> Any:
@@ -104,16 +121,15 @@ def home(run: Run) -> Run:
     return Run(run.output.cpu(), tuple(to("cpu", run.states)), to("cpu", run.gradients))
 
 
-@pytest.fixture(params=["fused", pytest.param("functions", marks=pytest.mark.slow), "operators"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs a test with ATen's fused cells, and twice with cuDNN, called by PyTorch's functions and by the package."""
-    if request.param != "fused":
-        with_cudnn(monkeypatch, lambda x: isinstance(x, SimulatedTensor), operators=request.param == "operators")
-    return str(request.param)
+@pytest.fixture(params=["fused", "cudnn"])
+def waits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """`WAITS` of each backend, with ATen's fused cells and with cuDNN."""
+    if request.param == "fused":
+        return WAITS
+    see_cudnn(monkeypatch)
+    return {**WAITS, "held": WAITS["padded"]}
 
 
-@pytest.mark.slow_but("operators")
-@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("case", CALLS, ids=lambda case: "-".join(map(str, case)))
 @pytest.mark.parametrize("cell", [*ONE_STATE_AND_TWO, "rnn-tanh"])
 def test_every_call_form_matches_oracle(cell: str, backend: str, case: Any) -> None:
@@ -132,8 +148,12 @@ def test_every_call_form_matches_oracle(cell: str, backend: str, case: Any) -> N
         own = [h.transpose(0, 1).flatten(1) for h in states]
         for s in range(len(own)):
             expected.gradients[f"hx[{s}]"] = expected.gradients[f"hx[{s}]"].transpose(0, 1).flatten(1)
-    layer = layer.to(DEVICE)
-    found = home(call(layer, x.to(DEVICE), to(DEVICE, own), to(DEVICE, pulled), **given))
+    called = layer.to(DEVICE), x.to(DEVICE), to(DEVICE, own), to(DEVICE, pulled)
+    if held_refuses_hx(layer) and own is not None and form != "neither":
+        with pytest.raises(ValueError, match="can't hold hx"):
+            call(*called, **given)
+        return
+    found = home(call(*called, **given))
     assert_same(found, expected)
     for padded in (found.output, found.gradients["x"]):
         assert not padded[~mask].any()
@@ -175,15 +195,20 @@ def assert_agree(found: list[Tensor], expected: list[Tensor], note: str = "") ->
 
 
 @pytest.fixture
-def layer(cell: str, backend: str) -> Any:
-    return masked(cell, bidirectional=True, num_layers=2, batch_first=True, backend=backend).double()
+def layer(cell: str) -> Any:
+    return masked(cell, bidirectional=True, num_layers=2, batch_first=True).double()
 
 
-@pytest.mark.slow_but("operators")
-@pytest.mark.usefixtures("kernels")
+@pytest.fixture
+def there(layer: Any, backend: str) -> Any:
+    """The same layer on the device. It runs by `backend`."""
+    moved = copy.deepcopy(layer).to(DEVICE)
+    moved.backend = backend
+    return moved
+
+
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
-def test_unbatched_and_empty_input_match_cpu(layer: Any) -> None:
-    there = copy.deepcopy(layer).to(DEVICE)
+def test_unbatched_and_empty_input_match_cpu(layer: Any, there: Any) -> None:
     for name, (shape, given) in EDGES.items():
         x = torch.randn(shape, dtype=torch.float64)
         found, expected = (
@@ -194,10 +219,7 @@ def test_unbatched_and_empty_input_match_cpu(layer: Any) -> None:
         assert_agree(found, expected, name)
 
 
-@pytest.mark.slow_but("operators")
-@pytest.mark.usefixtures("kernels")
-def test_packed_and_nested_input_match_cpu(layer: Any) -> None:
-    there = copy.deepcopy(layer).to(DEVICE)
+def test_packed_and_nested_input_match_cpu(layer: Any, there: Any) -> None:
     lengths, x = torch.tensor([3, 5, 1, 4]), torch.randn(4, STEPS, INPUT, dtype=torch.float64)
 
     def run(own: Any, device: Any, form: str) -> list[Tensor]:
@@ -214,10 +236,7 @@ def test_packed_and_nested_input_match_cpu(layer: Any) -> None:
         assert_agree(run(there, DEVICE, form), run(layer, "cpu", form), form)
 
 
-@pytest.mark.slow_but("operators")
-@pytest.mark.usefixtures("kernels")
-def test_second_derivatives_match_cpu(layer: Any) -> None:
-    there = copy.deepcopy(layer).to(DEVICE)
+def test_second_derivatives_match_cpu(layer: Any, there: Any) -> None:
     x, lengths = torch.randn(2, 3, INPUT, dtype=torch.float64), torch.tensor([3, 1])
 
     def run(own: Any, device: Any) -> list[Tensor]:
@@ -229,22 +248,22 @@ def test_second_derivatives_match_cpu(layer: Any) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_device_ops_wait_only_where_documented(cell: str, form: str, kernels: str) -> None:
+def test_device_ops_wait_only_where_documented(cell: str, form: str, waits: dict[str, Any]) -> None:
     """No op waits, forward or backward, except in `packed`, which has to read lengths that are on the device.
 
     Lengths or a mask on the host are copied to the device, or the two indices that `packed` makes of them. The copy
     waits too, but only for itself.
     """
-    for backend in WAITS:
+    for backend in waits:
         layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=backend).to(DEVICE)
         x = torch.randn(4, STEPS, INPUT).to(DEVICE).requires_grad_()
-        with watching() as waits:
+        with watching() as noted:
             output, last = layer(x, **FORMS[form])
             (output.sum() + sum(h.sum() for h in as_tuple(last))).backward()
         place = 2 if form.startswith("device") else int(form == "host-mask")
-        is_small = kernels != "fused" and not layer.proj_size  # cuDNN runs all steps of a padded batch at once
-        expected = WAITS["padded" if backend == "auto" and is_small else backend]
-        assert waits == (expected[place] if FORMS[form] else []), backend
+        is_small = "held" in waits and not layer.proj_size  # cuDNN runs all steps of a padded batch at once
+        expected = waits["padded" if backend == "auto" and is_small else backend]
+        assert noted == (expected[place] if FORMS[form] else []), backend
 
 
 @pytest.mark.parametrize("form", WITH_RESETS)
@@ -284,18 +303,17 @@ def test_auto_pads_rows_unless_mostly_padding(cell: str, ran: list[str], monkeyp
     assert ran == ["padded", "bptt", "packed", "bptt", "padded", "bptt", "packed", "bptt"]
 
 
-@pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("backend", WAITS)
-def test_wrong_lengths_on_device_raise_without_waiting(backend: str) -> None:
-    layer = masked("gru", batch_first=True, backend=backend, enforce_sorted=True).to(DEVICE)
+def test_wrong_lengths_on_device_raise_without_waiting(waits: dict[str, Any]) -> None:
+    layer = masked("gru", batch_first=True, enforce_sorted=True).to(DEVICE)
     x = torch.randn(2, STEPS, INPUT).to(DEVICE)
-    for lengths, fault in (([STEPS + 1, 1], "out of range"), ([1, -1], "out of range"), ([1, 2], "must decrease")):
-        with watching() as waits, pytest.raises(RuntimeError, match=fault):
+    wrong = (([STEPS + 1, 1], "out of range"), ([1, -1], "out of range"), ([1, 2], "must decrease"))
+    for layer.backend, (lengths, fault) in product(waits, wrong):
+        with watching() as noted, pytest.raises(RuntimeError, match=fault):
             layer(x, lengths=torch.tensor(lengths).to(DEVICE))
-        assert waits == ["upload"]  # of the test's own lengths
-        with watching() as waits, pytest.raises(ValueError, match=r"lengths"):
+        assert noted == ["upload"]  # of the test's own lengths
+        with watching() as noted, pytest.raises(ValueError, match=r"lengths"):
             layer(x, lengths=lengths)
-        assert not waits
+        assert not noted
 
 
 @pytest.mark.parametrize("backend", WAITS)
@@ -330,17 +348,16 @@ def _captured(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "is_capturing", lambda device: device.type == DEVICE.type)
 
 
-@pytest.mark.slow_but("operators")
-@pytest.mark.usefixtures("kernels", "_captured")
+@pytest.mark.usefixtures("_captured")
 @pytest.mark.parametrize("form", [*FORMS, *WITH_RESETS])
 def test_graph_capture_refuses_host_values(cell: str, backend: str, form: str) -> None:
     """A call that needs values from the host is refused with the reason. Other calls run and never wait."""
-    layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=backend)
+    layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True)
     there, given = copy.deepcopy(layer).to(DEVICE), {**FORMS, **WITH_RESETS}[form]
-    x = torch.randn(4, STEPS, INPUT)
+    there.backend, x = backend, torch.randn(4, STEPS, INPUT)
     leaf = x.to(DEVICE).requires_grad_()
     plans = backend == "bptt" or (backend == "packed" and form != "neither")
-    cuts = backend == "padded" and "resets" in form
+    cuts = backend in ("padded", "held") and "resets" in form
     with watching() as noted:
         if plans or cuts or not (form.startswith("device") or form == "neither"):
             with pytest.raises(ValueError, match=r"a CUDA graph is being recorded[,:] "):
@@ -394,7 +411,7 @@ def test_auto_uses_padded_within_cudnn_limits(
     most: int, more: int, ran: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`auto` takes `padded` if cuDNN runs all steps at once, by dtype, size and gradient. Dropout counts as one."""
-    with_cudnn(monkeypatch, lambda x: isinstance(x, SimulatedTensor))
+    see_cudnn(monkeypatch)
     cell = "gru" if most == 128 else "rnn-tanh"
 
     def taken(hidden: int, dtype: torch.dtype = torch.float32, learns: bool = True, dropout: float = 0.0) -> str:
@@ -408,6 +425,7 @@ def test_auto_uses_padded_within_cudnn_limits(
     assert taken(8, torch.float64) == taken(8, torch.float64, learns=False) == "packed"
 
 
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 def test_lengths_follow_input_device_but_hx_does_not(backend: str) -> None:
     """Lengths and masks are moved to the input's device. The input and hx are not moved."""
     layer = masked("gru", batch_first=True, backend=backend)

@@ -578,7 +578,7 @@ def test_options_refuse_non_bools(option: str) -> None:
 
 
 def test_unknown_backend_is_refused() -> None:
-    words = r"backend='cudnn' does not exist.*'auto'.*'packed', 'padded', 'bptt', 'scan'"
+    words = r"backend='cudnn' does not exist.*'auto'.*'packed', 'padded', 'bptt', 'scan', 'held'"
     with pytest.raises(ValueError, match=words):
         masked("gru", 4, 3, backend="cudnn")
     layer = masked("gru", batch_first=True)
@@ -590,7 +590,7 @@ def test_unknown_backend_is_refused() -> None:
         torch.export.export(layer, (X,))
 
 
-@pytest.mark.parametrize("forced", ["packed", "padded", "bptt"])
+@pytest.mark.parametrize("forced", ["packed", "padded", "bptt", "held"])
 def test_forced_backend_reports_why_it_cannot_run(forced: str) -> None:
     layer = masked("gru", batch_first=True, backend=forced)
     words = rf"backend='{forced}' can't run this call: a torch\.func transform .* is active.*backend='auto'"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import pytest
@@ -19,10 +20,12 @@ GIVEN: dict[str, Any] = {
 }
 
 
-def count_kernels(cell: str, layers: int, directions: int, given: str, with_hx: bool = False) -> tuple[int, int]:
+def count_kernels(
+    cell: str, layers: int, directions: int, given: str, backend: str = "held", with_hx: bool = False
+) -> tuple[int, int]:
     """Returns the kernels of forward and of backward."""
     options: dict[str, Any] = {"num_layers": layers, "bidirectional": directions == 2, "flatten_hidden": False}
-    layer = masked(cell, batch_first=True, backend="padded", **options)
+    layer = masked(cell, batch_first=True, backend=backend, **options)
     hx = as_hx([h.to(DEVICE) for h in random_states(layer, 4, torch.float32)]) if with_hx else None
     layer = layer.to(DEVICE)
     x = torch.randn(4, STEPS, INPUT).to(DEVICE).requires_grad_()
@@ -56,7 +59,7 @@ def assert_within(found: Sequence[int], most: Sequence[int]) -> None:
 
 @pytest.fixture
 def operators(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    return with_cudnn(monkeypatch, lambda x: isinstance(x, SimulatedTensor), operators=True)
+    return with_cudnn(monkeypatch, lambda x: isinstance(x, SimulatedTensor))
 
 
 def test_each_number_has_its_own_limit() -> None:
@@ -85,17 +88,15 @@ def test_initial_states_of_a_gru_cost_few_kernels_more(operators: list[str]) -> 
     assert_within(count_kernels("gru", 1, 1, "lengths", with_hx=True), (16, 6))
 
 
+@pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize(("layers", "directions", "most"), [(1, 1, (18, 13)), (1, 2, (33, 29)), (2, 2, (52, 58))])
-def test_functions_start_no_more_kernels_than_before(
-    layers: int, directions: int, most: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with_cudnn(monkeypatch, lambda x: isinstance(x, SimulatedTensor))
-    assert_within(count_kernels("gru", layers, directions, "lengths"), most)
+def test_padded_starts_no_more_kernels_than_before(layers: int, directions: int, most: tuple[int, int]) -> None:
+    assert_within(count_kernels("gru", layers, directions, "lengths", "padded"), most)
 
 
 @pytest.mark.parametrize("learns", [False, True])
 def test_held_call_runs_little_python(learns: bool, operators: list[str]) -> None:
-    layer, x = masked("gru", batch_first=True, backend="auto").to(DEVICE), torch.randn(4, STEPS, INPUT).to(DEVICE)
+    layer, x = masked("gru", batch_first=True, backend="held").to(DEVICE), torch.randn(4, STEPS, INPUT).to(DEVICE)
     lengths = torch.tensor(LENGTHS).to(DEVICE)
     with torch.set_grad_enabled(learns):
         layer(x, lengths=lengths)
@@ -103,10 +104,8 @@ def test_held_call_runs_little_python(learns: bool, operators: list[str]) -> Non
 
 
 if __name__ == "__main__":
-    for operators in (False, True):
-        with pytest.MonkeyPatch.context() as patched:
-            with_cudnn(patched, lambda x: isinstance(x, SimulatedTensor), operators=operators)
-            for cell in CELLS:
-                for given in GIVEN:
-                    found = [(f"{n}x{d}", count_kernels(cell, n, d, given)) for n in (1, 2, 3) for d in (1, 2)]
-                    print("operators" if operators else "functions", cell, given, *found)
+    with pytest.MonkeyPatch.context() as patched:
+        with_cudnn(patched, lambda x: isinstance(x, SimulatedTensor))
+        for backend, cell, given in product(("padded", "held"), CELLS, GIVEN):
+            found = [(f"{n}x{d}", count_kernels(cell, n, d, given, backend)) for n in (1, 2, 3) for d in (1, 2)]
+            print(backend, cell, given, *found)

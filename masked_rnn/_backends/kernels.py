@@ -162,11 +162,6 @@ def run_kernel(
         output, last = scan_layers(mode, x, tuple(states), grouped, batch_sizes, batch_first)
         return output, *last
 
-    if cudnn.calls_operators(x) and not is_fake(x) and not is_autocast_on(x.device.type):
-        sizes = () if batch_sizes is None else batch_sizes.tolist()
-        kernel = cudnn.kernel_of(mode, (layers, directions), parameters, batch_first, sizes)
-        output, *states = cudnn.CudnnStack.apply(kernel, recurrence, len(initial), x, *initial, *parameters)
-        return output, tuple(states)
     # cuDNN needs the `train` flag to save data for backward.
     output, last = _call_kernel(stack, x, initial, parameters, batch_sizes, True)
     output, *last_again = DoubleBackward.apply(recurrence, 1 + len(last), output, *last, x, *initial, *parameters)

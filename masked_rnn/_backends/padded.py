@@ -2,7 +2,7 @@
 
 The backward direction runs over rows that are reversed within their own length, so padding comes last in both
 directions. Outputs are zeroed at padding. The last h is gathered at each row's last step; an LSTM's c is held by its
-gates. `held` is another way, which cuDNN's own operators run.
+gates.
 
 T time, N batch, I input, P the state that is fed back, D directions.
 """
@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._call import Call
-from .._cells import LayerWeights, States, Weights, stack_layers
+from .._cells import HOLD, LayerWeights, States, Weights, stack_layers
 from .._plan import real_mask, reverse_index
 from .._torch import to_device
-from . import cudnn, held
-from .held_weights import HOLD
+from . import cudnn
 from .kernels import run_layer, run_stack, why_no_lstm_kernel
 
 
@@ -43,8 +42,6 @@ def run(call: Call) -> tuple[Tensor, States]:
         return run_stack(call, call.data, call.states)
     if call.lengths is not None and call.data.dim() == 3 and call.form.steps == 1 and not call.context.traced:
         return _run_one_step(call, call.states, to_device(call.lengths == 0, call.data.device))
-    if held.why_not(call) is None:
-        return held.run(call)
     x, lengths, restore = call.padded_last()
     padding = None if lengths is None else find_padding(lengths, x.size(0), call.directions)
     output, last = stack_layers(

@@ -20,6 +20,9 @@ import masked_rnn
 from masked_rnn import _dispatch
 
 BACKENDS = ("packed", "padded", "bptt", "scan")
+"""Those that run on every device"""
+ON_CUDNN = ("auto", "packed", "padded", "held")
+"""What a layer's `backend` can be on a GPU, if it is to call cuDNN. `held` runs nowhere else."""
 CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "gru": ("GRU", {}),
     "lstm": ("LSTM", {}),
@@ -92,6 +95,11 @@ def state_shapes(layer: Any, batch: int) -> list[tuple[int, int, int]]:
 
 def random_states(layer: Any, batch: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
     return tuple(torch.randn(shape, dtype=dtype) for shape in state_shapes(layer, batch))
+
+
+def held_refuses_hx(layer: Any) -> bool:
+    """Returns whether `held` refuses an initial state over padding."""
+    return layer.backend == "held" and layer.mode != "GRU" and layer.bidirectional
 
 
 def cotangents(layer: Any, batch: int, steps: int) -> list[Tensor]:

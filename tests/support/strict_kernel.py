@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from masked_rnn._backends import cudnn, kernels
+from masked_rnn._backends.held import operators
 from masked_rnn._torch import KERNELS as OURS
 from masked_rnn._torch import with_autograd
 
@@ -20,19 +21,15 @@ KERNELS = dict(OURS)
 """PyTorch's own, before tests replace some."""
 
 
-def with_cudnn(
-    monkeypatch: pytest.MonkeyPatch, runs: Callable[[Tensor], bool] = lambda _x: True, *, operators: bool = False
-) -> list[str]:
+def with_cudnn(monkeypatch: pytest.MonkeyPatch, runs: Callable[[Tensor], bool] = lambda _x: True) -> list[str]:
     """Makes the package see cuDNN for the inputs for which `runs` is True, with kernels that are as strict.
 
-    `operators`: the package calls cuDNN's operators itself. Returns a list that gets the name of each operator that
-    runs.
+    Returns a list that gets the name of each of cuDNN's operators that the package calls.
     """
     ran: list[str] = []
     monkeypatch.setattr(cudnn, "runs_cudnn", runs)
-    monkeypatch.setattr(cudnn, "IS_PROVEN", operators)
     for name, operator in (("cudnn_forward", strict_forward), ("cudnn_backward", strict_backward)):
-        monkeypatch.setattr(cudnn, name, lambda *a, n=name, op=operator: noted(ran, n, op, *a))
+        monkeypatch.setattr(operators, name, lambda *a, n=name, op=operator: noted(ran, n, op, *a))
     for mode, kernel in list(kernels.KERNELS.items()):
         monkeypatch.setitem(kernels.KERNELS, mode, StrictKernel(kernel, runs))
     return ran
@@ -64,7 +61,7 @@ RESERVE = 24
 
 
 class Asked(NamedTuple):
-    """The arguments that both operators end with."""
+    """The arguments that both operators end with, of one layer over a padded batch, time first."""
 
     mode: int
     hidden: int
@@ -82,11 +79,8 @@ class Asked(NamedTuple):
         given: Any = tuple(states) if NAMES[self.mode] == "LSTM" else states[0]
         parameters = placed(flat, shapes)
         has_biases = any(len(shape) == 1 for shape in shapes)
-        options = (has_biases, self.layers, 0.0, True, self.bidirectional)
         kernel = KERNELS[NAMES[self.mode]]
-        if self.batch_sizes:
-            return list(kernel(x, torch.tensor(self.batch_sizes), given, parameters, *options))
-        return list(kernel(x, given, parameters, *options, self.batch_first))
+        return list(kernel(x, given, parameters, has_biases, 1, 0.0, True, self.bidirectional, False))
 
 
 def placed(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
@@ -101,21 +95,18 @@ def check_operands(
     x: Tensor, weights: Sequence[Tensor], each: int, flat: Tensor, states: Sequence[Tensor], asked: Asked
 ) -> None:
     check_kinds(x, (*states, *weights, flat))
-    assert not asked.dropout
-    assert asked.dropout_state is None
-    stacked = asked.layers * (2 if asked.bidirectional else 1)
-    assert len(weights) == each * stacked
-    sizes = torch.tensor(asked.batch_sizes) if asked.batch_sizes else None
-    check_states(x, states, stacked, sizes, asked.batch_first)
+    assert (asked.layers, asked.batch_first, tuple(asked.batch_sizes)) == (1, False, ())
+    assert (asked.dropout, asked.dropout_state) == (0.0, None)
+    directions = 2 if asked.bidirectional else 1
+    assert len(weights) == each * directions
+    check_states(x, states, directions, None, batch_first=False)
     widths = (asked.proj or asked.hidden, asked.hidden)
     assert [h.size(2) for h in states] == list(widths[: len(states)])
     rows = {0: 1, 1: 1, 2: 4, 3: 3}[asked.mode] * asked.hidden
-    directions = 2 if asked.bidirectional else 1
-    for k in range(stacked):
-        inputs = x.size(-1) if k < directions else widths[0] * directions
+    for k in range(directions):
         own = weights[k * each : (k + 1) * each]
         expected = [
-            (rows, inputs),
+            (rows, x.size(-1)),
             (rows, widths[0]),
             *([(rows,)] * 2 if each > 3 else []),
             *([(asked.proj, asked.hidden)] if asked.proj else []),
@@ -128,8 +119,8 @@ def check_operands(
             raise RuntimeError("RNN module weights are not part of single contiguous chunk of memory.")
     if each < 4:
         room = flat[sum(w.numel() for w in weights) :]
-        assert room.numel() >= 2 * rows * stacked, "cuDNN reads biases"
-        assert not room[: 2 * rows * stacked].any(), "something else is taken for biases"
+        assert room.numel() >= 2 * rows * directions, "cuDNN reads biases"
+        assert not room[: 2 * rows * directions].any(), "something else is taken for biases"
 
 
 def strict_forward(
@@ -140,8 +131,6 @@ def strict_forward(
     check_operands(x, weights, each, flat, states, asked)
     assert x.numel(), "PyTorch does not give cuDNN an empty input"
     output, *last = asked.run(x, flat, [w.shape for w in weights], states)
-    if not asked.batch_sizes and asked.batch_first:  # its memory lies time first
-        output = output.transpose(0, 1).contiguous().transpose(0, 1)
     reserve = torch.ones(RESERVE if asked.train else 0, dtype=torch.uint8)
     return [output, last[0], last[1] if c is not None else torch.empty(0), reserve, flat]
 
@@ -165,8 +154,7 @@ def strict_backward(
     if not asked.train:
         raise RuntimeError("cudnn RNN backward can only be called in training mode")
     check_operands(x, weights, each, flat, states, asked)
-    time_first = output.transpose(0, 1) if asked.batch_first and not asked.batch_sizes else output
-    assert time_first.is_contiguous(), "cuDNN reads its memory as it lies"
+    assert output.is_contiguous(), "cuDNN reads its memory as it lies"
     assert reserve.dtype == torch.uint8
     assert reserve.numel() == RESERVE
     assert bool(reserve.all()), "the reserve was changed by another backward"

@@ -27,26 +27,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._call import Call
-from .._call.call import Restore
-from .._call.lengths import is_on_host
-from .._cells import LayerWeights, States, flatten_weights, group_weights, stack_layers
-from .._plan import real_mask
-from . import cudnn
-from .double_backward import gradient_of, needs_another_backward
-from .held_weights import flatten, marks_for, narrow
-from .recurrence import scan
+from ..._call import Call
+from ..._call.call import Restore
+from ..._call.lengths import is_on_host
+from ..._cells import LayerWeights, States, flatten_weights, group_weights, stack_layers
+from ..._plan import real_mask
+from .. import cudnn
+from ..double_backward import gradient_of, needs_another_backward
+from ..kernels import run_stack
+from ..recurrence import scan
+from . import operators
+from .marks import flatten, marks_for, narrow
+from .operators import Kernel, Memory
 
 
 def why_not(call: Call) -> str | None:
-    """Return the reason why gates can't hold the state in this call. None: they can."""
-    if not cudnn.calls_operators(call.data):
-        return "cuDNN's operators are not called"
-    if not call.context.readable:
-        return "a compiler or a tracer is active"
-    if call.layer.mode != "GRU" and call.initial is not None and call.directions == 2:
-        return "only a GRU's gates hold an initial state over padding that comes first"
-    return None
+    """Return the reason why this backend can't run a call. None: it can."""
+    reason = call.context.only_scan or call.why_unreadable(reads_plan=call.data.dim() == 2)
+    if not reason and not call.context.readable:
+        reason = "torch.jit.trace, make_fx and FakeTensorMode can't follow it into cuDNN's operators"
+    reason = reason or operators.why_not(call.data)
+    if reason or call.is_plain or call.layer.mode == "GRU" or call.initial is None or call.directions == 1:
+        return reason
+    return "padding comes first in the backward direction, and the gates of an LSTM or RNN can't hold hx over it"
 
 
 @dataclass(eq=False, repr=False)
@@ -73,7 +76,7 @@ class Marked:
 class Held(NamedTuple):
     """The configuration of one layer, and the padding of the call."""
 
-    kernel: cudnn.Kernel
+    kernel: Kernel
     marked: Marked
     is_top: bool
     """True: the output is zeroed at padding. False: the next layer ignores it there."""
@@ -84,6 +87,8 @@ class Held(NamedTuple):
 
 
 def run(call: Call) -> tuple[Tensor, States]:
+    if call.is_plain:
+        return run_stack(call, call.data, call.states)
     layer, number, learns = call.layer, count(), torch.is_grad_enabled()
     x, real, lengths, restore = _padded(call)
     steps = x.size(0)
@@ -91,7 +96,7 @@ def run(call: Call) -> tuple[Tensor, States]:
         longest = max(int(call.lengths.max()), 1)  # beyond it all is padding
         x, real = x[:longest], real[:longest]
     marked, wide, states = _open(call, x, real, lengths)
-    kernel = _kernel(call)
+    kernel = Kernel(layer.mode, layer.hidden_size, layer.proj_size, call.directions)
 
     def run_one(x: Tensor, states: States, weights: LayerWeights) -> tuple[Tensor, States]:
         k = next(number)
@@ -103,12 +108,6 @@ def run(call: Call) -> tuple[Tensor, States]:
     if output.size(0) < steps:
         output = F.pad(output, (0, 0, 0, 0, 0, steps - output.size(0)))
     return restore(output), last
-
-
-def _kernel(call: Call) -> cudnn.Kernel:
-    """Return the configuration of each single layer."""
-    layer = call.layer
-    return cudnn.Kernel(layer.mode, layer.hidden_size, layer.proj_size, 1, call.directions)
 
 
 def _padded(call: Call) -> tuple[Tensor, Tensor, Tensor | None, Restore]:
@@ -161,11 +160,11 @@ def forward(
     given: States,  # each (D, N, P or H)
     weights: LayerWeights,
     train: bool,
-) -> tuple[Tensor, States, tuple[cudnn.Memory, Tensor, Tensor]]:
+) -> tuple[Tensor, States, tuple[Memory, Tensor, Tensor]]:
     """Run a layer. Return its output, the last states, and for backward memory, cuDNN's output and reserve."""
     last = held.marked.last
     memory = _memory(held, wide, x, given, weights)
-    raw, states, reserve = cudnn.run(held.kernel, memory, train)
+    raw, states, reserve = operators.run(held.kernel, memory, train)
     if last is not None:  # the forward direction's h has not stayed
         h = raw.gather(0, last)
         states = (h if held.kernel.directions == 1 else torch.cat([h, states[0][1:]]), *states[1:])
@@ -176,7 +175,7 @@ def forward(
     return output, states, (memory, raw, reserve)
 
 
-def _memory(held: Held, wide: Tensor | None, x: Tensor, given: States, weights: LayerWeights) -> cudnn.Memory:
+def _memory(held: Held, wide: Tensor | None, x: Tensor, given: States, weights: LayerWeights) -> Memory:
     """Return what the kernel reads. The arguments are those of `forward`."""
     kernel, marked, zero = held.kernel, held.marked, held.marked.zero
     if wide is None:
@@ -187,12 +186,12 @@ def _memory(held: Held, wide: Tensor | None, x: Tensor, given: States, weights: 
         runs = marked.find_runs()
         states = tuple([torch.where(runs, h.to(zero.dtype), zero).contiguous() for h in given])
     flat, views = flatten(kernel, weights, wide.size(-1), zero.dtype)
-    return cudnn.Memory(wide, flat, views, states)
+    return Memory(wide, flat, views, states)
 
 
 def backward(
     held: Held,
-    saved: tuple[cudnn.Memory, Tensor, Tensor],
+    saved: tuple[Memory, Tensor, Tensor],
     d_output: Tensor | None,  # (T, N, D·P)
     d_last: Sequence[Tensor | None],  # each (D, N, P or H)
     inputs: int,
@@ -212,7 +211,7 @@ def backward(
         d_raw = torch.zeros_like(raw) if d_raw is None else d_raw if held.is_top else d_raw.clone()
         d_raw.scatter_add_(0, last, d_h[:1])
         d_h[0].zero_()
-    dx, d_states, d_weights = cudnn.run_back(held.kernel, memory, (raw, reserve), d_raw, (d_h, *d_c), want_weights)
+    dx, d_states, d_weights = operators.run_back(held.kernel, memory, raw, reserve, d_raw, (d_h, *d_c), want_weights)
     d_initial: Sequence[Tensor | None] = [None] * len(d_states)
     if held.has_states:
         runs = held.marked.find_runs()
@@ -247,7 +246,7 @@ class HeldLayer(torch.autograd.Function):
         if all(g is None for g in grads):
             return (None,) * (2 + len(needs))
         wide, flat, *rest = rest
-        memory = cudnn.Memory(wide, flat, cudnn.views_of(flat, ctx.shapes), tuple(rest[:S]))
+        memory = Memory(wide, flat, cudnn.views_of(flat, ctx.shapes), tuple(rest[:S]))
         saved = (memory, *rest[S:])
         dx, d_initial, d_weights = backward(held, saved, grads[0], grads[1:], x.size(-1), any(needs[1 + S :]))
         found = [None] * (len(needs) - 1 - S) if d_weights is None else flatten_weights([d_weights])

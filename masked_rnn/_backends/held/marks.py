@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._cells import GATES, LayerWeights, Weights, group_weights
-from .._torch import current_stream, is_capturing
-from .cudnn import Kernel, views_of
+from ..._cells import GATES, HOLD, LayerWeights, Weights, group_weights
+from ..._torch import current_stream, is_capturing
+from ..cudnn import views_of
+from .operators import Kernel
 
-HOLD = 1e4
-"""In every dtype, sigmoid(1e4) is 1 and sigmoid(-1e4) is 0."""
 DRIVES: dict[str, dict[int, float]] = {"GRU": {1: HOLD}, "LSTM": {0: -HOLD, 1: HOLD}, "RNN_RELU": {0: -torch.inf}}
 """The value that a mark adds to each gate, by the gate's index. -inf: a quarter of the dtype's least number"""
 
