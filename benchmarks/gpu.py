@@ -1,22 +1,21 @@
-"""Proves and times the layer on an NVIDIA GPU, with gates that hold the state over padding and without.
+"""Compares and times `backend="held"` on an NVIDIA GPU, and prints what to report.
 
-`python -m benchmarks.gpu` asks seven questions, the smallest first, and prints each line as soon as it is known. If
-gates do not hold (1) or the tests fail (7), `IS_PROVEN` in masked_rnn/_backends/cudnn.py has to stay False.
-`--only 1,3` asks some of them. On a device named by `--device cpu` it only shows that the script runs.
+`python -m benchmarks.gpu` asks six questions, the smallest first, prints each line as soon as it is known, and at the
+end the lines of a report. It has not run on a GPU yet: `held` is tested on a simulated device only. `--only 1,3` asks
+some of the questions. `--device cpu` only shows that the script runs, with `padded` in the place of `held`.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import itertools
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any
 
 import torch
@@ -24,33 +23,50 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import masked_rnn
-from masked_rnn._backends import cudnn
 
 ROUNDS, CALLS = 7, 10
+STEPS = (100, 3000)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+CELLS: dict[str, tuple[str, dict[str, Any]]] = {
+    "GRU": ("GRU", {}),
+    "LSTM": ("LSTM", {}),
+    "RNN": ("RNN", {}),
+    "RNN, relu": ("RNN", {"nonlinearity": "relu"}),
+}
 Call = Callable[[], object]
+report: list[str] = []
+"""The lines that are worth reporting."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--only", default="1,2,3,4,5,6,7", help="questions, such as 1,3")
+    parser.add_argument("--only", default="1,2,3,4,5,6", help="questions, such as 1,3")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device here")
     device = torch.device(arguments.device)
-    say(f"torch {torch.__version__}, Python {sys.version.split()[0]}, {where(device)}")
-    questions = (gates_hold, time_by_kernel, costs, layers_in_turns, packed_or_padded, captured, tests)
+    note(f"torch {torch.__version__}, Python {sys.version.split()[0]}, {where(device)}, `{' '.join(sys.argv[1:])}`")
+    questions = (same_results, kernels_started, layers_in_turns, packed_or_padded, captured, tests)
     failed = False
     for number in map(int, arguments.only.split(",")):
         question = questions[number - 1]
         say(f"\n{number}. {question.__doc__}")
         failed |= question(device) is False
+    say("\nPlease report, in an issue, the whole output, or at least these lines:\n")
+    for line in report:
+        say(f"- {line}")
     return int(failed)
 
 
 def say(text: str) -> None:
     print(text, flush=True)
+
+
+def note(text: str) -> None:
+    """Prints a line, which is also one of the report."""
+    say(text)
+    report.append(text)
 
 
 def where(device: torch.device) -> str:
@@ -59,56 +75,54 @@ def where(device: torch.device) -> str:
     return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
 
 
-@contextlib.contextmanager
-def held(wanted: bool) -> Iterator[None]:
-    """Has gates hold the state, or not."""
-    before, cudnn.IS_PROVEN = cudnn.IS_PROVEN, wanted
-    try:
-        yield
-    finally:
-        cudnn.IS_PROVEN = before
+def backends(device: torch.device) -> tuple[str, ...]:
+    """Returns the backends that call PyTorch's kernels, last the one that is asked about."""
+    return ("packed", "padded", "held") if device.type == "cuda" else ("packed", "padded")
 
 
-def gates_hold(device: torch.device) -> bool:
-    """Do gates hold the state in cuDNN, over 100 steps and over 3,000?"""
-    right = True
-    for name, steps, dtype in itertools.product(("GRU", "LSTM", "RNN"), (100, 3000), DTYPES):
-        for tf32 in (False, True)[: 1 + (dtype == torch.float32)]:
-            torch.backends.cudnn.allow_tf32 = tf32
-            layer, x, lengths = problem(name, (32, steps, 32, 32), device, bidirectional=True)
-            layer = layer.to(dtype)
-            x = x.to(dtype).masked_fill(padding(lengths, steps, device).unsqueeze(-1), torch.nan)
-            expected = results(copy.deepcopy(layer).cpu().double(), x.cpu().double(), lengths)
-            errors = []
-            for wanted in (False, True):
-                with held(wanted):
-                    found = results(layer, x, lengths.to(device))
-                errors.append([relative_error(a, b) for a, b in zip(found, expected, strict=True)])
-            # At most three times the error of the other way, and a few roundings.
-            rounding = 8 * torch.finfo(torch.bfloat16 if tf32 else dtype).eps
-            fits = all(b <= 3 * a + rounding for a, b in zip(*errors, strict=True))
-            right &= fits
-            worst = [max(each) for each in errors]
-            what = f"{name} 32×{steps} {dtype}{', TF32' if tf32 else ''}"
-            say(f"   {what}: worst error {worst[0]:.1e}, held {worst[1]:.1e}{'' if fits else ' WRONG'}")
+def by(backend: str, layer: Any) -> Any:
+    """Returns a copy of a layer, with the same parameters, that runs by a backend."""
+    own = copy.copy(layer)
+    own.backend = backend
+    return own
+
+
+def same_results(device: torch.device) -> bool:
+    """Does held give what packed gives in float64, and in other dtypes with at most three times its error?"""
+    right, asked = True, backends(device)[-1]
+    torch.backends.cudnn.allow_tf32 = False
+    for cell, steps, dtype in itertools.product(CELLS, STEPS, DTYPES):
+        layer, x, lengths = problem(cell, (32, steps, 32, 32), device, bidirectional=True, num_layers=2)
+        real = (torch.arange(steps) < lengths.unsqueeze(1)).to(device)
+        x = x.double().masked_fill(~real.unsqueeze(-1), torch.nan)
+        expected = results(by("packed", layer.double()), x, lengths)
+        low = layer.to(dtype)
+        errors = []
+        for backend in ("packed", asked):
+            found = results(by(backend, low), x.to(dtype), lengths.to(device))
+            errors.append([relative_error(a, b) for a, b in zip(found, expected, strict=True)])
+        rounding = 1e-9 if dtype == torch.float64 else 8 * torch.finfo(dtype).eps
+        fits = all(b <= 3 * a + rounding for a, b in zip(*errors, strict=True))
+        right &= fits
+        worst = [max(each) for each in errors]
+        tell = note if dtype == torch.float64 or not fits else say
+        what = f"{cell} 32×{steps} {dtype}, worst error: packed {worst[0]:.1e}, {asked} {worst[1]:.1e}"
+        tell(f"{what}{'' if fits else ' WRONG'}")
     torch.backends.cudnn.allow_tf32 = True
     return right
 
 
 def problem(
-    name: str, sizes: tuple[int, int, int, int], device: torch.device, **options: Any
+    cell: str, sizes: tuple[int, int, int, int], device: torch.device, **options: Any
 ) -> tuple[Any, Tensor, Tensor]:
     """Returns a layer, its input (N, T, I) and lengths (N,) on the CPU, one of them T. `sizes` are N, T, I, H."""
     torch.manual_seed(0)
     N, T, features, H = sizes
-    layer = getattr(masked_rnn, f"Masked{name}")(features, H, batch_first=True, **options).to(device)
+    name, more = CELLS[cell]
+    layer = getattr(masked_rnn, f"Masked{name}")(features, H, batch_first=True, **more, **options).to(device)
     lengths = torch.randint(1, T + 1, (N,))
     lengths[0] = T
     return layer, torch.randn(N, T, features).to(device), lengths
-
-
-def padding(lengths: Tensor, steps: int, device: torch.device) -> Tensor:
-    return (torch.arange(steps) >= lengths.unsqueeze(1)).to(device)
 
 
 def results(layer: Any, x: Tensor, lengths: Tensor) -> list[Tensor]:
@@ -125,45 +139,21 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
 
 
-def time_by_kernel(device: torch.device) -> None:
-    """Where does the time of a training step go?"""
+def kernels_started(device: torch.device) -> None:
+    """How many kernels does a training step start? GRU, 32×100 64→64, with cuDNN's own."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
-    layer, x, lengths = problem("GRU", (32, 100, 64, 64), device)
-    for wanted in (False, True):
-        step = training(layer, x, lengths.to(device))
-        with held(wanted):
+    for layers, bidirectional in ((1, False), (2, True)):
+        layer, x, lengths = problem("GRU", (32, 100, 64, 64), device, num_layers=layers, bidirectional=bidirectional)
+        found = []
+        for backend in backends(device):
+            step = training(by(backend, layer), x, lengths.to(device))
             step()
             with torch.profiler.profile(activities=activities) as profile:
                 step()
                 wait(device)
-        say(f"   held: {wanted}")
-        say(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60))
-
-
-def costs(device: torch.device) -> None:
-    """What do an operator, a Function, an assertion and a copy cost?"""
-    x, holds, host = torch.zeros(32, device=device), torch.ones((), dtype=torch.bool, device=device), torch.zeros(32)
-    pinned = host.pin_memory() if device.type == "cuda" else host
-    contenders: dict[str, Call] = {
-        "an operator": lambda: x.add(1),
-        "a Function": lambda: Nothing.apply(x),
-        "an assertion": lambda: torch._assert_async(holds, "no"),
-        "a pinned copy": lambda: pinned.to(device, non_blocking=True),
-        "memory pinned, and a copy": lambda: torch.empty_like(host, pin_memory=device.type == "cuda").to(device),
-    }
-    for name, seconds in in_turns(contenders, device, calls=1000).items():
-        say(f"   {name}: {seconds * 1e6:.1f} µs")
-
-
-class Nothing(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
+            found.append(f"{backend} {sum(event.device_type.name != 'CPU' for event in profile.events())}")
+        note(f"kernels and copies, GRU ×{layers}{' bi' if bidirectional else ''}: " + ", ".join(found))
 
 
 def wait(device: torch.device) -> None:
@@ -219,36 +209,27 @@ class Packing(nn.Module):
 
 
 def layers_in_turns(device: torch.device) -> None:
-    """How long do torch.nn over padding, packing by hand, and the layer in both ways take? N=32, T=100, I=H."""
-    say(
-        "   milliseconds of torch.nn over padding; times as long: packing by hand, the layer as it is, held; no lengths"
-    )
+    """How long do torch.nn over padding, packing by hand, and each backend take? N=32, T=100, I=H."""
+    names = ("packing by hand", *backends(device))
+    say(f"Milliseconds of torch.nn over padding; times as long: {', '.join(names)}")
+    shares: dict[str, list[list[float]]] = {"training": [], "inference": []}
     sizes = itertools.product(("GRU", "LSTM"), (32, 128, 256, 1024), (1, 2), (False, True))
-    for name, H, layers, bidirectional in sizes:
-        layer, x, lengths = problem(name, (32, 100, H, H), device, num_layers=layers, bidirectional=bidirectional)
-        own = getattr(nn, name)(H, H, layers, batch_first=True, bidirectional=bidirectional).to(device)
+    for cell, H, layers, bidirectional in sizes:
+        layer, x, lengths = problem(cell, (32, 100, H, H), device, num_layers=layers, bidirectional=bidirectional)
+        own = getattr(nn, cell)(H, H, layers, batch_first=True, bidirectional=bidirectional).to(device)
         own.load_state_dict(layer.state_dict())
         there = lengths.to(device)
         for work in (training, inference):
-            contenders = {
-                "torch.nn": work(own, x),
-                "packing": work(Packing(own), x, lengths),
-                "not held": with_held(False, work(layer, x, there)),
-                "held": with_held(True, work(layer, x, there)),
-                "not held, no lengths": with_held(False, work(layer, x)),
-                "held, no lengths": with_held(True, work(layer, x)),
-            }
+            contenders = {"torch.nn": work(own, x), "packing": work(Packing(own), x, lengths)}
+            contenders |= {backend: work(by(backend, layer), x, there) for backend in names[1:]}
             base, *others = in_turns(contenders, device).values()
-            what = f"{name} H={H} ×{layers}{' bi' if bidirectional else ''}, {work.__name__}"
-            say(f"   {what}: {base * 1e3:.2f} ms; " + " ".join(f"{seconds / base:.2f}" for seconds in others))
-
-
-def with_held(wanted: bool, call: Call) -> Call:
-    def run() -> None:
-        with held(wanted):
-            call()
-
-    return run
+            what = f"{cell} H={H} ×{layers}{' bi' if bidirectional else ''}, {work.__name__}"
+            say(f"{what}: {base * 1e3:.2f} ms; " + " ".join(f"{seconds / base:.2f}" for seconds in others))
+            shares[work.__name__].append([seconds / base for seconds in others])
+    for work_name, rows in shares.items():
+        means = [geometric_mean(each) for each in zip(*rows, strict=True)]
+        named = ", ".join(f"{name} {mean:.2f}" for name, mean in zip(names, means, strict=True))
+        note(f"{work_name}, times as long as torch.nn over padding, geometric mean: {named}")
 
 
 def packed_or_padded(device: torch.device) -> None:
@@ -256,30 +237,27 @@ def packed_or_padded(device: torch.device) -> None:
     for H, share in itertools.product((128, 256, 512), (0.25, 0.5, 0.75)):
         layer, x, _ = problem("GRU", (256, 400, H, H), device)
         lengths = torch.linspace(400 * max(0.0, 1 - 2 * share), min(400.0, 800 * (1 - share)), 256).round().long()
-        contenders = {}
-        for backend, wanted in (("packed", False), ("padded", False), ("padded", True)):
-            own = copy.deepcopy(layer)
-            own.backend = backend
-            contenders[f"{backend}{' held' if wanted else ''}"] = with_held(wanted, training(own, x, lengths))
+        contenders = {b: training(by(b, layer), x, lengths) for b in backends(device)}
         found = in_turns(contenders, device, calls=2)
-        say(f"   H={H}, {share:.0%} padding: " + ", ".join(f"{name} {s * 1e3:.1f} ms" for name, s in found.items()))
+        note(f"H={H}, {share:.0%} padding: " + ", ".join(f"{name} {s * 1e3:.1f} ms" for name, s in found.items()))
 
 
 def captured(device: torch.device) -> None:
-    """What do a compiled layer and a CUDA graph take? GRU, 32×100 64→64, training."""
+    """What do a compiled layer and a CUDA graph take? GRU, 32×100 64→64, training. Compiled layers refuse held."""
     torch._dynamo.config.allow_rnn = True
     layer, x, lengths = problem("GRU", (32, 100, 64, 64), device)
     there = lengths.to(device)
-    for wanted in (False, True):
-        with held(wanted):
-            eager = training(layer, x, there)
-            contenders: dict[str, Call] = {"eager": eager}
-            for mode in ("default", "reduce-overhead")[: 2 if device.type == "cuda" else 1]:
-                contenders[mode] = training(torch.compile(copy.deepcopy(layer), mode=mode, fullgraph=True), x, there)
-            if device.type == "cuda":
-                contenders["CUDA graph"] = recorded(eager)
-            found = in_turns(contenders, device)
-        say(f"   held {wanted}: " + ", ".join(f"{name} {s * 1e3:.2f} ms" for name, s in found.items()))
+    contenders: dict[str, Call] = {}
+    for mode in ("default", "reduce-overhead")[: 2 if device.type == "cuda" else 1]:
+        contenders[f"compiled, {mode}"] = training(
+            torch.compile(copy.deepcopy(layer), mode=mode, fullgraph=True), x, there
+        )
+    for backend in backends(device)[1:]:
+        contenders[backend] = training(by(backend, layer), x, there)
+        if device.type == "cuda":
+            contenders[f"{backend} as a CUDA graph"] = recorded(contenders[backend])
+    found = in_turns(contenders, device)
+    note(", ".join(f"{name} {s * 1e3:.2f} ms" for name, s in found.items()))
 
 
 def recorded(step: Call) -> Call:
@@ -296,10 +274,10 @@ def recorded(step: Call) -> Call:
 
 
 def tests(device: torch.device) -> bool:
-    """Do the tests for GPUs pass, with gates that hold and without?"""
+    """Do the tests for GPUs pass?"""
     command = [sys.executable, "-m", "pytest", "tests/test_cuda.py", "-m", "slow or not slow", "-n", "2"]
     finished = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
-    say(f"   {finished.stdout.strip().splitlines()[-1]}")
+    note(f"tests/test_cuda.py: {finished.stdout.strip().splitlines()[-1]}")
     if finished.returncode:
         say(finished.stdout[-6000:])
     return finished.returncode == 0

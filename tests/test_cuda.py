@@ -22,6 +22,7 @@ from support.oracle import (
     call,
     cotangents,
     every,
+    held_refuses_hx,
     masked,
     oracle,
     plain,
@@ -31,8 +32,6 @@ from support.oracle import (
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
-
-from masked_rnn._backends import cudnn
 
 if not torch.cuda.is_available():
     pytest.skip("CUDA is not available", allow_module_level=True)
@@ -63,13 +62,7 @@ def _every_digit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-@pytest.fixture(autouse=True, params=[False, True], ids=["functions", "operators"])
-def _operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs each test twice: PyTorch's functions call cuDNN, or the package calls its operators, and gates hold."""
-    monkeypatch.setattr(cudnn, "IS_PROVEN", request.param)
-
-
-@pytest.fixture(params=("auto", *BACKENDS))
+@pytest.fixture(params=("auto", *BACKENDS, "held"))
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -83,6 +76,18 @@ def refusing_to_wait() -> Iterator[Any]:
 def given_as(form: str) -> dict[str, Any]:
     given, _ = FORMS[form]
     return {name: value.cuda() for name, value in given.items()} if form.startswith("device") else given
+
+
+def refuses(layer: Any, given: dict[str, Any], cudnn: bool = True) -> bool:
+    """Returns whether `held` refuses a call with initial states."""
+    return layer.backend == "held" and (not cudnn or (bool(given) and held_refuses_hx(layer)))
+
+
+def on_gpu(layer: Any, backend: str) -> Any:
+    """Returns a copy of the layer on the GPU, which runs by a backend."""
+    there = copy.deepcopy(layer).cuda()
+    there.backend = backend
+    return there
 
 
 def home(run: Run) -> Run:
@@ -104,8 +109,12 @@ def test_cuda_matches_float64_oracle(
             x = torch.randn(4, STEPS, INPUT, dtype=dtype).masked_fill(~mask.unsqueeze(-1), torch.nan)
             states, pulled = random_states(layer, 4, dtype), cotangents(layer, 4, STEPS)
             expected = oracle(layer, x.nan_to_num(), mask, states, pulled, given.get("resets"))
-            states, pulled = [h.cuda() for h in states], [c.cuda() for c in pulled]
-            found = home(call(layer.cuda(), x.cuda(), states, pulled, **given_as(form)))
+            called = layer.cuda(), x.cuda(), [h.cuda() for h in states], [c.cuda() for c in pulled]
+            if refuses(layer, given, cudnn):
+                with pytest.raises(ValueError, match="backend='held' can't run this call"):
+                    call(*called, **given_as(form))
+                continue
+            found = home(call(*called, **given_as(form)))
             assert_same(found, expected, atol, (form, options))
             for padded in (found.output, found.gradients["x"]):
                 assert not padded[~mask].any()
@@ -133,6 +142,8 @@ STREAMS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "one-step-unbatched": ("unbatched", 1, {}),
 }
 
+WITHOUT_PADDING = ("whole", "unbatched", "one-step", "device-one-step-resets", "one-step-unbatched")
+
 
 def arranged(form: str, x: Tensor) -> Any:
     """Brings x (N, T, I) into a form of input."""
@@ -151,7 +162,7 @@ def test_hx_of_any_layout_is_accepted(cell: str, backend: str, form: str, kind: 
     """cuDNN refuses a state that is not contiguous, such as the flattened one that the layer returned."""
     shape, steps, given = STREAMS[form]
     options = {"num_layers": 2, "bidirectional": True, "batch_first": True, "enforce_sorted": form == "sorted"}
-    layer = masked(cell, backend=backend, **options).double()
+    layer = masked(cell, **options).double()
     x = torch.randn(4, STEPS, INPUT, dtype=torch.float64)[:, :steps]
     initial = random_states(layer, 4)
 
@@ -174,8 +185,13 @@ def test_hx_of_any_layout_is_accepted(cell: str, backend: str, form: str, kind: 
         loss = sum((t * t).sum() for t in results)
         return [t.cpu() for t in (*results, *torch.autograd.grad(loss, wanted))]
 
+    there = on_gpu(layer, backend)
+    if held_refuses_hx(there) and form not in WITHOUT_PADDING:
+        with pytest.raises(ValueError, match="can't hold hx"):
+            run(there, "cuda")
+        return
     expected = run(layer, "cpu")
-    for found, own in zip(run(copy.deepcopy(layer).cuda(), "cuda"), expected, strict=True):
+    for found, own in zip(run(there, "cuda"), expected, strict=True):
         torch.testing.assert_close(found, own)
 
 
@@ -201,7 +217,10 @@ def training_step(layer: Any, x: Tensor, **given: Any) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize(
     ("backend", "form"),
     [
-        *product(["auto", "padded"], ["list", "host", "host-mask", "device", "device-mask", "device-empty", "neither"]),
+        *product(
+            ["auto", "padded", "held"],
+            ["list", "host", "host-mask", "device", "device-mask", "device-empty", "neither"],
+        ),
         ("scan", "device-resets"),
     ],
 )
@@ -214,11 +233,12 @@ def test_training_step_makes_no_host_sync(cell: str, backend: str, form: str, re
 
 
 @pytest.mark.parametrize(
-    ("backend", "form"), [*product(["auto", "padded"], ["device", "device-mask"]), ("auto", "device-resets-alone")]
+    ("backend", "form"),
+    [*product(["auto", "padded", "held"], ["device", "device-mask"]), ("auto", "device-resets-alone")],
 )
 def test_captured_graph_replays_with_new_values(cell: str, backend: str, form: str) -> None:
-    layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=backend).double()
-    there = copy.deepcopy(layer).cuda()
+    layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True).double()
+    there = on_gpu(layer, backend)
     x = torch.randn(4, STEPS, INPUT, dtype=torch.float64, device="cuda", requires_grad=True)
     given, graph, aside = given_as(form), torch.cuda.CUDAGraph(), torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
@@ -251,6 +271,10 @@ def test_autocast_matches_torch_dtypes_and_oracle(
     expected = oracle(layer, x, mask, states, pulled)
     layer, x = layer.cuda(), x.cuda().requires_grad_()
     states = [h.float().cuda().requires_grad_() for h in states]
+    if refuses(layer, {"lengths": LENGTHS}, cudnn):
+        with pytest.raises(ValueError, match="backend='held' can't run this call"):
+            layer(x, as_hx(states), **given_as(form))
+        return
     with torch.autocast("cuda", dtype=dtype):
         output, last = layer(x, as_hx(states), **given_as(form))
         their_output, their_last = theirs(x, as_hx(states))
@@ -266,7 +290,7 @@ def test_autocast_matches_torch_dtypes_and_oracle(
 
 def test_second_derivatives_match_cpu(cell: str, backend: str) -> None:
     """cuDNN's backward has no derivative of its own."""
-    layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=backend).double()
+    layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True).double()
 
     def penalty(own: Any, device: str) -> list[Tensor]:
         leaf = x.to(device).requires_grad_()
@@ -276,13 +300,13 @@ def test_second_derivatives_match_cpu(cell: str, backend: str) -> None:
 
     x, lengths = torch.randn(4, STEPS, INPUT, dtype=torch.float64), torch.tensor(LENGTHS)
     expected = penalty(layer, "cpu")
-    for found, own in zip(penalty(copy.deepcopy(layer).cuda(), "cuda"), expected, strict=True):
+    for found, own in zip(penalty(on_gpu(layer, backend), "cuda"), expected, strict=True):
         torch.testing.assert_close(found, own)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_second_derivatives_under_autocast_match_cpu(cell: str, backend: str, dtype: torch.dtype) -> None:
-    layer = masked(cell, batch_first=True, backend=backend)
+    layer = masked(cell, batch_first=True)
     x, lengths = torch.randn(4, STEPS, INPUT), torch.tensor(LENGTHS)
 
     def penalty(own: Any, device: str, enabled: bool) -> Tensor:
@@ -294,16 +318,16 @@ def test_second_derivatives_under_autocast_match_cpu(cell: str, backend: str, dt
         return g.cpu()
 
     expected = penalty(layer, "cpu", False)
-    torch.testing.assert_close(penalty(copy.deepcopy(layer).cuda(), "cuda", True), expected, atol=0.1, rtol=0.1)
+    torch.testing.assert_close(penalty(on_gpu(layer, backend), "cuda", True), expected, atol=0.1, rtol=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_matches_float64(cell: str, backend: str, dtype: torch.dtype) -> None:
-    layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=backend).to(dtype)
+    layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True).to(dtype)
     x = torch.randn(4, STEPS, INPUT, dtype=dtype)
     exact = copy.deepcopy(layer).double()
     expected, expected_last = exact(x.double(), lengths=LENGTHS)
-    output, last = layer.cuda()(x.cuda(), lengths=LENGTHS)
+    output, last = on_gpu(layer, backend)(x.cuda(), lengths=LENGTHS)
     for found, own in zip((output, *as_tuple(last)), (expected, *as_tuple(expected_last)), strict=True):
         assert found.dtype == dtype
         torch.testing.assert_close(found.double().cpu(), own, atol=20 * torch.finfo(dtype).eps, rtol=0)
@@ -334,7 +358,7 @@ def test_dropout_is_redrawn_alike_by_checkpoint(cell: str, backend: str) -> None
 
 @pytest.mark.parametrize("form", ["packed", "nested"])
 def test_packed_and_nested_input_match_cpu(cell: str, backend: str, form: str) -> None:
-    layer = masked(cell, num_layers=2, bidirectional=True, backend=backend).double()
+    layer = masked(cell, num_layers=2, bidirectional=True).double()
     rows = [torch.randn(n, INPUT, dtype=torch.float64) for n in (3, 5, 1)]
 
     def run(own: Any, device: str) -> list[Tensor]:
@@ -349,7 +373,7 @@ def test_packed_and_nested_input_match_cpu(cell: str, backend: str, form: str) -
         return [t.cpu() for t in (*results, *torch.autograd.grad(sum(t.square().sum() for t in results), leaves))]
 
     expected = run(layer, "cpu")
-    for found, own in zip(run(copy.deepcopy(layer).cuda(), "cuda"), expected, strict=True):
+    for found, own in zip(run(on_gpu(layer, backend), "cuda"), expected, strict=True):
         torch.testing.assert_close(found, own)
 
 
