@@ -127,11 +127,13 @@ def run(layer: Any, form: str, kind: str, x: Tensor, states: tuple[Tensor, ...],
 def test_gradient_has_strides_of_its_parameter(cell: str, bidirectional: bool, sizes: tuple[int, int, int]) -> None:
     inputs, hidden, batch = sizes
     hidden = 3 if cell == "lstm-proj" else hidden
-    layer = masked(cell, inputs, hidden, num_layers=2, bidirectional=bidirectional, backend="padded").to(DEVICE)
+    layer = masked(cell, inputs, hidden, num_layers=2, bidirectional=bidirectional).to(DEVICE)
     x, lengths = torch.randn(3, batch, inputs).to(DEVICE), torch.tensor([1, 3][:batch]).to(DEVICE)
-    layer(x, lengths=lengths)[0].sum().backward()
-    for name, p in layer.named_parameters():
-        assert p.grad.stride() == p.stride(), (name, tuple(p.shape), p.grad.stride())
+    for layer.backend in ON_CUDNN:
+        layer.zero_grad()
+        layer(x, lengths=lengths)[0].sum().backward()
+        for name, p in layer.named_parameters():
+            assert p.grad.stride() == p.stride(), (layer.backend, name, tuple(p.shape), p.grad.stride())
 
 
 @pytest.mark.slow_but("lstm-proj")
