@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -21,6 +22,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         mark = item.get_closest_marker("slow_but")
         if mark and mark.args[0] not in item.name:
             item.add_marker("slow")
+
+
+def pytest_collection_finish() -> None:
+    """Keeps the garbage collector from walking through all of torch again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

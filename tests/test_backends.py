@@ -19,10 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from masked_rnn import _dispatch, _probe, _torch
 from masked_rnn._backends import cudnn, kernels
 from masked_rnn._backends.bptt import library
-from masked_rnn._call import Call, open_call
-from masked_rnn._call.context import Context
-from masked_rnn._call.inputs import Packed, Padded
-from masked_rnn._plan import Plan
+from masked_rnn._call import open_call
 
 X = torch.randn(3, 6, INPUT)
 ROWS = [X[0], X[1, :4], X[2, :1]]
@@ -152,30 +149,6 @@ def test_forced_backend_runs(cell: str, backend: str, form: str, ran: list[str])
     x, given = CALLS[form]
     masked(cell, batch_first=True, backend=backend)(x, **given)
     assert ran == [backend]
-
-
-@pytest.mark.parametrize("at_once", [False, True])
-def test_auto_chooses_backend_on_gpu(at_once: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`auto` follows the device of the lengths, and whether a kernel runs all steps of a padded batch at once."""
-    capturing = False
-    monkeypatch.setattr(_dispatch, "runs_all_steps_at_once", lambda *_: at_once)
-    there, here = (SimpleNamespace(device=SimpleNamespace(type=name)) for name in ("xpu", "cpu"))
-
-    def taken(dims: int, sizes: tuple[int, ...] = (), **given: Any) -> str:
-        given = {"lengths": None, "mask": None, "resets": None, "real": None, "form": Padded(X, 6, 3, False), **given}
-        call: Any = Call(masked("gru"), Context(cuda_graph=capturing), parameters=[X], data=X, initial=(), **given)
-        call.data = SimpleNamespace(device=there.device, is_cpu=False, requires_grad=False, dim=lambda: dims)
-        call.plan = Plan(list(sizes), 9, sum(sizes), torch.device("cpu"))
-        return _dispatch.first_that_can(call, _dispatch.order(call))[0]
-
-    assert taken(3) == taken(3, lengths=here) == ("padded" if at_once else "packed")
-    assert taken(3, lengths=there) == taken(3, mask=there) == taken(3, resets=there) == "padded"
-    assert taken(2, (9, *[1] * 60)) == ("padded" if at_once else "packed")
-    assert taken(2, (19, *[1] * 60)) == "packed"
-    capturing = True
-    assert taken(3, resets=there) == "scan"
-    assert taken(2, (9, 9), form=Packed(X, 9, 2, False, pack_sequence(ROWS))) == "packed"
-    assert taken(3, lengths=there) == "padded"
 
 
 @pytest.mark.parametrize("mode", ["is_traced", "is_transformed", "is_recorded", "is_fake", ""])

@@ -369,6 +369,29 @@ def test_graph_capture_refuses_host_values(cell: str, backend: str, form: str) -
     torch.testing.assert_close(output.detach().cpu(), layer(x, **to("cpu", given))[0])
 
 
+@pytest.mark.parametrize("at_once", [False, True])
+def test_auto_follows_the_device_of_lengths(
+    at_once: bool, ran: list[str], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for no lengths. Otherwise it takes `padded` if a kernel runs all steps of a padded batch at once."""
+    monkeypatch.setattr(_dispatch, "runs_all_steps_at_once", lambda *_: at_once)
+    layer, x = masked("gru", batch_first=True).to(DEVICE), torch.randn(4, STEPS, INPUT).to(DEVICE)
+
+    def taken(form: str) -> str:
+        layer(x, **{**FORMS, **WITH_RESETS}[form])
+        return ran[-1]
+
+    for form in ("neither", "list", "host"):
+        assert taken(form) == ("padded" if at_once else "packed")
+    assert taken("device") == taken("device-mask") == "padded"
+    request.getfixturevalue("_captured")
+    assert taken("neither") == taken("device") == taken("device-mask") == "padded"
+    assert taken("device-resets") == "scan"
+    batch = pack_padded_sequence(torch.randn(4, STEPS, INPUT), torch.tensor([5, 3, 2, 2]), True)
+    layer(PackedSequence(batch.data.to(DEVICE), batch.batch_sizes))
+    assert ran[-1] == "packed"
+
+
 @pytest.mark.usefixtures("_captured")
 def test_graph_capture_takes_packed_and_refuses_nested() -> None:
     layer = masked("gru", bidirectional=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.oracle import (
     INPUT,
+    ONE_STATE_AND_TWO,
     as_hx,
     as_tuple,
     assert_same,
@@ -124,6 +125,7 @@ def test_hx_is_accepted_in_both_forms(layer: Any, x: Tensor) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 def test_unbatched_input_equals_batch_of_one(layer: Any, x: Tensor, given: dict[str, Any], batch_first: bool) -> None:
     layer.batch_first = True
     states = random_states(layer, 1)

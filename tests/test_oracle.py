@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from support.oracle import (
@@ -12,7 +10,6 @@ from support.oracle import (
     assert_same,
     call,
     cotangents,
-    every,
     masked,
     oracle,
     prefix_mask,
@@ -33,11 +30,11 @@ LENGTHS = {
 
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize(("bias", "with_hx"), [(True, True), (False, False)])
 def test_lengths_match_each_sequence_alone(
-    cell: str, layers: int, bidirectional: bool, bias: bool, batch_first: bool, with_hx: bool, ran: list[str]
+    cell: str, layers: int, bidirectional: bool, bias: bool, with_hx: bool, ran: list[str]
 ) -> None:
+    batch_first = (layers == 1) ^ bidirectional ^ bias  # every pair of options occurs
     layer = masked(cell, num_layers=layers, bidirectional=bidirectional, bias=bias, batch_first=batch_first).double()
     for name, lengths in LENGTHS.items():
         x = torch.randn(4, STEPS, INPUT, dtype=torch.float64)
@@ -61,9 +58,12 @@ MASKS = {
 
 
 @pytest.mark.parametrize(
-    "options", every(num_layers=[1, 2], bidirectional=[False, True], batch_first=[False, True]), ids=str
+    ("layers", "bidirectional", "batch_first"), [(1, False, True), (1, True, False), (2, False, False), (2, True, True)]
 )
-def test_masks_match_each_sequence_alone(cell: str, backend: str, options: dict[str, Any], ran: list[str]) -> None:
+def test_masks_match_each_sequence_alone(
+    cell: str, backend: str, layers: int, bidirectional: bool, batch_first: bool, ran: list[str]
+) -> None:
+    options = {"num_layers": layers, "bidirectional": bidirectional, "batch_first": batch_first}
     layer = masked(cell, backend=backend, **options).double()
     for name, rows in MASKS.items():
         mask = torch.tensor(rows, dtype=torch.bool)
@@ -75,7 +75,7 @@ def test_masks_match_each_sequence_alone(cell: str, backend: str, options: dict[
         assert ran.pop() == ("bptt" if name == "nothing" else backend)
 
 
-@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -float("inf"), 1e38])
+@pytest.mark.parametrize("garbage", [float("nan"), -float("inf"), 1e38])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_padding_is_never_read(cell: str, backend: str, garbage: float, bidirectional: bool) -> None:
     layer = masked(cell, backend=backend, num_layers=2, bidirectional=bidirectional, batch_first=True).double()

@@ -9,6 +9,7 @@ import torch
 from support.oracle import (
     BACKENDS,
     INPUT,
+    ONE_STATE_AND_TWO,
     as_hx,
     as_tuple,
     call,
@@ -26,7 +27,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from masked_rnn._backends.bptt import library, loops
 from masked_rnn._probe import lstm_kernel_runs
 
-STEPS, BATCH, HIDDEN = 60, 5, 24
+STEPS, BATCH, HIDDEN = 30, 5, 24
 
 
 def errors(run: Any, truth: Any) -> tuple[float, float]:
@@ -152,7 +153,9 @@ def test_autocast_matches_torch_dtypes(cell: str, backend: str, case: dict[str, 
 def test_backward_under_autocast_is_unchanged(
     cell: str, bidirectional: bool, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The backward gives the same bits as outside of autocast, over several chunks too. So does the operator's."""
+    """The backward gives the same bits as outside of autocast, over several chunks too. So does the operator's, which
+    does not depend on the cell.
+    """
     if kind == "ops":
         monkeypatch.setattr(library, "find", lambda: "left out here")
         monkeypatch.setattr(loops, "CHUNK_BYTES", 300)
@@ -163,7 +166,10 @@ def test_backward_under_autocast_is_unchanged(
         with torch._dynamo.config.patch(allow_rnn=True):
             return torch.compile(layer, backend="aot_eager", fullgraph=True)(x, lengths=lengths)
 
-    for run in (lambda x, lengths: layer(x, lengths=lengths), by_operator):
+    runs: list[Any] = [lambda x, lengths: layer(x, lengths=lengths)]
+    if cell in ONE_STATE_AND_TWO and bidirectional:
+        runs.append(by_operator)
+    for run in runs:
         loss = run(x, lengths)[0].square().sum()
         expected = torch.autograd.grad(loss, parameters, retain_graph=True)
         with torch.autocast("cpu", torch.bfloat16):

@@ -62,7 +62,7 @@ def given_for(real: Any) -> tuple[dict[str, Any], Tensor]:
     return {"lengths": real}, prefix_mask(real, STEPS)
 
 
-@pytest.mark.parametrize("options", GRID, ids=str)
+@pytest.mark.parametrize("options", [GRID[0], GRID[-1]], ids=str)
 def test_resets_match_each_segment_alone(cell: str, options: dict[str, Any], ran: list[str]) -> None:
     layer = masked(cell, **options).double()
     for k, (real, name) in enumerate(itertools.product(REAL, RESETS)):

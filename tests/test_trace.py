@@ -59,8 +59,7 @@ def arguments(layer: Any, given: str, batch: int, steps: int, full: bool) -> tup
 
 
 @pytest.mark.parametrize("given", ["lengths", "mask", "packed", "neither"])
-@pytest.mark.parametrize(("bidirectional", "batch_first"), [(True, True), (False, False)])
-@pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
+@pytest.mark.parametrize(("cell", "bidirectional", "batch_first"), [("gru", True, True), ("lstm-proj", False, False)])
 def test_traced_layer_takes_other_lengths(cell: str, given: str, bidirectional: bool, batch_first: bool) -> None:
     """The example's lengths may all be T, which otherwise count as no lengths, or shorter; or T may be 1."""
     layer = masked(cell, num_layers=2, bidirectional=bidirectional, batch_first=batch_first)
@@ -157,6 +156,7 @@ def test_make_fx_keeps_no_lengths(cell: str, given: str) -> None:
 
 @pytest.mark.parametrize(("batch", "steps"), [(0, 5), (3, 0), (0, 0)])
 @pytest.mark.parametrize("given", ["lengths", "mask"])
+@pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 def test_fake_tensors_without_steps_run(cell: str, given: str, batch: int, steps: int) -> None:
     with FakeTensorMode():
         layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True)
