@@ -73,11 +73,11 @@ def test_resets_match_each_segment_alone(cell: str, options: dict[str, Any], ran
         first = states if with_hx else [torch.zeros_like(h) for h in states]
         expected = oracle(layer, x, mask, first, pulled, resets)
         dirty = torch.where(mask.unsqueeze(-1), x, torch.nan)
-        for layer.backend in ("auto", *BACKENDS):
+        for layer.backend in BACKENDS:
             found = call(layer, dirty, states if with_hx else None, pulled, **arguments, resets=resets)
             assert_same(found, expected, note=(real, name, with_hx, layer.backend))
             backend = ran.pop()
-            if layer.backend != "auto" and real != "nothing":
+            if real != "nothing":
                 assert backend == layer.backend
 
 
