@@ -70,8 +70,8 @@ def compare(path: Any, layers: list[Any], given: str, arguments: tuple[Any, ...]
 @pytest.mark.parametrize(
     "case",
     [
-        {"layers": 2, "bidirectional": True, "given": "lengths", "with_hx": True, "batch_first": False},
-        {"layers": 2, "bidirectional": False, "given": "mask", "with_hx": True, "batch_first": True},
+        {"layers": 2, "bidirectional": False, "given": "lengths", "with_hx": True, "batch_first": False},
+        {"layers": 2, "bidirectional": True, "given": "mask", "with_hx": True, "batch_first": True},
         {"layers": 1, "bidirectional": True, "given": "mask", "with_hx": False, "batch_first": False},
         {"layers": 2, "bidirectional": True, "given": "neither", "with_hx": True, "batch_first": True},
     ],

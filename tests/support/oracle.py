@@ -120,17 +120,23 @@ def oracle(
     each segment runs alone. Results are cached by layer and tensors, because a test asks once for each backend."""
     given = (*layer.parameters(), x, mask, *states, *pulled, *([] if resets is None else [resets]))
     facts = (layer.mode, layer.num_layers, layer.bidirectional, layer.bias, layer.proj_size, len(states), len(given))
-    key = hashlib.sha256(repr(facts).encode())
-    for t in given:
-        key.update(f"{t.dtype}{tuple(t.shape)}".encode())
-        key.update(t.detach().contiguous().view(torch.uint8).numpy() if t.numel() else b"")
-    known = _known.get(key.digest())
+    key = digest(facts, given)
+    known = _known.get(key)
     if known is None:
-        known = _known[key.digest()] = _each_alone(layer, x, mask, states, pulled, resets)
+        known = _known[key] = _each_alone(layer, x, mask, states, pulled, resets)
     return Run(known.output, known.states, dict(known.gradients))
 
 
 _known: dict[bytes, Run] = {}
+
+
+def digest(facts: object, tensors: Sequence[Tensor]) -> bytes:
+    """Returns a key for what is computed from the tensors."""
+    key = hashlib.sha256(repr(facts).encode())
+    for t in tensors:
+        key.update(f"{t.dtype}{tuple(t.shape)}{t.requires_grad}".encode())
+        key.update(t.detach().contiguous().view(torch.uint8).numpy() if t.numel() else b"")
+    return key.digest()
 
 
 def _each_alone(
