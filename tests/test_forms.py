@@ -26,6 +26,11 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 LENGTHS = [3, 6, 1, 4]
 
 
+@pytest.fixture(params=ONE_STATE_AND_TWO)
+def cell(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(params=[False, True], ids=["forward", "bidirectional"])
 def layer(cell: str, backend: str, request: pytest.FixtureRequest) -> Any:
     return masked(cell, num_layers=2, bidirectional=request.param, backend=backend, batch_first=True).double()
@@ -125,7 +130,6 @@ def test_hx_is_accepted_in_both_forms(layer: Any, x: Tensor) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 def test_unbatched_input_equals_batch_of_one(layer: Any, x: Tensor, given: dict[str, Any], batch_first: bool) -> None:
     layer.batch_first = True
     states = random_states(layer, 1)

@@ -129,7 +129,7 @@ def test_resets_are_refused_with_reason() -> None:
     assert "ONNX's nodes know no resets within a sequence" in str(refused.value)
 
 
-@pytest.mark.parametrize("forced", ["packed", "padded", "bptt", "held"])
+@pytest.mark.parametrize("forced", ["padded", "bptt", "held"])
 def test_forced_backend_is_refused(forced: str) -> None:
     layer = masked("gru", backend=forced).eval()
     with pytest.raises(Exception, match=f"backend='{forced}' can't run this call: it is being compiled or exported"):

@@ -24,8 +24,12 @@ import masked_rnn
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCKS = [
-    pytest.param(code, id=f"{page.stem}-{k}", marks=[pytest.mark.slow] * (page.stem == "recipes" and k % 4 > 0))
+BLOCKS = [  # those that compile or export are slow, and most recipes
+    pytest.param(
+        code,
+        id=f"{page.stem}-{k}",
+        marks=[pytest.mark.slow] * (page.stem == "capture" or (page.stem == "recipes" and k % 4 > 0)),
+    )
     for page in PAGES
     for k, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 ]

@@ -142,7 +142,7 @@ def test_decaying_state_keeps_its_digits(cell: str, backend: str, dtype: torch.d
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_median_error_stays_near_torchs(cell: str, backend: str, dtype: torch.dtype) -> None:
     """If terms cancel, one element's error has no bound, but the errors of most elements have."""
-    for scale in (1.0, 1e-3, 1e-6):
+    for scale in (1.0, 1e-6):
         ours = masked(cell, INPUT, HIDDEN, batch_first=True, bidirectional=True, bias=False, backend=backend).to(dtype)
         theirs = plain(cell, INPUT, HIDDEN, batch_first=True, bidirectional=True, bias=False).to(dtype)
         theirs.load_state_dict(ours.state_dict())

@@ -178,7 +178,7 @@ def test_fake_tensors_without_steps_run(cell: str, given: str, batch: int, steps
 def test_fake_tensors_give_shapes_or_reason(cell: str, given: str, name: str) -> None:
     """Forward and backward need shapes only. A backend that needs values is refused with the reason."""
     with FakeTensorMode():
-        layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend=name)
+        layer = masked(cell, bidirectional=True, batch_first=True, backend=name)
         x = torch.randn(3, 5, INPUT, requires_grad=True)
         lengths, mask = torch.tensor([5, 2, 1]), torch.ones(3, 5, dtype=torch.bool)
         more: dict[str, Any] = {"lengths": {"lengths": lengths}, "list": {"lengths": [5, 2, 1]}}.get(given, {})
