@@ -84,6 +84,7 @@ LENGTHS: list[tuple[Any, type[Exception], str]] = [
         TypeError,
         r"use \(torch.*\.long\(\); if they count steps, torch\.tensor\(lengths\)\.long\(\)\.$",
     ),
+    ([np.float32(6), 4, 2], TypeError, r"of type float32.*Use torch\.tensor\(lengths\)\.long\(\)\.$"),
     ([6.0, True, 2.0], TypeError, r"lengths\[0\] = 6\.0.*integer dtype\.$"),
     ([1, 10**30, 3], ValueError, r"lengths\[1\] = 1000.* is out of range\. Expected 0 <= length <= 6"),
     (np.array([1, 2**63, 3], dtype=np.uint64), ValueError, r"lengths\[1\] = 9223372036854775808 is out of range"),
@@ -390,7 +391,7 @@ def test_batch_first_states_are_refused_with_their_cure(cell: str) -> None:
     hx = states(layer, 3, 4, None)
     name, first = ("hx[0]", hx[0]) if isinstance(hx, tuple) else ("hx", hx)
     found = str(refused(layer, X, hx))
-    assert found.endswith(f" Flattened, {name} would be (3, {4 * first.size(2)}). Use {name}.transpose(0, 1).")
+    assert found.endswith(f" {name} may also be flattened, (3, {4 * first.size(2)}). Use {name}.transpose(0, 1).")
     assert found.count("[3, 4, ") == 1
     layer(X, tuple(h.transpose(0, 1) for h in hx) if isinstance(hx, tuple) else hx.transpose(0, 1))
 
@@ -445,7 +446,7 @@ def test_own_hints_follow_torchs_words(cell: str) -> None:
     layer = masked(cell, batch_first=True)
     width, name = layer.proj_size or 3, "hx[0]" if layer.mode == "LSTM" else "hx"
     assert str(refused(layer, X, states(layer, 1, 2, None))).endswith(
-        f"(1, 3, {width}), got [1, 2, {width}]. Flattened, {name} would be (3, {width})."
+        f"(1, 3, {width}), got [1, 2, {width}]. {name} may also be flattened, (3, {width})."
     )
     assert str(refused(layer, X.long())).endswith(". If these are ids, embed them first: torch.nn.Embedding.")
 
@@ -509,10 +510,10 @@ def test_hx_of_wrong_shape_or_type_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"Expected hx of size \(1, 3, 3\), or flattened \(3, 3\), got \[3, 4\]"):
         masked("gru", batch_first=True)(X, torch.zeros(3, 4))
     h = torch.zeros(2, 3, 3)
-    for wrong, got in ((h, "a Tensor"), ((h, h, h), "3 tensors"), ([h], "1 tensors")):
-        with pytest.raises(RuntimeError, match=rf"^MaskedLSTM: hx must be the pair \(h_0, c_0\), got {got}\.$"):
+    for wrong, got in ((h, "Tensor"), ((h, h, h), "tuple of 3"), ([], "list of 0")):
+        with pytest.raises(RuntimeError, match=rf"^MaskedLSTM: hx must be the pair \(h_0, c_0\), got a {got}\.$"):
             masked("lstm", batch_first=True, bidirectional=True)(X, wrong)
-    with pytest.raises(RuntimeError, match=r"got \[1, 3, 4\]\. Flattened, hx\[1\] would be \(3, 3\)\.$"):
+    with pytest.raises(RuntimeError, match=r"got \[1, 3, 4\]\. hx\[1\] may also be flattened, \(3, 3\)\.$"):
         masked("lstm", batch_first=True)(X, (torch.zeros(1, 3, 3), torch.zeros(1, 3, 4)))
     with pytest.raises(TypeError, match="hx must be a tensor, got list"):
         masked("gru", batch_first=True)(X, [0.0])

@@ -227,9 +227,9 @@ def test_autocast_uses_padded_where_cpu_has_kernel(cell: str, ran: list[str]) ->
     [
         (X.double(), None, {}, r"(?=.*torch\.float64).*torch\.float32"),
         (X[..., :2], None, {}, "must be equal to input_size"),
-        (X, torch.zeros(1, N, 5), {}, "Expected hx"),
+        (X, torch.zeros(1, N, 5), {}, "Expected hidden size"),
         (X[:1], None, {"lengths": [1, 2, 1, 1]}, r"lengths\[1\] = 2, but the input has only 1 time steps"),
-        (X[:1], None, {"lengths": [1, 1]}, "lengths has 2 elements"),
+        (X[:1], None, {"lengths": [1, 1]}, "expected 4 lengths"),
         (X[:1], None, {"mask": torch.ones(1, 2, dtype=torch.bool)}, "mask has shape"),
         (X[:1], None, {"lengths": SOME, "mask": SOME.bool().view(1, N)}, "give one of them"),
         (X[:1], None, {"resets": torch.ones(1, 2, dtype=torch.bool)}, "resets has shape"),

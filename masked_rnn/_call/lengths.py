@@ -290,7 +290,7 @@ def _refuse_element(given: Sequence[Any], n: int, steps: int) -> NoReturn:
     cure = ""
     if all(isinstance(length, (bool, np.bool_)) for length in given):
         cure = " If they mark real steps, give a bool tensor as mask."
-    elif all(isinstance(length, (int, float)) and not isinstance(length, bool) for length in given):
+    elif all(isinstance(length, (int, float, np.number)) and not isinstance(length, bool) for length in given):
         are_whole, are_fractions = all(n % 1 == 0 for n in given), all(0 <= n <= 1 for n in given)
         cure = _to_whole("torch.tensor(lengths)", ".long()", are_whole, steps if are_fractions else None)
     raise TypeError(f"lengths[{n}] = {given[n]!r} is of type {type(given[n]).__name__}. {EXPECTED}{cure}")

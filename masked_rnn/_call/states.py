@@ -25,8 +25,8 @@ def open_states(context: Context, layer: Layer, form: Form, hx: Any) -> States:
     _refuse_lengths_as_hx(form, hx)
     given = (hx,) if len(widths) == 1 else hx
     if not isinstance(given, (tuple, list)) or len(given) != len(widths):
-        given = f"{len(hx)} tensors" if isinstance(hx, (tuple, list)) else f"a {type(hx).__name__}"
-        raise RuntimeError(f"{type(layer).__name__}: hx must be the pair (h_0, c_0), got {given}.")
+        found = f"{type(hx).__name__} of {len(given)}" if isinstance(hx, (tuple, list)) else type(hx).__name__
+        raise RuntimeError(f"{type(layer).__name__}: hx must be the pair (h_0, c_0), got a {found}.")
     states = []
     for k, (h, width) in enumerate(zip(given, widths, strict=True)):
         name = "hx" if len(widths) == 1 else f"hx[{k}]"
@@ -146,5 +146,5 @@ def _refused_shape(layer: Layer, form: Form, given: Any, k: int, name: str) -> E
             theirs.check_forward_args(form.data, hx, [form.batch])
 
     fallback = f"Expected {name} of size {whole}, got {list(found)}"
-    hint = f"Flattened, {name} would be {flat}.{cure}"
+    hint = f"{name} may also be flattened, {flat}.{cure}"
     return refusal(layer, RuntimeError, probe, fallback, hint, dtype=form.data.dtype)
