@@ -17,8 +17,7 @@ class ForwardPass {
           free_((sizes_.width - sizes_.gates) * H_),
           row_(sizes_.width * H_),
           projects_(layer_.weights[0].w_hr.data),
-          saves_(layer_.history.data),
-          group_(max(TILE_ROWS, min(GROUP_BYTES / (row_ * ptrdiff_t(sizeof(T))), MOST_ROWS))) {}
+          saves_(layer_.history.data) {}
 
     Fault operator()() {
         take_memory();
@@ -49,7 +48,6 @@ class ForwardPass {
     Division division_;
     ptrdiff_t H_, P_, N_, free_, row_;
     bool projects_, saves_;
-    ptrdiff_t group_;
     Memory memory_;
     Transposed<T> w_ih_[2], w_hh_[2], w_hr_[2];
 
@@ -115,7 +113,7 @@ class ForwardPass {
             // The input product of a group of steps, then these steps.
             const ptrdiff_t first = t;
             ptrdiff_t rows = 0;
-            for (ptrdiff_t m; t < length[0] && (m = block.active(t), !rows || rows + m <= group_); ++t) {
+            for (ptrdiff_t m; t < length[0] && (m = block.active(t), !rows || rows + m <= MOST_ROWS); ++t) {
                 for (ptrdiff_t i = 0; i < m; ++i, ++rows) {
                     const ptrdiff_t place = block.place(i);
                     x[rows] = in<const T>(layer_.x) + block.outside(t, place, length[i], layer_.gather) * layer_.x_row;

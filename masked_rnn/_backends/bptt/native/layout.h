@@ -1,10 +1,10 @@
 // How a layer's work is divided among blocks and tasks, and where its numbers are in memory.
 
-constexpr ptrdiff_t MOST_ROWS = 64;           // the most sequences in a block
-constexpr ptrdiff_t BLOCK_BYTES = 192 << 10;  // the most bytes of a block's activations at one step
-constexpr ptrdiff_t DEPTH = 256;              // the rows that are added to the weights' gradients at once
-constexpr ptrdiff_t GROUP_BYTES = 192 << 10;  // the bytes of activations whose input product is computed at once
-constexpr ptrdiff_t TABLE = DEPTH;            // the most rows in a table of addresses
+// The most sequences in a block, and the most rows in an input product. Each block reads the whole weights at each step,
+// so fewer would cost more for weights that do not fit the cache than their activations' bytes would save.
+constexpr ptrdiff_t MOST_ROWS = 64;
+constexpr ptrdiff_t DEPTH = 256;    // the rows that are added to the weights' gradients at once
+constexpr ptrdiff_t TABLE = DEPTH;  // the most rows in a table of addresses
 
 // Unused space after each row of scratch memory. Without it, rows could be a multiple of 4 KiB apart. They would then
 // compete for the same places of the first-level cache, and a load from one would wait for a store to another.
@@ -28,14 +28,12 @@ struct Division {
 
     explicit Division(const Layer& layer) {
         sides = max(1, min(divide_up(layer.threads, layer.directions), layer.sequences));
-        const ptrdiff_t row_bytes = sizes_of(layer.cell).width * layer.hidden * layer.item_bytes;
-        const ptrdiff_t most = max(TILE_ROWS, min(BLOCK_BYTES / row_bytes, MOST_ROWS));
-        blocks = sides * divide_up(divide_up(layer.sequences, sides), most);
+        blocks = sides * divide_up(divide_up(layer.sequences, sides), MOST_ROWS);
     }
 };
 
-// Whether products with a weight of rows of K numbers are faster where it lies. That saves packing it, which takes a
-// time in proportion to K, but each product of one or two rows then takes longer by about the same time for every K.
+// Whether so many products of one or two rows with a weight, whose rows are K numbers, are faster where it lies. That
+// saves packing it, which takes a time in proportion to K, but each product takes longer by the same time for every K.
 template <class T>
 bool stays_in_place(ptrdiff_t K, ptrdiff_t products) {
     return products <= max(1, K / (LANES<T> + 8));

@@ -86,12 +86,19 @@ NEVER_INLINE void multiply_by_rows(const T* const* a, const SomeRows<T>& b, Star
 template <class T>
 void multiply_by_rows(const T* const* a, const SomeRows<T>& b, Start start, const T* row, T* const* c,
                       ptrdiff_t column, ptrdiff_t rows) {
-    for (ptrdiff_t i = 0, M; i < rows; i += M) {
-        switch (M = rows_of_next_products(rows - i)) {
+    // Some rows of B at a time, which stay in the first-level cache for all rows of A.
+    constexpr ptrdiff_t NUMBERS = (16 << 10) / sizeof(T);
+    const ptrdiff_t at_once =
+        rows > ROWS_IN_PLACE ? max(1, NUMBERS / max(1, b.depth * SUMS<T>)) * SUMS<T> : b.stop - b.first;
+    for (ptrdiff_t j = b.first; j < b.stop; j += at_once, column += at_once) {
+        const SomeRows<T> some{b.matrix, b.rows, b.depth, j, min(b.stop, j + at_once)};
+        for (ptrdiff_t i = 0, M; i < rows; i += M) {
+            switch (M = rows_of_next_products(rows - i)) {
 #define CASE(M) \
-    case M: multiply_by_rows<T, M>(a + i, b, start, row, c + i, column); break;
-            CASE(1) CASE(2) CASE(3) CASE(4)
+    case M: multiply_by_rows<T, M>(a + i, some, start, row, c + i, column); break;
+                CASE(1) CASE(2) CASE(3) CASE(4)
 #undef CASE
+            }
         }
     }
 }
@@ -123,13 +130,13 @@ template <class T>
 NEVER_INLINE void multiply_by_straight(const T* const* a, ptrdiff_t begin, const T* b, ptrdiff_t depth,
                                        ptrdiff_t columns, const T* end, Start start, T* const* c, ptrdiff_t rows) {
     constexpr ptrdiff_t DEPTH_AT_ONCE = 64;  // so that the rows of a large B are read side by side
-    for (ptrdiff_t i = 0, M; i < rows; i += M) {
-        M = rows_of_next_products(rows - i);
-        for (ptrdiff_t k = 0; k < depth; k += DEPTH_AT_ONCE) {
+    for (ptrdiff_t k = 0; k < depth; k += DEPTH_AT_ONCE) {
+        const ptrdiff_t here = min(DEPTH_AT_ONCE, depth - k);
+        const Start from = k ? AT_C : start;
+        for (ptrdiff_t i = 0, M; i < rows; i += M) {
+            M = rows_of_next_products(rows - i);
             const T* of_a[ROWS_IN_PLACE];
             for (ptrdiff_t r = 0; r < M; ++r) of_a[r] = a[i + r] + begin + k;
-            const ptrdiff_t here = min(DEPTH_AT_ONCE, depth - k);
-            const Start from = k ? AT_C : start;
             for (ptrdiff_t j = 0; j < columns; j += TILE_WIDTH<T>) {
                 const T* part = b + k * columns + j;
                 switch (M) {
