@@ -18,10 +18,11 @@ from support.oracle import CELLS, HIDDEN, INPUT, as_tuple, masked, needs_torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import masked_rnn
+
 ROOT = Path(__file__).parent.parent
-TABLE = (
-    (ROOT / "docs/versions.md").read_text().partition("| what | instead | which is run by |\n")[2].partition("\n\n")[0]
-)
+HEAD = "| not supported | instead | test of the alternative |\n"
+TABLE = (ROOT / "docs/versions.md").read_text().partition(HEAD)[2].partition("\n\n")[0]
 
 
 class Model(nn.Module):
@@ -32,6 +33,14 @@ class Model(nn.Module):
     def forward(self, x: Tensor, lengths: Tensor) -> Any:
         output, last = self.layer(x, lengths=lengths)
         return output, *as_tuple(last)
+
+
+def test_citation_is_of_this_version() -> None:
+    """The changelog has the version's date. The release workflow compares the version with the tag."""
+    citation = dict(line.split(": ", 1) for line in (ROOT / "CITATION.cff").read_text().splitlines() if ": " in line)
+    version, date = citation["version"], citation["date-released"].strip('"')
+    assert version == masked_rnn.__version__
+    assert f"\n## [{version}] - {date}\n" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_table_row_names_its_tests() -> None:
@@ -111,32 +120,40 @@ def test_flop_counter_counts_all_products(cell: str) -> None:
 PYTHON_THAT_PRETENDS = """#!/usr/bin/env bash
 case "$2" in
     venv) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
-    pip) if [[ "$4" == torch==* ]]; then echo "${4#torch==}" >"${0%python}torch"; fi ;;
+    pip) echo "$4" >"${0%python}torch" ;;
     pytest)
         torch=$(cat "${0%python}torch")
         printf '%s\\n' "a test of $torch" "12 passed on $torch"
-        [[ "$torch" != 2.9.1 ]]
+        [[ "$torch" != torch==2.9.1 ]]
         ;;
-    *) echo "Python 3.11" ;;
 esac
 """
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a script of bash")
-def test_versions_log_keeps_every_release(tmp_path: Path) -> None:
-    python, log = tmp_path / "python", tmp_path / "log"
-    python.write_text(PYTHON_THAT_PRETENDS)
-    python.chmod(0o755)
+@pytest.mark.parametrize("given", [(), ("2.9.1@3.12", "2.13.0@3.11")])
+def test_versions_log_keeps_every_release(given: tuple[str, ...], tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    for version in (11, 12, 13):
+        python = tmp_path / f"python3.{version}"
+        python.write_text(PYTHON_THAT_PRETENDS)
+        python.chmod(0o755)
+    (tmp_path / "python3.14").symlink_to("/bin/false")
     with log.open("w") as out:
         done = subprocess.run(
-            ["bash", str(ROOT / ".ci/versions"), "2.6.0", "2.9.1", "2.13.0"],
-            env={**os.environ, "PYTHON": str(python)},
+            ["bash", str(ROOT / ".ci/versions"), *given],
+            env={**os.environ, "PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]])},
             stdout=out,
             stderr=subprocess.STDOUT,
             check=False,
         )
-    assert done.returncode == 1  # the exit status of the one in the middle
+    assert done.returncode == 1  # of the one in the middle
     expected = []
-    for name in ("2.6.0", "2.9.1", "2.13.0"):
-        expected += [f"a test of {name}", f"12 passed on {name}", f"torch {name}, Python 3.11: 12 passed on {name}"]
+    for pair in given or ("2.6.0@3.11", "2.9.1@3.12", "latest@3.13", "latest@3.14"):
+        release, _, version = pair.partition("@")
+        name = "torch" if release == "latest" else f"torch=={release}"
+        if version != "3.14":
+            expected += [f"a test of {name}", f"12 passed on {name}"]
+        last = "failed before the tests" if version == "3.14" else f"12 passed on {name}"
+        expected.append(f"torch {release}, python{version}: {last}")
     assert log.read_text().splitlines() == expected
