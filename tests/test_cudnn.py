@@ -19,7 +19,7 @@ from support.oracle import (
     plain,
     random_states,
 )
-from support.simulated_device import DEVICE, SimulatedTensor
+from support.simulated_device import DEVICE, HOST, SimulatedTensor
 from support.strict_kernel import check_chunk, with_cudnn
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -331,6 +331,26 @@ def test_no_reserve_is_made_without_gradients(operators: list[str]) -> None:
     with torch.no_grad():
         layer(torch.randn(BATCH, STEPS, INPUT).to(DEVICE), lengths=LENGTHS)
     assert operators == ["cudnn_forward without reserve"]
+
+
+def test_held_runs_in_cudnns_dtype_under_autocast(cell: str, operators: list[str]) -> None:
+    layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True)
+    there, x = copy.deepcopy(layer).to(DEVICE), torch.randn(BATCH, STEPS, INPUT)
+    there.backend = "held"
+    found = []
+    for own, device in ((there, DEVICE), (layer, HOST)):
+        leaf = x.to(device).requires_grad_()
+        with torch.autocast(device.type, torch.bfloat16, enabled=own is there):
+            output, last = own(leaf, lengths=LENGTHS)
+        results = [output, *as_tuple(last)]
+        assert {t.dtype for t in results} == {torch.float16 if own is there else torch.float32}
+        wanted = [leaf, *own.parameters()]
+        gradients = torch.autograd.grad(sum(t.float().square().sum() for t in results), wanted)
+        assert [g.dtype for g in gradients] == [torch.float32] * len(wanted)
+        found.append([t.float().cpu() for t in (*results, *gradients)])
+    assert operators == ["cudnn_forward"] * 2 + ["cudnn_backward"] * 2
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)
 
 
 def test_held_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -249,6 +249,7 @@ backend_registration._setup_privateuseone_for_python_backend("simulated", _Modul
 DEVICE = torch.device("simulated", 0)
 _aten, _any = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
 _any.fallback(run, "PrivateUse1")
+_any.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")  # autocast changes no op here
 # PyTorch's kernels would set the result's size later, or leave the copy to an op that the fallback does not reach.
 for _op in (torch.ops.aten.arange.default, torch.ops.aten.arange.start, torch.ops.aten.arange.start_step):
     _aten.impl(_op, partial(run, _op), "PrivateUse1")
