@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.batch import HOLES, LENGTHS, RESETS, STEPS
 from support.oracle import (
     BACKENDS,
     INPUT,
@@ -36,10 +37,6 @@ from torch.utils.checkpoint import checkpoint
 if not torch.cuda.is_available():
     pytest.skip("CUDA is not available", allow_module_level=True)
 
-STEPS = 5
-LENGTHS = [3, 4, 0, 1]
-HOLES = torch.tensor([[0, 0, 1, 0, 1], [1, 0, 1, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
-RESETS = torch.tensor([[0, 1, 0, 0, 1], [1, 0, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 1, 0]], dtype=torch.bool)
 NONE = torch.zeros(4, STEPS, dtype=torch.bool)
 FORMS = {  # the arguments, and the mask that they mean
     "list": ({"lengths": LENGTHS}, prefix_mask(LENGTHS, STEPS)),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.batch import HOLES, LENGTHS, RESETS, STEPS
 from support.oracle import (
     BACKENDS,
     INPUT,
@@ -40,10 +41,6 @@ from masked_rnn._backends import scan
 from masked_rnn._call import context
 from masked_rnn._capture import custom_op
 
-STEPS = 5
-LENGTHS = [3, 4, 0, 1]
-HOLES = torch.tensor([[0, 0, 1, 0, 1], [1, 0, 1, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
-RESETS = torch.tensor([[0, 1, 0, 0, 1], [1, 0, 0, 1, 0], [1, 1, 0, 0, 0], [0, 0, 0, 1, 1]], dtype=torch.bool)
 FORMS: dict[str, dict[str, Any]] = {
     "list": {"lengths": LENGTHS},
     "array": {"lengths": np.array(LENGTHS, dtype=np.int32)},
@@ -219,6 +216,7 @@ def test_unbatched_and_empty_input_match_cpu(layer: Any, there: Any) -> None:
         assert_agree(found, expected, name)
 
 
+@pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 def test_packed_and_nested_input_match_cpu(layer: Any, there: Any) -> None:
     lengths, x = torch.tensor([3, 5, 1, 4]), torch.randn(4, STEPS, INPUT, dtype=torch.float64)
 
@@ -236,6 +234,7 @@ def test_packed_and_nested_input_match_cpu(layer: Any, there: Any) -> None:
         assert_agree(run(there, DEVICE, form), run(layer, "cpu", form), form)
 
 
+@pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 def test_second_derivatives_match_cpu(layer: Any, there: Any) -> None:
     x, lengths = torch.randn(2, 3, INPUT, dtype=torch.float64), torch.tensor([3, 1])
 
@@ -248,6 +247,7 @@ def test_second_derivatives_match_cpu(layer: Any, there: Any) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cell", [*ONE_STATE_AND_TWO, "rnn-tanh"])
 def test_device_ops_wait_only_where_documented(cell: str, form: str, waits: dict[str, Any]) -> None:
     """No op waits, forward or backward, except in `packed`, which has to read lengths that are on the device.
 
@@ -267,6 +267,7 @@ def test_device_ops_wait_only_where_documented(cell: str, form: str, waits: dict
 
 
 @pytest.mark.parametrize("form", WITH_RESETS)
+@pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 def test_resets_wait_only_where_documented(cell: str, form: str, ran: list[str]) -> None:
     """`auto` cuts rows at their resets on the host, which has to read tensors of the device. `scan` reads nothing."""
     for backend in ("auto", "scan"):
@@ -284,6 +285,7 @@ def test_resets_wait_only_where_documented(cell: str, form: str, ran: list[str])
     assert ran == ["packed", "scan"]
 
 
+@pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 def test_auto_pads_rows_unless_mostly_padding(cell: str, ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are padded if a kernel runs all steps at once, unless they would be nearly all padding."""
     monkeypatch.setattr(_dispatch, "runs_all_steps_at_once", lambda *_: True)
@@ -350,6 +352,7 @@ def _captured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_captured")
 @pytest.mark.parametrize("form", [*FORMS, *WITH_RESETS])
+@pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 def test_graph_capture_refuses_host_values(cell: str, backend: str, form: str) -> None:
     """A call that needs values from the host is refused with the reason. Other calls run and never wait."""
     layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True)

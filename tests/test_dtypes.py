@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.batch import BATCH, HOLES, LENGTHS, RESETS, STEPS
 from support.oracle import (
     BACKENDS,
     INPUT,
@@ -25,10 +26,6 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import pack_sequence
 
-BATCH, STEPS = 4, 5
-LENGTHS = [3, 5, 0, 1]
-HOLES = torch.tensor([[0, 0, 1, 0, 1], [1, 0, 1, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
-RESETS = torch.tensor([[0, 1, 0, 0, 1], [1, 0, 0, 1, 0], [1, 1, 0, 0, 0], [0, 0, 0, 1, 1]], dtype=torch.bool)
 GIVEN: dict[str, dict[str, Any]] = {
     "neither": {},
     "lengths": {"lengths": LENGTHS},

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from support.batch import LENGTHS, STEPS
 from support.oracle import CELLS, INPUT, as_hx, as_tuple, masked, random_states
 from support.python_calls import count
 from support.simulated_device import DEVICE, SimulatedTensor, counting
 from support.strict_kernel import with_cudnn
 
-STEPS, LENGTHS = 5, [3, 4, 0, 1]
 GIVEN: dict[str, Any] = {
     "lengths": {"lengths": torch.tensor(LENGTHS)},
     "mask": {"mask": torch.arange(STEPS) < torch.tensor(LENGTHS).unsqueeze(1)},
