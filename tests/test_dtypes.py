@@ -141,7 +141,7 @@ def test_floating_and_complex_dtypes_match_oracle(cell: str, dtype: torch.dtype,
     more = GIVEN[given]
     layer, x, mask, states, pulled = a_run(cell, dtype, more, num_layers=2, bidirectional=True)
     truth = oracle(layer, x, mask, states, pulled, more.get("resets"))
-    for layer.backend in ("auto", *BACKENDS):
+    for layer.backend in ("auto", *BACKENDS) if dtype.is_complex else BACKENDS:
         if refuses_complex(layer, dtype, given):
             with pytest.raises(ValueError, match=f"backend='{layer.backend}' can't run this call: it.*complex.*'auto'"):
                 layer(x, as_hx(states), **more)
@@ -175,7 +175,7 @@ def test_integer_relu_rnn_matches_torch(backend: str, dtype: torch.dtype, given:
 
 @pytest.mark.parametrize(
     ("cell", "dtype"),
-    [*((cell, torch.complex128) for cell in ("gru", "lstm", "lstm-proj", "rnn-tanh")), ("gru", torch.complex64)],
+    [("gru", torch.complex64), *((cell, torch.complex128) for cell in ("gru", "lstm", "lstm-proj"))],
 )
 def test_complex_layer_runs_in_every_form(cell: str, dtype: torch.dtype, ran: list[str]) -> None:
     """`auto` takes a backend that is right for one step, packed rows, no step, and a recorded graph."""
