@@ -40,8 +40,8 @@ class BackwardPass {
             const ptrdiff_t d = k % D, side = k / D;
             const Sums own = sums_of(d, side);
             if (wants_weights_) clear(own);
-            for (ptrdiff_t b = side; b < division_.blocks; b += division_.sides)
-                run_block(Block{layer_, d, b, division_.blocks}, k, own);
+            for (ptrdiff_t first = side; first < layer_.sequences; first += division_.sides * division_.most)
+                run_block(Block{layer_, d, first, division_.sides, division_.most}, k, own);
         });
         if (wants_weights_)
             run_tasks(layer_, D * layer_.threads, [&](ptrdiff_t k) { join(k % D, k / D, layer_.threads); });

@@ -33,9 +33,9 @@ class ForwardPass {
                 clear_padding(layer_, in<T>(run_.output), rows_of_output(), run_.output_row, is_there_);
         });
         run_tasks(layer_, tasks, [&](ptrdiff_t k) {
-            const ptrdiff_t d = k % layer_.directions;
-            for (ptrdiff_t b = k / layer_.directions; b < division_.blocks; b += division_.sides)
-                run_block(Block{layer_, d, b, division_.blocks}, k);
+            const ptrdiff_t d = k % layer_.directions, side = k / layer_.directions, sides = division_.sides;
+            for (ptrdiff_t first = side; first < layer_.sequences; first += sides * division_.most)
+                run_block(Block{layer_, d, first, sides, division_.most}, k);
         });
         return NONE;
     }

@@ -21,14 +21,16 @@ ALWAYS_INLINE T* in(const Array& array) {
     return static_cast<T*>(array.data);
 }
 
-// The sequences of a direction are dealt out to blocks in turns, so that each block gets long and short ones. A side is
-// the work of one task: some blocks, one after the other.
+// The sequences of a direction are dealt out to sides in turns, so that each side gets long and short ones. A side is the
+// work of one task: some blocks, one after the other, each of sequences that are next to each other on that side. So
+// their lengths are alike, and one block's rows are close together in memory.
 struct Division {
-    ptrdiff_t sides, blocks;
+    ptrdiff_t sides, most;  // the most sequences in a block
 
     explicit Division(const Layer& layer) {
         sides = max(1, min(divide_up(layer.threads, layer.directions), layer.sequences));
-        blocks = sides * divide_up(divide_up(layer.sequences, sides), MOST_ROWS);
+        const ptrdiff_t of_side = divide_up(layer.sequences, sides);
+        most = divide_up(of_side, divide_up(of_side, MOST_ROWS));
     }
 };
 
@@ -50,14 +52,14 @@ inline ptrdiff_t products_in_steps(const Layer& layer) {
 // One block: the sequences in it, by their sorted places.
 struct Block {
     const Layer& layer;
-    ptrdiff_t direction, first, stride;
+    ptrdiff_t direction, first, stride, most;
 
     ptrdiff_t place(ptrdiff_t i) const { return first + i * stride; }
 
     // The number of the block's sequences that run at step t.
     ptrdiff_t active(ptrdiff_t t) const {
         const ptrdiff_t all = in<const int64_t>(layer.sizes)[t];
-        return all <= first ? 0 : stride == 1 ? all - first : (all - first - 1) / stride + 1;
+        return all <= first ? 0 : min(most, stride == 1 ? all - first : (all - first - 1) / stride + 1);
     }
 
     ptrdiff_t start(ptrdiff_t t) const { return in<const int64_t>(layer.starts)[t]; }
