@@ -70,7 +70,7 @@ def compare(path: Any, layers: list[Any], given: str, arguments: tuple[Any, ...]
 @pytest.mark.parametrize(
     "case",
     [
-        {"layers": 2, "bidirectional": False, "given": "lengths", "with_hx": True, "batch_first": False},
+        {"layers": 1, "bidirectional": False, "given": "lengths", "with_hx": True, "batch_first": False},
         {"layers": 2, "bidirectional": True, "given": "mask", "with_hx": True, "batch_first": True},
         {"layers": 1, "bidirectional": True, "given": "mask", "with_hx": False, "batch_first": False},
         {"layers": 2, "bidirectional": True, "given": "neither", "with_hx": True, "batch_first": True},
@@ -106,8 +106,8 @@ def test_onnx_runtime_matches_layer(case: dict[str, Any], tmp_path: Any, ran: li
         compare(path, layers, case["given"], arguments(batch, steps))
 
 
-def test_layer_without_bias_exports(tmp_path: Any) -> None:
-    layer = masked("gru", bias=False, bidirectional=True, batch_first=True)
+def test_stacked_layer_without_bias_exports(tmp_path: Any) -> None:
+    layer = masked("gru", num_layers=2, bias=False, bidirectional=True, batch_first=True)
     first = (torch.randn(3, 6, INPUT), torch.tensor([6, 0, 2]))
     exported([layer], "lengths", first, tmp_path / "model.onnx")
     compare(tmp_path / "model.onnx", [layer], "lengths", first)
