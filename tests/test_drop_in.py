@@ -12,7 +12,7 @@ from typing import Any, get_args, get_overloads, get_type_hints
 
 import pytest
 import torch
-from support.oracle import CELLS, INPUT, as_tuple, every, masked, plain
+from support.oracle import CELLS, INPUT, ONE_STATE_AND_TWO, as_tuple, every, masked, plain
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -323,6 +323,7 @@ def test_call_changes_no_module_attribute(cell: str, backend: str) -> None:
     assert state() == before
 
 
+@pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 def test_meta_device_gives_shapes(cell: str, backend: str) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, device="meta", backend=backend)
     output, _ = layer(torch.empty(6, 3, INPUT, device="meta"), lengths=[3, 1, 6])
