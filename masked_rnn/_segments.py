@@ -117,3 +117,13 @@ def resets_at_real_steps(
     before = torch.where(real, seen, 0).cummax(0).values
     is_first = torch.arange(real.size(0), device=real.device).eq(0).view(-1, *[1] * (real.dim() - 1))
     return real & (seen > torch.where(is_first, 0, before.roll(1, 0)))
+
+
+def resets_backward(
+    anew: Tensor,  # (T, ...), at real steps only
+    real: Tensor | None,  # (T, ...)
+) -> Tensor:
+    """Return the steps before which the backward direction starts anew: the next real step in time has a reset."""
+    is_last = torch.arange(anew.size(0), device=anew.device).eq(anew.size(0) - 1).view(-1, *[1] * (anew.dim() - 1))
+    before = anew.roll(-1, 0) & ~is_last
+    return before if real is None else resets_at_real_steps(before.flip(0), real.flip(0)).flip(0)

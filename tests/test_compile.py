@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from support.oracle import INPUT, ONE_STATE_AND_TWO, as_tuple, cotangents, masked, random_states, torch_before
+from support.oracle import (
+    INPUT,
+    ONE_STATE_AND_TWO,
+    as_tuple,
+    cotangents,
+    masked,
+    needs_torch,
+    random_states,
+    torch_before,
+)
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -539,3 +548,32 @@ def test_empty_batch_compiles_and_trains(cell: str, batch: int, steps: int) -> N
     assert output.shape[:2] == (batch, steps)
     assert x.grad is not None
     assert all(p.grad is not None and p.grad.eq(0).all() for p in layer.parameters())
+
+
+@pytest.mark.slow_but("aot_eager")
+@needs_torch("2.13", "a loop in a graph")
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.usefixtures("allow_rnn")
+def test_compiled_scan_makes_one_loop_for_every_size(compiler: str) -> None:
+    """Without gradients. With them, each number of steps has its own graph."""
+    layer = masked("lstm-proj", bidirectional=True, batch_first=True, backend="scan")
+    counter = CompileCounterWithBackend(compiler)
+    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for batch, steps in SIZES:
+            x, hx, _ = arguments(layer, batch, steps, with_hx=True)
+            more = options("resets and lengths", batch, steps)
+            found, expected = (function(x, hx, **more) for function in (compiled, layer))
+            close([found[0], *as_tuple(found[1])], [expected[0], *as_tuple(expected[1])])
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.slow_but("aot_eager")
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.usefixtures("allow_rnn")
+def test_compiled_scan_trains(compiler: str) -> None:
+    layer = masked("gru", bidirectional=True, batch_first=True, backend="scan")
+    compiled = torch.compile(layer, backend=compiler, fullgraph=True, dynamic=True)
+    x, hx, pulled = arguments(layer, 3, 4, with_hx=True)
+    more = options("resets and lengths", 3, 4)
+    close(run(compiled, layer, x, hx, pulled, **more), run(layer, layer, x, hx, pulled, **more))

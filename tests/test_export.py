@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.oracle import INPUT, as_tuple, masked, random_states
+from support.oracle import INPUT, as_hx, as_tuple, masked, needs_torch, random_states
 from torch import Tensor, nn
 from torch.export import Dim, export
+
+from masked_rnn._backends import scan
 
 OTHERS = [(2, 9, [9, 0]), (7, 3, [3, 0, 1, 2, 3, 1, 0]), (5, 30, [1, 30, 0, 7, 2])]
 
@@ -123,3 +125,96 @@ def test_exported_layer_trains(cell: str) -> None:
     found = torch.autograd.grad(output.mul_(2).square().sum(), parameters)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, 4 * b)
+
+
+class WithAll(nn.Module):
+    """Passes every argument, under names whose order an example can follow."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, hx: list[Tensor], more: dict[str, Tensor]) -> Any:
+        return self.layer(x, as_hx(hx) if hx else None, **more)
+
+
+def everything(layer: Any, batch: int, steps: int, given: str, with_hx: bool) -> tuple[Tensor, list[Tensor], Any]:
+    """Returns arguments of `WithAll`, with NaN in padding."""
+    x, lengths, mask = torch.randn(batch, steps, INPUT), torch.randint(0, steps + 1, (batch,)), None
+    more = {}
+    if "lengths" in given:
+        more["lengths"], mask = lengths, torch.arange(steps) < lengths.unsqueeze(1)
+    if "mask" in given:
+        more["mask"] = mask = torch.rand(batch, steps) > 0.4
+    if "resets" in given:
+        more["resets"] = torch.rand(batch, steps) < 0.3
+    if mask is not None:
+        x[~mask] = torch.nan
+    return x, list(random_states(layer, batch, torch.float32)) if with_hx else [], more
+
+
+def dynamic(arguments: tuple[Tensor, list[Tensor], Any]) -> Any:
+    batch, time = Dim("batch"), Dim("time")
+    _, hx, more = arguments
+    kinds = {name: {0: batch} if name == "lengths" else {0: batch, 1: time} for name in more}
+    return {0: batch, 1: time}, [{1: batch} for _ in hx], kinds
+
+
+@needs_torch("2.13", "a loop in a graph")
+@pytest.mark.slow_but("strict-resets and lengths-True-gru")
+@pytest.mark.parametrize("with_hx", [False, True])
+@pytest.mark.parametrize("given", ["lengths", "mask", "neither", "resets", "resets and lengths", "resets and mask"])
+@pytest.mark.parametrize("strict", ["strict", "traced"])
+def test_scan_exports_one_loop_for_any_size(cell: str, given: str, with_hx: bool, strict: str) -> None:
+    layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend="scan")
+    model = WithAll(layer)
+    first = everything(layer, 3, 6, given, with_hx)
+    program = export(model, first, dynamic_shapes=dynamic(first), strict=strict == "strict")
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert targets.count("scan") == 4
+    assert not any("masked_rnn" in target or "sigmoid" in target for target in targets)
+    exported = program.module()
+    for sizes in ((1, 1), (1, 7), (5, 1), (4, 9), (3, 0), (0, 5)):
+        arguments = everything(layer, *sizes, given, with_hx)
+        with torch.no_grad():
+            pairs = zip(flat(exported(*arguments)), flat(model(*arguments)), strict=True)
+        for a, b in pairs:
+            torch.testing.assert_close(a, b)
+    if "lengths" in given:
+        x, hx, more = everything(layer, 3, 6, given, with_hx)
+        with pytest.raises(RuntimeError, match="a length is out of range: expected 0 <= length <= T"):
+            exported(x, hx, {**more, "lengths": torch.tensor([6, 7, 0])})
+
+
+@needs_torch("2.13", "a loop in a graph")
+@pytest.mark.slow_but("True-gru")
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_exported_loop_trains(cell: str, decomposed: bool) -> None:
+    layer = masked(cell, bidirectional=True, batch_first=True, backend="scan")
+    model = WithAll(layer)
+    first = everything(layer, 3, 6, "resets and lengths", True)
+    program = export(model, first, dynamic_shapes=dynamic(first))
+    exported = (program.run_decompositions() if decomposed else program).module()
+    x, hx, more = everything(layer, 4, 9, "resets and lengths", True)
+    x.requires_grad_()
+    found, expected = (
+        torch.autograd.grad(
+            sum(t.square().sum() for t in flat(function(x, hx, more))),
+            [x, *function.parameters()],
+        )
+        for function in (exported, model)
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_scan_without_loop_exports_steps(strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it is on releases of PyTorch without the loop."""
+    monkeypatch.setattr(scan, "has_graph_loop", False)
+    layer = masked("gru", batch_first=True, backend="scan")
+    x, lengths = torch.randn(3, 4, INPUT), torch.tensor([4, 0, 2])
+    program = export(Model(layer), (x, lengths), strict=strict)
+    assert [str(node.target) for node in program.graph.nodes].count("aten.tanh.default") == 4
+    for a, b in zip(flat(program.module()(x, lengths)), flat(layer(x, lengths=lengths)), strict=True):
+        torch.testing.assert_close(a, b)

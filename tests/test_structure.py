@@ -20,6 +20,7 @@ FLOORS = (
     ("_backends/packed", "_backends/padded", "_backends/bptt", "_backends/scan", "_backends/held"),
     ("_backends/kernels",),
     ("_backends/cudnn",),
+    ("_backends/graph_loop",),
     ("_backends/recurrence", "_backends/double_backward", "_backends/gather", "_backends"),
     ("_call",),
     ("_segments",),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,32 +79,6 @@ def test_int8_quantization_shrinks_only_lstm(cell: str, options: dict[str, Any],
     found = session.run(None, dict(zip(names, (x.numpy(), lengths.numpy()), strict=True)))
     for a, b in zip(found, model(x, lengths), strict=True):
         assert (torch.from_numpy(a) - b).norm() < 0.05 * b.norm()
-
-
-@pytest.mark.slow
-def test_aot_inductor_runs_without_package(tmp_path: Path) -> None:
-    """The process does not import the package."""
-    model = Model(masked("gru", batch_first=True, backend="scan")).eval()
-    x, lengths = torch.randn(3, 2, INPUT), torch.tensor([2, 0, 1])
-    path = str(tmp_path / "model.pt2")
-    with torch.no_grad():
-        program = torch.export.export(model, (x, lengths))
-        assert not any("masked_rnn" in str(node.target) for node in program.graph.nodes)
-        torch._inductor.aoti_compile_and_package(program, package_path=path)
-        lengths = torch.tensor([1, 2, 2])
-        torch.save((x, lengths, model(x, lengths)), tmp_path / "case.pt")
-    script = (
-        "import sys, torch\n"
-        "x, lengths, expected = torch.load(sys.argv[1] + '/case.pt')\n"
-        "found = torch._inductor.aoti_load_package(sys.argv[1] + '/model.pt2')(x, lengths)\n"
-        "for a, b in zip(found, expected, strict=True): torch.testing.assert_close(a, b)\n"
-        "assert 'masked_rnn' not in sys.modules\n"
-        "for wrong in (3, -1):\n"
-        "    try: torch._inductor.aoti_load_package(sys.argv[1] + '/model.pt2')(x, lengths.clone().fill_(wrong))\n"
-        "    except RuntimeError: continue\n"
-        "    raise SystemExit(f'a length of {wrong} of 2 steps was accepted')\n"
-    )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", script, str(tmp_path)], check=True, cwd=tmp_path)
 
 
 def test_flop_counter_counts_all_products(cell: str) -> None:

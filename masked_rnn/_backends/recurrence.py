@@ -5,15 +5,65 @@ T time, N batch, I input, P the state that is fed back, D directions, R rows of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._cells import STEPS, LayerWeights, States, stack_layers
+from .._cells import STEPS, LayerWeights, States, Weights, stack_layers
 from .._plan import Plan, restore_states, sort_states
-from .._segments import resets_at_real_steps
+from .._segments import resets_at_real_steps, resets_backward
+
+Marks = tuple[bool, bool]
+"""Whether it is given which steps are real, and before which ones the state is reset."""
+Loop = Callable[[str, Weights, Marks, States, Sequence[Tensor], bool], tuple[States, Tensor]]
+"""Runs the steps of one direction, as `unrolled` does."""
+
+
+def advance(
+    mode: str,
+    w: Weights,
+    marks: Marks,
+    state: States,  # each (N, P or H)
+    step: Sequence[Tensor],
+) -> tuple[States, Tensor]:
+    """Run one step of one direction; return the new state and the step's output (N, P).
+
+    `step` is W_ih x_t + b_ih, then the marks.
+    """
+    x, *given = step
+    has_real, has_cuts = marks
+    start = tuple(torch.where(given[-1], 0.0, h) for h in state) if has_cuts else state
+    new = STEPS[mode](x, start, w)
+    if not has_real:
+        return new, new[0]
+    real = given[0]
+    return tuple(torch.where(real, n, h) for n, h in zip(new, state, strict=True)), torch.where(real, new[0], 0.0)
+
+
+def unrolled(
+    mode: str,
+    w: Weights,
+    marks: Marks,
+    state: States,  # each (N, P or H)
+    given: Sequence[Tensor],  # each (T, N, ...)
+    backward: bool,
+) -> tuple[States, Tensor]:
+    """Run `advance` for each step, from the last on if `backward`. Return the last state and the outputs (T, N, P).
+
+    A graph that records it has the steps of this call.
+    """
+    # The gradient of each given[k][t] would be as large as given[k].
+    steps = list(zip(*(t.unbind(0) for t in given), strict=True))
+    outputs = []
+    for now in reversed(steps) if backward else steps:
+        state, output = advance(mode, w, marks, state, now)
+        outputs.append(output)
+    if backward:
+        outputs.reverse()
+    # Without steps: an empty tensor of the right width.
+    return state, torch.stack(outputs) if outputs else given[0][..., : state[0].size(-1)]
 
 
 def scan(
@@ -23,46 +73,31 @@ def scan(
     initial: States,  # each (D, N, P or H)
     weights: LayerWeights,
     resets: Tensor | None = None,  # (T, N, 1)
+    loop: Loop = unrolled,
 ) -> tuple[Tensor, States]:
     """Run one layer step by step; return its output (T, N, D·P) and last states (D, N, P or H).
 
     Padding may be anywhere. The state is held across it. A reset at padding counts at the next real step.
     """
-    step, steps = STEPS[mode], x.size(0)
-    zero = torch.zeros((), dtype=x.dtype, device=x.device)
     if real is not None:
         # The input must be cleaned too: in backward, a zero gradient times a NaN in padding is NaN.
-        x = torch.where(real, x, zero)
-        runs = real.any(0)
+        x = torch.where(real, x, 0.0)
     anew = None if resets is None else resets_at_real_steps(resets, real)
     outputs, lasts = [], []
     for d, w in enumerate(weights):
-        projected = F.linear(x, w.w_ih, w.b_ih)
-        inputs = projected.unbind(0)  # the gradient of each projected[t] would be as large as `projected`
-        state = tuple(h[d] if real is None else torch.where(runs, h[d], zero) for h in initial)
-        hidden: list[Tensor] = []
-        is_cut = None
-        """(N, 1), True if the state is reset before the step. Backward direction: if step t + 1 has a reset."""
-        for t in range(steps) if d == 0 else reversed(range(steps)):
-            if anew is not None and d == 0:
-                is_cut = anew[t]
-            start = state if is_cut is None else tuple(torch.where(is_cut, zero, h) for h in state)
-            new = step(inputs[t], start, w)
-            if real is None:
-                state = new
-                hidden.append(new[0])
-            else:
-                state = tuple(torch.where(real[t], n, s) for n, s in zip(new, state, strict=True))
-                hidden.append(torch.where(real[t], new[0], zero))
-            if anew is not None and d == 1:
-                is_cut = anew[t] if real is None or is_cut is None else torch.where(real[t], anew[t], is_cut)
-        if d == 1:
-            hidden.reverse()
-        # Without steps: an empty tensor of the right width.
-        outputs.append(torch.stack(hidden) if hidden else projected[..., : initial[0].size(-1)])
-        lasts.append(
-            state if real is None else tuple(torch.where(runs, s, h[d]) for s, h in zip(state, initial, strict=True))
-        )
+        cuts = anew if anew is None or d == 0 else resets_backward(anew, real)
+        marks = (real is not None, cuts is not None)
+        steps = [F.linear(x, w.w_ih, w.b_ih), *(t for t in (real, cuts) if t is not None)]
+        state = tuple(h[d] for h in initial)
+        if real is None:
+            state, output = loop(mode, w, marks, state, steps, d == 1)
+        else:
+            runs = real.any(0)
+            clean = tuple(torch.where(runs, h, 0.0) for h in state)
+            last, output = loop(mode, w, marks, clean, steps, d == 1)
+            state = tuple(torch.where(runs, new, h) for new, h in zip(last, state, strict=True))
+        outputs.append(output)
+        lasts.append(state)
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
     return output, tuple(torch.stack(states) for states in zip(*lasts, strict=True))
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .._call import Call
 from .._call.lengths import assert_range
 from .._cells import States, stack_layers
-from .._torch import is_transformed, to_device
-from .recurrence import scan
+from .._torch import has_graph_loop, is_transformed, to_device
+from .graph_loop import in_graph
+from .recurrence import scan, unrolled
 
 
 def why_not(call: Call) -> str | None:
@@ -25,11 +27,20 @@ def run(call: Call) -> tuple[Tensor, States]:
     x, real, restore = call.padded_in_place()
     # A copy, because autograd saves it, and the caller may change the original.
     resets = None if call.resets is None else to_device(call.resets.unsqueeze(-1).clone(), x.device)
+    loop = in_graph if _makes_loop(call) else unrolled
     output, last = stack_layers(
         x,
         call.states,
         call.weights,
-        lambda x, states, w: scan(call.layer.mode, x, real, states, w, resets),
+        lambda x, states, w: scan(call.layer.mode, x, real, states, w, resets, loop),
         call.dropout,
     )
     return restore(output), last
+
+
+def _makes_loop(call: Call) -> bool:
+    """Return whether the graph gets a loop. Else it gets the steps of this call."""
+    if call.context.captured_as != "operator" or not has_graph_loop or is_transformed():
+        return False
+    # Inductor computes wrong gradients of a loop. An exported program computes them without inductor.
+    return call.form.steps > 0 and (torch.compiler.is_exporting() or not call.wants_gradient())
