@@ -188,10 +188,11 @@ def is_exporting_onnx() -> bool:
 
 # Dynamo
 
-_is_recent = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
-"""Whether this release has been tested with the names that need it."""
-# In torch 2.6 this function returns a reference that it does not own, and Python crashes.
-_asked = _find("_C._dynamo.eval_frame.get_eval_frame_callback") if _is_recent else None
+# Both are tested from 2.13 on. In 2.6, the first returns a reference that it does not own, and Python crashes.
+_is_tested = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+_asked = _find("_C._dynamo.eval_frame.get_eval_frame_callback") if _is_tested else None
+graph_scan: Any = _find("ops.higher_order.scan") if _is_tested else None
+"""A loop over tensors' first dimension that is one node of a graph, for any number of steps. None: there is none."""
 _watching: Callable[[], Any] = _asked or (lambda: "not known")
 
 
@@ -212,37 +213,6 @@ def left_to_run(function: Callable[Arguments, Result]) -> Callable[Arguments, Re
         return cast(Callable[Arguments, Result], torch.compiler.disable(function, reason=reason))
     except TypeError:
         return cast(Callable[Arguments, Result], torch.compiler.disable(function))
-
-
-_scan: Any = _find("ops.higher_order.scan") if _is_recent else None
-has_graph_loop = _scan is not None
-
-
-def graph_loop(
-    step: Callable[..., list[Tensor]],
-    state: Sequence[Tensor],
-    given: Sequence[Tensor],  # each (T, ...)
-    fixed: Sequence[Tensor],
-) -> list[Tensor]:
-    """Return the last state, and the outputs (T, ...) of `step(*state, *(t[k] for t in given), *fixed)`, for each k.
-
-    In a graph it is one node, for any number of steps. `step` returns the new state and the output, in new memory.
-    """
-    return list(_scan(step, list(state), list(given), (*fixed, *_free_sizes([*state, *given, *fixed]))))
-
-
-def _free_sizes(tensors: Sequence[Tensor]) -> list[Any]:
-    """Return the numbers from which a graph computes sizes: inductor looks for them among the arguments of a loop."""
-    sizes: list[Any] = [size for t in tensors for size in t.shape]
-    nodes = [size.node for size in sizes if isinstance(size, torch.SymInt)]
-    found = {symbol: node.shape_env for node in nodes for symbol in node.expr.free_symbols}
-    return [found[symbol].create_symintnode(symbol, hint=None) for symbol in sorted(found, key=str)]
-
-
-def runs_while_dynamo_traces(function: Callable[[], None]) -> Callable[[], None]:
-    """Let Dynamo call a function when it meets a call, which then is no part of the graph."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 # Kernels

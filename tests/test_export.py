@@ -211,7 +211,7 @@ def test_exported_loop_trains(cell: str, decomposed: bool) -> None:
 @pytest.mark.parametrize("strict", [False, True])
 def test_scan_without_loop_exports_steps(strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """So it is on releases of PyTorch without the loop."""
-    monkeypatch.setattr(scan, "has_graph_loop", False)
+    monkeypatch.setattr(scan, "graph_scan", None)
     layer = masked("gru", batch_first=True, backend="scan")
     x, lengths = torch.randn(3, 4, INPUT), torch.tensor([4, 0, 2])
     program = export(Model(layer), (x, lengths), strict=strict)

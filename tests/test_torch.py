@@ -41,6 +41,7 @@ NAMES = (
     "_C.DispatchKey.Undefined",
     "_is_onnx_exporting",
     "_C._dynamo.eval_frame.get_eval_frame_callback",
+    "ops.higher_order.scan",
     "_flat_weights",
     "_parameters",
     "_ragged_idx",
@@ -146,6 +147,10 @@ def check():
     wanted = torch.autograd.grad(lstm(x, lengths=lengths)[0].square().sum(), weights)
     results = torch.ops.masked_rnn.layer(x, lengths, None, [*initial, *initial], weights, "LSTM", True, "auto", True)
     close(torch.autograd.grad(results[0].square().sum(), weights), wanted)
+    if _torch.graph_scan is None:
+        program = torch.export.export(lstm, (x.detach(), None, lengths))
+        assert not any("scan" in str(node.target) for node in program.graph.nodes)
+        close([program.module()(x.detach(), None, lengths)[0]], [lstm(x, lengths=lengths)[0]])
     try:
         assert not _torch.assert_async(torch.tensor(False), "no")  # the caller reads
     except RuntimeError:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import compress
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._cells import States, Weights
-from .._torch import graph_loop, runs_while_dynamo_traces
+from .._torch import graph_scan
 from .recurrence import Marks, advance
 
 
@@ -22,9 +22,12 @@ def in_graph(
     return tuple(last), output
 
 
-@runs_while_dynamo_traces
 def _let_dynamo_keep_loop() -> None:
     torch.compiler.allow_in_graph(_run)
+
+
+# As torch.compiler.assume_constant_result, which would import Dynamo: Dynamo calls it, and leaves it out of the graph.
+_let_dynamo_keep_loop._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _run(
@@ -40,13 +43,22 @@ def _run(
 
     def step(*tensors: Tensor) -> list[Tensor]:
         each = iter(tensors)
-        now, steps = tuple(next(each) for _ in state), [next(each) for _ in given]
+        now, step_of_each = tuple(next(each) for _ in state), [next(each) for _ in given]
         w = Weights(*(next(each) if here else None for here in has))  # type: ignore[arg-type]
-        new, output = advance(mode, w, marks, now, steps)
+        new, output = advance(mode, w, marks, now, step_of_each)
         return [*new, output.clone()]  # a copy, because the output may be the new state
 
     # A loop keeps the strides of its state.
     start = [h.clone(memory_format=torch.contiguous_format) for h in state]
-    steps = [t.flip(0) for t in given] if backward else given
-    *last, output = graph_loop(step, start, steps, list(compress(weights, has)))  # type: ignore[arg-type]
+    steps = [t.flip(0) if backward else t for t in given]
+    fixed = [w for w in weights if w is not None]
+    *last, output = graph_scan(step, start, steps, (*fixed, *_free_sizes([*start, *steps, *fixed])))
     return (*last, output.flip(0) if backward else output)
+
+
+def _free_sizes(tensors: Sequence[Tensor]) -> list[Any]:
+    """Return the numbers from which a graph computes sizes: inductor looks for them among the arguments of a loop."""
+    sizes: list[Any] = [size for t in tensors for size in t.shape]
+    nodes = [size.node for size in sizes if isinstance(size, torch.SymInt)]
+    found = {symbol: node.shape_env for node in nodes for symbol in node.expr.free_symbols}
+    return [found[symbol].create_symintnode(symbol, hint=None) for symbol in sorted(found, key=str)]

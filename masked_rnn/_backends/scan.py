@@ -8,7 +8,7 @@ from torch import Tensor
 from .._call import Call
 from .._call.lengths import assert_range
 from .._cells import States, stack_layers
-from .._torch import has_graph_loop, is_transformed, to_device
+from .._torch import graph_scan, is_transformed, to_device
 from .graph_loop import in_graph
 from .recurrence import scan, unrolled
 
@@ -40,7 +40,7 @@ def run(call: Call) -> tuple[Tensor, States]:
 
 def _makes_loop(call: Call) -> bool:
     """Return whether the graph gets a loop. Else it gets the steps of this call."""
-    if call.context.captured_as != "operator" or not has_graph_loop or is_transformed():
+    if call.context.captured_as != "operator" or graph_scan is None or is_transformed():
         return False
     # Inductor computes wrong gradients of a loop. An exported program computes them without inductor.
     return call.form.steps > 0 and (torch.compiler.is_exporting() or not call.wants_gradient())
