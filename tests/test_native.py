@@ -63,6 +63,7 @@ def compare(layer: Any, x: Any, **given: Any) -> None:
 # (N, T, input size, hidden size)
 SHAPES = {
     "one row": (1, 50, 5, 16),
+    "one row, several panels": (1, 30, 7, 65),
     "one step": (6, 1, 5, 16),
     "one number": (1, 1, 1, 2),
     "no whole register": (5, 9, 3, 7),

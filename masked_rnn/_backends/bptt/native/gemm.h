@@ -147,14 +147,40 @@ NEVER_INLINE void multiply_rows(const T* const* a, const T* panel, ptrdiff_t dep
     multiply_tile<T, M>(product, start, row, c, column, count);
 }
 
+// C = start + A B, for one row, and for two panels at once, so that a number of A is loaded for twice as many sums.
+template <class T>
+NEVER_INLINE void multiply_row(const T* a, const T* first, const T* second, ptrdiff_t depth, Start start, const T* row,
+                               T* c) {
+    constexpr ptrdiff_t L = LANES<T>, APART = 2;  // see add_product
+    Vec<T> sums[APART][4] = {};
+    const auto add = [&](ptrdiff_t k, Vec<T>(&to)[4]) ALWAYS_INLINE_LAMBDA {
+        const T *b = first + k * TILE_WIDTH<T>, *more_b = second + k * TILE_WIDTH<T>;
+        to[0] += a[k] * load(b), to[1] += a[k] * load(b + L);
+        to[2] += a[k] * load(more_b), to[3] += a[k] * load(more_b + L);
+    };
+    ptrdiff_t k = 0;
+    for (; k + APART <= depth; k += APART) add(k, sums[0]), add(k + 1, sums[1]);
+    if (k < depth) add(k, sums[0]);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+        Vec<T> sum = sums[0][j] + sums[1][j];
+        if (start != AT_ZERO) sum += load((start == AT_ROW ? row : c) + j * L);
+        store(c + j * L, sum);
+    }
+}
+
 // C = start + A B, for at most TABLE rows. `a` and `c` are tables of the rows' addresses.
 template <class T>
 NEVER_INLINE void multiply_packed(const T* const* a, const Panels<T>& b, Start start, const T* row, T* const* c,
                                   ptrdiff_t rows) {
+    ptrdiff_t column = 0, p = 0;
+    if (rows == 1)
+        for (; column + 2 * TILE_WIDTH<T> <= b.columns; column += 2 * TILE_WIDTH<T>, p += 2)
+            multiply_row(a[0], b.panel(p), b.panel(p + 1), b.depth, start, row ? row + column : nullptr, c[0] + column);
     unsigned char tiles[TABLE];
     for (ptrdiff_t i = 0, n = 0; i < rows; i += tiles[n++])
         tiles[n] = static_cast<unsigned char>(rows_of_next_tile(rows - i));
-    for (ptrdiff_t column = 0, p = 0; column < b.columns; column += TILE_WIDTH<T>, ++p) {
+    for (; column < b.columns; column += TILE_WIDTH<T>, ++p) {
         const T* panel = b.panel(p);
         const ptrdiff_t count = b.columns - column;
         for (ptrdiff_t i = 0, n = 0; i < rows; i += tiles[n++]) {
