@@ -1,6 +1,7 @@
 """Builds the native loops if there is a compiler. pyproject.toml has the rest of the package's configuration."""
 
 import os
+import shutil
 from pathlib import Path
 from runpy import run_path
 
@@ -20,10 +21,21 @@ EXACT = ["-O2", "-fno-fast-math", "-fno-unsafe-math-optimizations"]
 class Library(build_ext):
     """Builds a library that has nothing of Python: neither a version in its name nor a function that initializes it."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # MSVC lacks the vector types. setuptools calls Clang as it calls GCC for Windows.
+        if os.name == "nt" and not self.compiler and shutil.which("clang++"):
+            self.compiler = "mingw32"
+            os.environ.setdefault("CC", "clang++")
+            os.environ.setdefault("CXX", "clang++")
+
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")[:-1], ARTIFACT["LIBRARY"])
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
+        return []
+
+    def get_libraries(self, ext: Extension) -> list[str]:
         return []
 
 
@@ -52,7 +64,7 @@ setup(
                 "-Wno-psabi",
                 "-pthread",
             ],
-            extra_link_args=["-pthread", *EXACT],
+            extra_link_args=["-pthread", *EXACT, *(["-static"] if os.name == "nt" else [])],
             optional=True,  # without the library, the loops of PyTorch's ops run
         )
     ],

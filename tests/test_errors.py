@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.oracle import INPUT, masked, plain
 from torch import Tensor, nn
+from torch._dynamo.exc import Unsupported
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import masked_rnn
