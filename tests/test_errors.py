@@ -588,7 +588,7 @@ def test_unknown_backend_is_refused() -> None:
     for x, given in ((X, {}), (X, {"lengths": [6, 0, 2]}), (X[:, :1], {}), (X[:, :0], {"lengths": [0, 0, 0]})):
         with pytest.raises(ValueError, match=words):
             layer(x, **given)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, Unsupported), match=f"{words}|Observed exception"):  # as torch 2.6 says
         torch.export.export(layer, (X,))
 
 
