@@ -6,7 +6,6 @@ I input, H hidden, P the state that is fed back (H, or proj_size), D directions,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
 from operator import attrgetter
 from typing import Literal, NamedTuple, Protocol
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._spec import configuration, expected_weights, spec_of
 from ._torch import listed_weights
 
 BackendName = Literal["auto", "packed", "padded", "bptt", "scan", "held"]
@@ -56,12 +56,6 @@ class Weights(NamedTuple):
 
 LayerWeights = tuple[Weights, ...]
 """One for each direction."""
-NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
-"""The names of the parameters, without the suffix `_l0`, `_l0_reverse`, ..."""
-
-
-GATES = {"GRU": 3, "LSTM": 4, "RNN_TANH": 1, "RNN_RELU": 1}
-"""The number of gates, by `nn.RNNBase.mode`. A weight has H rows for each."""
 HOLD = 1e4
 """In every dtype, sigmoid(1e4) is 1 and sigmoid(-1e4) is 0: added to a gate's argument, it opens or shuts the gate."""
 
@@ -72,27 +66,13 @@ def read_weights(layer: Layer, traced: bool) -> list[Tensor]:
     `traced` says whether `torch.jit.trace` is recording.
     """
     listed = None if traced else listed_weights(layer)
-    configuration = (
-        layer.mode,
-        layer.input_size,
-        layer.hidden_size,
-        layer.num_layers,
-        layer.bias,
-        layer.bidirectional,
-        layer.proj_size,
-    )
     if listed is not None:
-        names, shapes = _known_weights(*configuration)
-        try:
-            fit = list(map(SHAPE_OF, listed)) == shapes
-        except AttributeError:  # something that is no tensor stands in a parameter's place
-            fit = False
-        if fit:
-            return listed
-        _refuse_weights(layer, listed, names, shapes)
+        spec = spec_of(layer)
+        if not have_shapes(listed, spec.shapes):
+            _refuse_weights(layer, listed, spec.names, spec.shapes)
         return listed
     # Attributes also give parametrized and functional weights.
-    names, shapes = expected_weights(*configuration)
+    names, shapes = expected_weights(*configuration(layer))
     weights = [getattr(layer, name) for name in names]
     (_check_traced_weights if traced else _refuse_weights)(layer, weights, names, shapes)
     return weights
@@ -101,24 +81,11 @@ def read_weights(layer: Layer, traced: bool) -> list[Tensor]:
 SHAPE_OF = attrgetter("shape")
 
 
-def expected_weights(
-    mode: str, input_size: int, hidden_size: int, num_layers: int, bias: bool, bidirectional: bool, proj_size: int
-) -> tuple[list[str], list[torch.Size]]:
-    """Return the names and the shapes of a layer's weights, in `torch.nn`'s order."""
-    suffixes = ("", "_reverse") if bidirectional else ("",)
-    rows, fed_back = GATES[mode] * hidden_size, proj_size or hidden_size
-    names, shapes = [], []
-    for k in range(num_layers):
-        width = fed_back * len(suffixes) if k else input_size
-        each = [(rows, width), (rows, fed_back), (rows,), (rows,), (proj_size, hidden_size)]
-        has = (True, True, bias, bias, proj_size > 0)
-        for suffix in suffixes:
-            names += [f"{name}_l{k}{suffix}" for name, here in zip(NAMES, has, strict=True) if here]
-            shapes += [torch.Size(shape) for shape, here in zip(each, has, strict=True) if here]
-    return names, shapes
-
-
-_known_weights = lru_cache(maxsize=256)(expected_weights)
+def have_shapes(weights: Sequence[Tensor], shapes: list[torch.Size]) -> bool:
+    try:
+        return list(map(SHAPE_OF, weights)) == shapes
+    except AttributeError:  # something that is no tensor stands in a parameter's place
+        return False
 
 
 def _refuse_weights(layer: Layer, weights: Sequence[Tensor], names: list[str], shapes: list[torch.Size]) -> None:

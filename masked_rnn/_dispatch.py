@@ -11,16 +11,15 @@ from torch import Tensor
 from ._backends import bptt, cudnn, held, packed, padded, scan
 from ._backends.bptt import library
 from ._backends.kernels import (
-    is_over_soon,
     kernel_is_faster,
     runs_all_steps_at_once,
     why_no_lstm_kernel,
 )
 from ._call import Call, close_call, open_call
-from ._call.context import PLAIN
 from ._call.lengths import is_on_host
 from ._capture import custom_op, onnx
 from ._cells import Layer, States
+from ._lean import run_lean
 from ._torch import is_autocast_on
 
 
@@ -46,26 +45,13 @@ MOST_PADDING = 0.9
 
 
 def call_layer(layer: Layer, input: Any, hx: Any, lengths: Any, mask: Any, resets: Any) -> tuple[Any, Any]:
-    """Call a layer: open the call, choose a backend, run it, close the call."""
+    """Call a layer: run an ordinary call at once, else open the call, choose a backend, run it, close the call."""
+    if mask is None:
+        results = run_lean(layer, input, hx, lengths, resets)
+        if results is not None:
+            return results
     call = open_call(layer, input, hx, lengths, mask, resets)
-    if takes_the_short_way(call):
-        return close_call(call, *padded.run(call))
     return close_call(call, *run(call))
-
-
-def takes_the_short_way(call: Call) -> bool:
-    """Return whether a call takes the fast path, because choosing a backend would cost as much as the kernel."""
-    form = call.form
-    return (
-        call.context is PLAIN
-        and call.layer.backend == "auto"
-        and form.name == "padded"
-        and is_over_soon(call)
-        and form.batch > 0
-        and form.steps > 0
-        and call.data.is_cpu
-        and not torch.is_autocast_enabled("cpu")
-    )
 
 
 def run(call: Call) -> tuple[Tensor, States]:
@@ -82,14 +68,23 @@ def run(call: Call) -> tuple[Tensor, States]:
 def _run(name: str, call: Call) -> tuple[Tensor, States]:
     if name in TAKES_AUTOCAST:
         return BACKENDS[name].run(call)
-    backend, device = BACKENDS.get(name) or CAPTURED[name], call.data.device.type
+    device = call.data.device.type
     if not is_autocast_on(device):
-        return backend.run(call)
+        return _run_in_float32(name, call)
     # The other backends compute in the weights' dtype under autocast. Only their results are cast.
     dtype, *dtypes = _dtypes_under_autocast(call)
     with torch.autocast(device, enabled=False):
-        output, states = backend.run(call.in_weights_dtype())
+        output, states = _run_in_float32(name, call.cast(call.parameters[0].dtype))
     return output.to(dtype), tuple(h.to(d) for h, d in zip(states, dtypes, strict=True))
+
+
+def _run_in_float32(name: str, call: Call) -> tuple[Tensor, States]:
+    """Run a backend. On a CPU the native loops compute bfloat16 and float16 in float32, and round their results."""
+    backend, dtype = BACKENDS.get(name) or CAPTURED[name], call.data.dtype
+    if name not in ("bptt", "operator") or not call.data.is_cpu or not library.widens(dtype):
+        return backend.run(call)
+    output, states = backend.run(call.cast(torch.float32))
+    return output.to(dtype), tuple(h.to(dtype) for h in states)
 
 
 def _dtypes_under_autocast(call: Call) -> list[torch.dtype]:
@@ -140,7 +135,7 @@ def order(call: Call) -> Sequence[str]:
     draws = bool(call.dropout)
     learns = draws or call.wants_gradient()
     if data.is_cpu:
-        faster = kernel_is_faster(call, learns, library.runs(data.dtype))
+        faster = kernel_is_faster(call, learns, library.runs(data.dtype) or library.widens(data.dtype))
         faster = faster and not why_no_lstm_kernel(call, draws or torch.is_grad_enabled())
         return ("padded", "bptt") if faster else ("bptt",)
     if call.resets is not None:

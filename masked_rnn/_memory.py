@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,28 +22,50 @@ class NotPlainError(TypeError):
     """The memory of a tensor does not simply hold its values. PyTorch's ops can handle such tensors."""
 
 
-def address(tensor: Tensor, dtype: torch.dtype, rows: int, columns: int = 1) -> tuple[int, int]:
-    """Return the address of a contiguous tensor's memory, and its number of elements, `rows` times `columns`.
+def addresses(tensors: Iterable[Tensor], dtype: torch.dtype) -> list[int]:
+    """Return the address of each contiguous tensor's memory, followed by its number of elements.
 
     Raises:
-        NotPlainError: The tensor is a subclass, on another device, or of another dtype, layout or size. Or its negative
-            bit is set, or its storage is missing or too small.
+        NotPlainError: A tensor is a subclass, on another device, or of another dtype or layout. Or its negative bit is
+            set, or its storage is missing or too small.
     """
-    count: int = tensor.numel()
-    if (
-        type(tensor) not in PLAIN
-        or tensor.dtype is not dtype
-        or count != rows * columns
-        or not tensor.is_cpu
-        or tensor.layout is not _STRIDED
-        or not tensor.is_contiguous()
-        or tensor.is_neg()
-    ):
+    found: list[int] = []
+    for tensor in tensors:
+        if (
+            type(tensor) not in PLAIN
+            or tensor.dtype is not dtype
+            or not tensor.is_cpu
+            or tensor.layout is not _STRIDED
+            or not tensor.is_contiguous()
+            or tensor.is_neg()
+        ):
+            raise NotPlainError
+        count, place = tensor.numel(), tensor.data_ptr()
+        needed = (tensor.storage_offset() + count) * dtype.itemsize
+        if count and (not place or tensor.untyped_storage().nbytes() < needed):
+            raise NotPlainError
+        found += (place, count)
+    return found
+
+
+def new_tensor(like: Tensor, shape: Sequence[int]) -> tuple[Tensor, int, int]:
+    """Return a new tensor of the dtype of `like`, which has passed the checks of `addresses`; and its address and size.
+
+    Raises:
+        NotPlainError: A mode makes other tensors.
+    """
+    made = like.new_empty(*shape)
+    if type(made) is not Tensor or not made.is_cpu:
         raise NotPlainError
-    place: int = tensor.data_ptr()
-    if count and (not place or tensor.untyped_storage().nbytes() < (tensor.storage_offset() + count) * dtype.itemsize):
+    return made, made.data_ptr(), made.numel()
+
+
+def new_like(tensor: Tensor) -> tuple[Tensor, int, int]:
+    """As `new_tensor`, of the same shape and strides as a tensor that has passed the checks of `addresses`."""
+    made = torch.empty_like(tensor)
+    if type(made) is not Tensor or not made.is_cpu:
         raise NotPlainError
-    return place, count
+    return made, made.data_ptr(), made.numel()
 
 
 def with_memory(tensor: Tensor) -> Tensor:
@@ -86,7 +109,7 @@ def as_array(tensor: Tensor) -> Array:
     if type(tensor) not in PLAIN or not tensor.is_cpu:
         return np.array(tensor.tolist(), dtype).reshape(tensor.shape)
     tensor = with_memory(tensor).contiguous()
-    place, count = address(tensor, tensor.dtype, tensor.numel())
+    place, count = addresses((tensor,), tensor.dtype)
     memory: Any = (ctypes.c_char * (count * tensor.element_size())).from_address(place)
     memory.owner = tensor
     return np.ndarray(tensor.shape, dtype, memory)

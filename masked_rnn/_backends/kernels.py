@@ -16,18 +16,17 @@ from . import cudnn
 from .double_backward import DoubleBackward
 from .recurrence import scan_layers
 
-# Limits below which PyTorch's kernel over a padded batch is faster than our loop on the CPU, measured by
-# `python -m benchmarks.choice`. docs/backends.md has the figures, the machine and the rule in words.
+# The native loops are the fastest way on a CPU. Without them, limits below which PyTorch's kernel over a padded batch is
+# faster than the loops of PyTorch's ops, measured by `python -m benchmarks.choice`. docs/backends.md has the figures, the
+# machine and the rule in words.
 FEW_STEPS = 4
 """Up to this many steps, PyTorch's kernel is faster than starting our loop. With lengths: up to one."""
-SMALL_STEP = 512
-"""N·H below which PyTorch's kernel is faster in inference over few steps"""
-SHORT, SHORT_WITHOUT_NATIVE = 8, 16
-"""Below this number of steps that holds, against the native loops and against the loops of PyTorch's ops"""
+SMALL_STEP, SHORT = 512, 16
+"""In inference, it is faster over less than SHORT steps if N·H is below SMALL_STEP."""
 VECTOR = 16
 """The width of oneDNN's vectors. A smaller layer takes as long as one of this hidden size."""
 ONEDNN_STEP, WORTH_LEARNING, WORTH = 1400, 0.8, 1.6
-"""Against the loops of PyTorch's ops, oneDNN's LSTM is faster if N·w < ONEDNN_STEP + worth · R·w, where w is H, but at
+"""oneDNN's LSTM is faster if N·w < ONEDNN_STEP + worth · R·w, where w is H, but at
 least VECTOR, R the mean of real rows at a step, and worth is WORTH_LEARNING in training, WORTH in inference."""
 
 
@@ -56,30 +55,23 @@ def has_lstm_kernel(call: Call) -> bool:
     return layer.mode == "LSTM" and not layer.proj_size and call.data.dtype == torch.float32 and has_onednn()
 
 
-def is_over_soon(call: Call) -> bool:
-    """Return whether a padded batch has so few steps that PyTorch's kernel on the CPU is always faster."""
-    if call.data.dim() != 3 or call.mask is not None or call.resets is not None:
-        return False
-    return call.form.steps <= (FEW_STEPS if call.lengths is None else 1)
-
-
 def kernel_is_faster(call: Call, learns: bool, loops_are_native: bool) -> bool:
     """Return whether PyTorch's kernel on the CPU, over the padded batch, is faster than our loop over the real steps.
 
     It reads the lengths.
     """
-    if call.data.dim() != 3 or call.mask is not None or call.resets is not None:
+    if not call.form.is_strided or call.mask is not None or call.resets is not None:
         return False
-    if is_over_soon(call):
-        return True
     N, T, H, lengths = call.form.batch, call.form.steps, call.layer.hidden_size, call.lengths
-    if not has_lstm_kernel(call):
-        return not learns and N * H < SMALL_STEP and (SHORT if loops_are_native else SHORT_WITHOUT_NATIVE) > T
-    if lengths is None:
-        # Under autocast only the kernel computes in the lower precision.
-        return is_autocast_on("cpu") or not loops_are_native
     if loops_are_native:
-        return False
+        # Under autocast only the kernel computes in the lower precision.
+        return has_lstm_kernel(call) and lengths is None and is_autocast_on("cpu")
+    if (FEW_STEPS if lengths is None else 1) >= T:
+        return True
+    if not has_lstm_kernel(call):
+        return not learns and N * H < SMALL_STEP and T < SHORT
+    if lengths is None:
+        return True
     width = max(H, VECTOR)
     real = int(lengths.sum()) / max(T, 1) * width
     return N * width < ONEDNN_STEP + (WORTH_LEARNING if learns else WORTH) * real

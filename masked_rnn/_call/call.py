@@ -126,9 +126,12 @@ class Call:
         values = {name: getattr(self, name) for name in FIELDS}
         return Call(**{**values, "zeros": None, **changes})
 
-    def in_weights_dtype(self) -> Call:
-        dtype = self.parameters[0].dtype
-        return self._with(data=self.data.to(dtype), initial=self.initial and tuple(h.to(dtype) for h in self.initial))
+    def cast(self, dtype: torch.dtype) -> Call:
+        return self._with(
+            parameters=[w.to(dtype) for w in self.parameters],
+            data=self.data.to(dtype),
+            initial=self.initial and tuple(h.to(dtype) for h in self.initial),
+        )
 
     def cut(self, resets: Tensor) -> tuple[Call, Segments]:
         """Return the call whose sequences are the segments between `resets` (T, N). Reads them on the host."""

@@ -37,6 +37,8 @@ class Form:
     name: ClassVar[str]
     takes_lengths: ClassVar[bool] = False
     """Whether the call may have lengths, a mask or resets. A form that does not take them has its own lengths."""
+    is_strided: ClassVar[bool] = False
+    """Whether the rows of `data` are a batch's steps at equal strides"""
     own_lengths: ClassVar[Tensor | None] = None
     """(N,), of a nested tensor"""
     batch_sizes: ClassVar[Tensor | None] = None
@@ -55,6 +57,7 @@ class Form:
 class Padded(Form):
     name = "padded"
     takes_lengths = True
+    is_strided = True
 
     def plan(self, lengths: Tensor | None, mask: Tensor | None, is_sorted: bool) -> Plan:
         device = self.data.device

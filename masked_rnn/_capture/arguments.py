@@ -15,7 +15,8 @@ from .._call import Call
 from .._call.context import PLAIN
 from .._call.inputs import Padded
 from .._call.lengths import assert_range, check_range
-from .._cells import BackendName, expected_weights
+from .._cells import BackendName
+from .._spec import expected_weights
 
 
 @dataclass(eq=False, repr=False)

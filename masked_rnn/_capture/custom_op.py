@@ -17,13 +17,15 @@ from torch import Tensor
 
 from .._backends import bptt, padded, scan
 from .._backends.bptt import library, native
-from .._backends.bptt.layer_run import LayerRun, saved_in, saved_numbers
+from .._backends.bptt.autograd import job_of
+from .._backends.bptt.job import Job, saved_size
 from .._backends.kernels import kernel_is_faster
 from .._call import Call
 from .._call.context import PLAIN
 from .._cells import LayerWeights, States, flatten_weights, group_weights, stack_layers
-from .._plan import Plan, move_to_front
+from .._plan import move_to_front
 from .._probe import check_dtype
+from .._spec import Spec, configuration, spec_of
 from .._segments import Segments, resets_at_real_steps
 from .._torch import with_autograd
 from .arguments import Arguments
@@ -74,11 +76,9 @@ def _forward(*given: Any) -> list[Tensor]:
         output = output.contiguous()
         last = tuple(h.clone(memory_format=torch.contiguous_format) for h in last)
     else:
-        layer_run, states, segments = _plan_layer(call)
-        (own,) = call.weights
-        into = saved_in(saved.view(x.dtype), layer_run, states, own) if save else None
-        rows, last, _ = native.forward(layer_run, call.rows(), states, own, save, into)
-        output = call.from_rows(rows)
+        job, states, segments = _plan_layer(call)
+        into = saved.view(x.dtype) if save else None
+        output, last, _ = native.forward(job, x, states, call.parameters, save, into)
         if segments is not None:
             last = tuple(map(segments.last, last, initial))
     return [output, *last, saved, x.new_full((), kernel_ran, dtype=torch.bool)]
@@ -91,28 +91,16 @@ def _backward(*given: Any) -> list[Tensor]:
     arguments.check_saved(saved, _saved_bytes(arguments, True), grads)
     if _always_runs_kernel(arguments) or bool(kernel_ran):
         return _run_kernel_again(arguments, grads, want_x, want_weights)
-    layer_run, states, segments = _plan_layer(call)
-    rows, (weights,), d_last = call.rows(), call.weights, list(grads[1:])
+    job, states, segments = _plan_layer(call)
+    d_last = list(grads[1:])
+    d_results = [grads[0], *(d_last if segments is None else map(segments.last_gradient, d_last))]
     dx, d_initial, d_weights = native.backward(
-        layer_run,
-        rows,
-        states,
-        weights,
-        saved_in(saved.view(rows.dtype), layer_run, states, weights),
-        [
-            grads[0].reshape(rows.size(0), grads[0].size(-1)),
-            *(d_last if segments is None else map(segments.last_gradient, d_last)),
-        ],
-        want_x,
-        want_weights,
+        job, call.data, states, call.parameters, saved.view(call.data.dtype), d_results, want_x, want_weights
     )
+    assert d_initial is not None
     result = list(d_initial if segments is None else map(segments.initial_gradient, d_initial, d_last))
-    if dx is not None:
-        result.append(dx.view(arguments.x.shape))
-    if d_weights is not None:
-        # Copies, because an operator's results must not share memory.
-        result += [g.clone() for g in flatten_weights([d_weights])]
-    return result
+    # Copies of the weights' gradients, because an operator's results must not share memory.
+    return [*result, *([] if dx is None else [dx]), *[g.clone() for g in d_weights or ()]]
 
 
 def _always_runs_kernel(arguments: Arguments) -> bool:
@@ -150,24 +138,25 @@ def _run_kernel_again(arguments: Arguments, grads: Sequence[Tensor], want_x: boo
 
 
 class Planned(NamedTuple):
-    """A call's lengths and resets, and its plan."""
+    """A call's resets, and the segments between them."""
 
     layout: tuple[int, int, int, bool, torch.device]
     """Batch, steps, directions, batch_first, device"""
     lengths: Tensor | None
-    resets: Tensor | None
-    plan: Plan
-    segments: Segments | None
+    resets: Tensor
+    segments: Segments
 
 
 _latest: Planned | None = None
-"""The latest plan. A layer's gradient and the other layers of a stack need the same one again."""
+"""The latest segments. A layer's gradient and the other layers of a stack need the same ones again."""
 
 
-def _plan_layer(call: Call) -> tuple[LayerRun, States, Segments | None]:
-    """Return the layer run, the initial states, and the segments between resets. None: there are no resets."""
+def _plan_layer(call: Call) -> tuple[Job, States, Segments | None]:
+    """Return the job, the initial states, and the segments between resets. None: there are no resets."""
     global _latest
     form, planned = call.form, _latest
+    if call.resets is None:
+        return job_of(call), call.states, None
     layout = (form.batch, form.steps, call.directions, form.batch_first, call.data.device)
     if (
         planned is None
@@ -175,13 +164,13 @@ def _plan_layer(call: Call) -> tuple[LayerRun, States, Segments | None]:
         or not _equal(planned.lengths, call.lengths)
         or not _equal(planned.resets, call.resets)
     ):
-        cut, segments = (call, None) if call.resets is None else call.cut(call.resets)
+        _, segments = call.cut(call.resets)
         # Copies, because the caller may change the originals in place.
-        lengths, resets = (None if t is None else t.clone() for t in (call.lengths, call.resets))
-        planned = _latest = Planned(layout, lengths, resets, cut.plan, segments)
-    _, _, _, plan, segments = planned
-    states = call.states if segments is None else tuple(map(segments.initial, call.states))
-    return LayerRun(call.layer.mode, call.directions, plan, gather=True, scatter=True), states, segments
+        lengths = None if call.lengths is None else call.lengths.clone()
+        planned = _latest = Planned(layout, lengths, call.resets.clone(), segments)
+    segments = planned.segments
+    job = Job(spec_of(call.layer), segments.plan.batch, form.steps, False, plan=segments.plan)
+    return job, tuple(map(segments.initial, call.states)), segments
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:
@@ -193,13 +182,12 @@ def _saved_bytes(arguments: Arguments, save: bool) -> Any:
 
     It depends on shapes and dtypes only, because the fake kernel knows no values.
     """
-    x, _, resets, initial, weights, mode, _, _ = arguments
+    x, resets, initial = arguments.x, arguments.resets, arguments.initial
     if not save or _always_runs_kernel(arguments):
         return 0
     rows = x.shape[0] * x.shape[1]
     sequences = initial[0].shape[1] if resets is None else rows  # at most one segment for each row
-    (grouped,) = group_weights(weights, 1, arguments.directions)
-    return saved_numbers(mode, (sequences, rows), initial, grouped) * x.element_size()
+    return saved_size(Spec(*configuration(arguments.layer())), sequences, rows) * x.element_size()
 
 
 def _fake_forward(*given: Any) -> list[Tensor]:

@@ -255,17 +255,18 @@ def every(**options: Sequence[Any]) -> list[dict[str, Any]]:
 def which_ran(monkeypatch: Any) -> list[str]:
     """Returns a list to which each backend that runs from here on adds its name."""
     names: list[str] = []
-    run, takes_the_short_way = _dispatch._run, _dispatch.takes_the_short_way
+    run, run_lean = _dispatch._run, _dispatch.run_lean
 
     def noting(name: str, call: Any) -> Any:
         names.append(name)
         return run(name, call)
 
-    def noting_short_way(call: Any) -> bool:
-        short = takes_the_short_way(call)
-        names.extend(["padded"] * short)
-        return short
+    def noting_lean(*given: Any) -> Any:
+        results = run_lean(*given)
+        if results is not None:
+            names.append("bptt")
+        return results
 
     monkeypatch.setattr(_dispatch, "_run", noting)
-    monkeypatch.setattr(_dispatch, "takes_the_short_way", noting_short_way)
+    monkeypatch.setattr(_dispatch, "run_lean", noting_lean)
     return names

@@ -1,26 +1,28 @@
-"""Runs a call in our own loops, with one autograd.Function for each layer (docs/bptt.md)."""
+"""Runs a call in our own loops, with one autograd.Function for the whole stack of layers (docs/bptt.md)."""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from functools import partial
-from itertools import count
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..._call import Call
 from ..._call.context import PLAIN
-from ..._cells import LayerWeights, States, flatten_weights, group_weights, stack_layers
+from ..._cells import LayerWeights, States, group_weights, stack_layers
+from ..._spec import spec_of
 from ..double_backward import gradient_of, needs_another_backward
 from ..gather import gather_rows, scatter_rows
 from ..recurrence import scan_rows
 from . import native
-from .layer_run import LayerRun, Saved
+from .job import Job, first_states, flatten
 
-NEEDS_GRADIENT = attrgetter("requires_grad")
+REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 def why_not(call: Call) -> str | None:
@@ -35,71 +37,96 @@ def why_not(call: Call) -> str | None:
 
 
 def run(call: Call) -> tuple[Tensor, States]:
-    plan, L = call.plan, call.layer.num_layers
-    number = count()
+    job = job_of(call)
+    if not call.dropout:
+        return run_job(job, call.data, call.initial or (), call.parameters)
+    return _run_with_dropout(call, job)
 
-    def run_one(x: Tensor, initial: States, weights: LayerWeights) -> tuple[Tensor, States]:
-        k = next(number)
-        layer_run = LayerRun(call.layer.mode, call.directions, plan, gather=k == 0, scatter=k == L - 1)
-        tensors = (*initial, *flatten_weights([weights]))
-        if torch.is_grad_enabled() and any(map(NEEDS_GRADIENT, (x, *tensors))):
-            output, *last = ThroughTime.apply(layer_run, len(initial), x, *tensors)
-            return output, tuple(last)
-        output, states, _ = native.forward(layer_run, x, initial, weights, save=False)
-        return output, states
 
-    output, last = stack_layers(call.rows(), call.states, call.weights, run_one, call.dropout)
-    return call.from_rows(output), last
+def job_of(call: Call) -> Job:
+    """Return how a call runs. A padded batch's lengths are planned where it runs; other forms have an index."""
+    form, spec = call.form, spec_of(call.layer)
+    if not form.is_strided or call.mask is not None or not call.data.is_cpu:
+        plan = call.plan
+        padded = plan.index is not None
+        return Job(spec, plan.batch, form.steps, False, plan=plan, input_is_padded=padded, output_is_padded=padded)
+    if call.lengths is None:
+        return Job(spec, form.batch, form.steps, form.batch_first)
+    lengths = array("q", call.lengths.tolist())
+    counts = len(lengths) - lengths.count(0), sum(lengths)
+    return Job(spec, form.batch, form.steps, form.batch_first, lengths, counts)
+
+
+def run_job(
+    job: Job,
+    x: Tensor,  # (N, T, I), (T, N, I) or (R, I)
+    first: Sequence[Tensor],  # initial states in the job's layout; none: zeros
+    weights: Sequence[Tensor],
+) -> tuple[Tensor, States]:
+    """Return the output and the last states, and record a gradient if one is wanted."""
+    if torch.is_grad_enabled() and (x.requires_grad or any(map(REQUIRES_GRAD, (*weights, *first)))):
+        output, *last = ThroughTime.apply(job, len(first), x, *first, *weights)
+        return output, tuple(last)
+    output, last, _ = native.forward(job, x, first, weights, save=False)
+    return output, last
+
+
+def _run_with_dropout(call: Call, job: Job) -> tuple[Tensor, States]:
+    """Run each layer as a job of its own, with dropout over the rows that run in between."""
+    spec, D = job.spec, job.spec.directions
+    x, lasts = call.data, []
+    for k, own in enumerate(group_weights(call.parameters, spec.num_layers, D)):
+        if k:
+            x = F.dropout(x, call.dropout)
+        initial = [h[k * D : (k + 1) * D] for h in call.initial or ()]
+        x, last = run_job(job.of_layer(k), x, initial, [t for w in own for t in w if t is not None])
+        lasts.append(last)
+    return x, tuple([torch.cat(states) for states in zip(*lasts, strict=True)])
 
 
 class ThroughTime(torch.autograd.Function):
-    """One layer. Second derivatives go through the recurrence in plain ops."""
+    """A stack of layers. Second derivatives go through the recurrence in plain ops."""
 
     @staticmethod
-    def forward(ctx: Any, layer_run: LayerRun, n_states: int, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        initial, (weights,) = tensors[:n_states], group_weights(tensors[n_states:], 1, layer_run.directions)
-        output, last, saved = native.forward(layer_run, x, initial, weights, save=True)
-        ctx.layer_run, ctx.n_states, ctx.n_inputs = layer_run, n_states, len(tensors)
-        assert saved is not None
-        kept = (x, *tensors, *saved.history, *(() if saved.buffer is None else (saved.buffer,)))
+    def forward(ctx: Any, job: Job, n_states: int, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        first, weights = tensors[:n_states], tensors[n_states:]
+        output, last, saved = native.forward(job, x, first, weights, save=True)
+        ctx.job, ctx.n_states = job, n_states
+        kept = (x, *tensors, saved)
         ctx.save_for_backward(*kept)
-        ctx.shapes = [t.shape for t in kept]
+        ctx.shapes = [t.shape for t in kept]  # type: ignore[union-attr]
         ctx.set_materialize_grads(False)
         return output, *last
 
     @staticmethod
-    def backward(ctx: Any, d_output: Tensor | None, *d_last: Tensor | None) -> tuple[Any, ...]:
-        layer_run, n_states = ctx.layer_run, ctx.n_states
-        x, *rest = ctx.saved_tensors
-        if [t.shape for t in (x, *rest)] != ctx.shapes:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        job, n_states = ctx.job, ctx.n_states
+        kept = ctx.saved_tensors
+        if [t.shape for t in kept] != ctx.shapes:
             raise RuntimeError(
                 "A tensor that backward needs has another shape than in forward. It was replaced since, or a hook on "
                 "saved tensors gave back another one."
             )
-        tensors, saved = rest[: ctx.n_inputs], rest[ctx.n_inputs :]
-        grads = (d_output, *d_last)
+        x, *tensors, saved = kept
         if needs_another_backward(grads):
-            plain = partial(_recurrence, layer_run, n_states)
+            plain = partial(_recurrence, job, n_states)
             return None, None, *gradient_of(plain, (x, *tensors), ctx.needs_input_grad[2:], grads)
-        initial, (weights,) = tuple(tensors[:n_states]), group_weights(tensors[n_states:], 1, layer_run.directions)
-        dx, d_initial, d_weights = native.backward(
-            layer_run,
-            x,
-            initial,
-            weights,
-            Saved(tuple(saved[:n_states]), saved[n_states] if saved[n_states:] else None),
-            grads,
-            ctx.needs_input_grad[2],
-            any(ctx.needs_input_grad[3 + n_states :]),
-        )
-        flat = [None] * (ctx.n_inputs - n_states) if d_weights is None else flatten_weights([d_weights])
-        return None, None, dx, *d_initial, *flat
+        first, weights = tensors[:n_states], tensors[n_states:]
+        want_x, want_weights = ctx.needs_input_grad[2], any(ctx.needs_input_grad[3 + n_states :])
+        dx, d_first, d_weights = native.backward(job, x, first, weights, saved, grads, want_x, want_weights)
+        return None, None, dx, *d_first, *(d_weights or [None] * len(weights))
 
 
-def _recurrence(layer_run: LayerRun, n_states: int, x: Tensor, *tensors: Tensor) -> Sequence[Tensor]:
-    """Run one layer in plain ops. Arguments and results are those of `ThroughTime.forward`."""
-    plan = layer_run.plan
-    initial, (weights,) = tensors[:n_states], group_weights(tensors[n_states:], 1, layer_run.directions)
-    x = gather_rows(x, plan.index if layer_run.gather else None)
-    output, last = scan_rows(layer_run.mode, plan, x, initial, weights)
-    return scatter_rows(output, plan.index if layer_run.scatter else None, plan.size), *last
+def _recurrence(job: Job, n_states: int, x: Tensor, *tensors: Tensor) -> Sequence[Tensor]:
+    """Run a job in plain ops. Arguments and results are those of `ThroughTime.forward`."""
+    spec, plan = job.spec, job.plan
+    initial = first_states(job, tensors[:n_states], x)
+
+    def run_one(x: Tensor, states: States, weights: LayerWeights) -> tuple[Tensor, States]:
+        return scan_rows(spec.mode, plan, x, states, weights)
+
+    rows = gather_rows(x.flatten(0, -2), plan.index if job.input_is_padded else None)
+    layers = group_weights(tensors[n_states:], spec.num_layers, spec.directions)
+    rows, last = stack_layers(rows, initial, layers, run_one)
+    output = scatter_rows(rows, plan.index if job.output_is_padded else None, plan.size)
+    return output.view(job.output_shape(x)), *(map(flatten, last) if job.last_is_flat else last)

@@ -6,7 +6,6 @@ B sequences that have a step, N all, R rows that run, P state that is fed back, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import NamedTuple
 
 import torch
@@ -68,27 +67,6 @@ class Saved(NamedTuple):
     """(D, R, width · H)"""
 
 
-def saved_shapes(
-    mode: str,
-    sequences_and_rows: tuple[int, int],  # B, R
-    initial: Sequence[Tensor],  # each (D, N, P or H)
-    weights: LayerWeights,
-) -> tuple[list[Shape], Shape | None]:
-    """Return the shapes of `Saved`: those of the history, and the buffer's, None if the cell saves no buffer."""
-    cell, lead, (sequences, rows) = CELLS[mode], (2,) if len(weights) == 2 else (), sequences_and_rows
-    history: list[Shape] = [(*lead, sequences + rows, h.size(-1)) for h in initial]
-    hidden = weights[0].w_hh.size(0) // cell.gates
-    return history, (*lead, rows, cell.width * hidden) if cell.saves_buffer else None
-
-
-def saved_numbers(
-    mode: str, sequences_and_rows: tuple[int, int], initial: Sequence[Tensor], weights: LayerWeights
-) -> int:
-    """Return how many numbers `Saved` holds. The arguments are those of `saved_shapes`."""
-    history, buffer = saved_shapes(mode, sequences_and_rows, initial, weights)
-    return sum(map(prod, history)) + (0 if buffer is None else prod(buffer))
-
-
 def new_history(
     layer_run: LayerRun,
     x: Tensor,  # (P, I) or (R, I), for its dtype and device
@@ -96,33 +74,6 @@ def new_history(
 ) -> States:
     plan = layer_run.plan
     return tuple([x.new_empty(layer_run.shape(plan.sequences + plan.rows, h.size(-1))) for h in initial])
-
-
-def new_saved(
-    layer_run: LayerRun,
-    x: Tensor,  # (P, I) or (R, I), for its dtype and device
-    initial: Sequence[Tensor],  # each (D, N, P or H)
-    weights: LayerWeights,
-) -> Saved:
-    plan = layer_run.plan
-    history, buffer = saved_shapes(layer_run.mode, (plan.sequences, plan.rows), initial, weights)
-    return Saved(tuple([x.new_empty(shape) for shape in history]), None if buffer is None else x.new_empty(buffer))
-
-
-def saved_in(
-    memory: Tensor,  # one dimension, large enough, of the layer's dtype
-    layer_run: LayerRun,
-    initial: Sequence[Tensor],  # each (D, N, P or H)
-    weights: LayerWeights,
-) -> Saved:
-    """As `new_saved`, but in the given memory, one tensor after the other."""
-    plan = layer_run.plan
-    history, buffer = saved_shapes(layer_run.mode, (plan.sequences, plan.rows), initial, weights)
-    shapes = history if buffer is None else [*history, buffer]
-    sizes = [prod(shape) for shape in shapes]
-    parts = memory.narrow(0, 0, sum(sizes)).split(sizes)
-    placed = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-    return Saved(tuple(placed), None) if buffer is None else Saved(tuple(placed[:-1]), placed[-1])
 
 
 def packed_states(

@@ -7,36 +7,26 @@ import os
 import sys
 import warnings
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from .artifact import LIBRARY, sources_digest
+from .record import Run
 
-INTERFACE = 1
+INTERFACE = 2
 """Must be that of native/interface.h."""
 LEVELS = ("default", "avx2", "avx512")
 """The kinds of CPU, in ATen's words. The library knows them by their index here."""
 VARIABLE = "MASKED_RNN_CPU_CAPABILITY"
 """The environment variable that asks for the loops of a lesser CPU, or, by "none", for those of PyTorch's ops."""
 FOLDER = Path(__file__).parent
-FAULTS = {
-    1: "sizes",
-    2: "numbers of sequences at each step",
-    3: "index",
-    4: "order",
-    5: "input",
-    6: "weights",
-    7: "states",
-    8: "saved tensors",
-    9: "output",
-    10: "gradients",
-}
-"""The part of a record that does not fit, by the fault's number in native/interface.h."""
-OUT_OF_MEMORY = 11
+OUT_OF_MEMORY = b"no memory"
+Pass = Callable[[Any, int], bytes | None]
+"""Takes a record and the level. Returns the part of the record that does not fit, in words. None: all is well."""
 
 
 class SlowLoopsWarning(UserWarning):
@@ -50,7 +40,9 @@ class SlowLoopsWarning(UserWarning):
 
 
 class Library(NamedTuple):
-    functions: dict[str, Callable[[int, int], int]]
+    forward: Pass
+    backward: Pass
+    count: Callable[[int, int, int, int], None]
     level: int
     """The index in LEVELS of the loops that run"""
 
@@ -76,18 +68,19 @@ def find() -> Library | str:
         if library.masked_rnn_interface() != INTERFACE:
             return f"the native loops are of another version of masked_rnn: run {_install_again()}"
         digest = library.masked_rnn_digest().decode()
-        functions = {name: getattr(library, f"masked_rnn_{name}") for name in ("forward", "backward")}
+        passes = library.masked_rnn_forward, library.masked_rnn_backward
+        count = library.masked_rnn_count
     except (OSError, AttributeError) as error:
         return f"the native loops can't be loaded: run {_install_again()} ({error})"
     sources = FOLDER / "native"
     if sources.is_dir() and sources_digest(sources) != digest:
         return f"the sources of the native loops have changed since they were built: run {_install_again()}"
-    for function in functions.values():
-        function.argtypes = (ctypes.c_void_p, ctypes.c_int64)
-        function.restype = ctypes.c_int64
+    for function in passes:
+        function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int64), ctypes.c_char_p
+    count.argtypes, count.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p), None
     most = LEVELS.index(wanted) if wanted else len(LEVELS) - 1
     level = max(level for level in range(most + 1) if library.masked_rnn_supports(ctypes.c_int64(level)))
-    return Library(functions, level)
+    return Library(*passes, count, level)
 
 
 def _why_not_built() -> str:
@@ -117,17 +110,40 @@ def _install_again() -> str:
     )
 
 
-def call(name: str, numbers: Sequence[int]) -> None:
-    """Run a pass of the library. `numbers` are a record of native/interface.h."""
+def call(name: str, record: Run) -> None:
+    """Run a pass of the library, forward or backward."""
     library = find()
     assert isinstance(library, Library), library
-    record = array("q", numbers)
-    fault = library.functions[name](record.buffer_info()[0], library.level)
-    if not fault:
+    fault = getattr(library, name)(ctypes.byref(record), library.level)
+    if fault is None:
         return
     if fault == OUT_OF_MEMORY:
         raise MemoryError("the native loops got no memory")
-    raise RuntimeError(f"internal error: the native loops were given wrong sizes ({FAULTS[fault]}). Please report it.")
+    raise RuntimeError(
+        f"internal error: the native loops were given wrong sizes ({fault.decode()}). Please report it."
+    )
+
+
+class Counts(NamedTuple):
+    """What a batch's lengths add up to."""
+
+    sequences: int
+    """The number of sequences that have a step"""
+    rows: int
+    """The number of real steps"""
+    fault: int
+    """The first sequence whose length is not from 0 to T. -1: none"""
+    unsorted: int
+    """The first sequence that is longer than the one before. -1: none"""
+
+
+def count(place: int, batch: int, steps: int) -> Counts:
+    """Count the lengths, int64, at an address."""
+    library = find()
+    assert isinstance(library, Library), library
+    counts = array("q", (0, 0, 0, 0))
+    library.count(place, batch, steps, counts.buffer_info()[0])
+    return Counts(*counts)
 
 
 def runs(dtype: torch.dtype) -> bool:
@@ -150,3 +166,8 @@ def _warn_of_slow_loops(reason: str) -> None:
             SlowLoopsWarning,
             stacklevel=2,
         )
+
+
+def widens(dtype: torch.dtype) -> bool:
+    """Return whether a dtype of half precision is computed in float32, by the native loops."""
+    return dtype in (torch.bfloat16, torch.float16) and runs(torch.float32)

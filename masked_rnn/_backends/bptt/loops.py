@@ -19,7 +19,7 @@ from ..._cells import LayerWeights, States
 from ..._plan import Chunk, Plan
 from ..._torch import below_autograd
 from .cells import AddProduct, Cell
-from .layer_run import LayerRun, Saved, final_states, initial_gradient, new_history, new_saved, packed_states
+from .layer_run import LayerRun, Saved, final_states, initial_gradient, new_history, packed_states
 from .products import InputProduct, WeightGradients, recurrent_product
 
 CHUNK_BYTES = 2 << 20
@@ -36,15 +36,12 @@ def forward(
     x: Tensor,  # (P, I) or (R, I)
     initial: States,  # each (D, N, H)
     weights: LayerWeights,
-    save: bool,
-    into: Saved | None = None,
-) -> tuple[Tensor, States, Saved | None]:
-    """Return the output (P, D·H) or (R, D·H), the last states (D, N, H), and what is saved, which is `into` or new."""
+    saved: Saved | None,
+) -> tuple[Tensor, States]:
+    """Return the output (P, D·H) or (R, D·H), and the last states (D, N, H). Fill `saved` with what backward needs."""
     plan, cell, axis = layer_run.plan, layer_run.cell(weights), int(layer_run.is_paired)
     chunks = _chunks(layer_run, cell, x.element_size())
-    if save and into is None:
-        into = new_saved(layer_run, x, initial, weights)
-    history, buffer = (new_history(layer_run, x, initial), None) if into is None else into
+    history, buffer = (new_history(layer_run, x, initial), None) if saved is None else saved
     if buffer is None:
         most = max((chunk.rows for chunk in chunks), default=0)
         shared = x.new_empty(layer_run.shape(most, cell.width * cell.hidden))
@@ -65,9 +62,9 @@ def forward(
         cell.run_(parts, before, [views[chunk.first + 1 : stop + 1] for views in states_at], add_)
 
     output = _place_output(layer_run, history[0].narrow(-2, plan.sequences, plan.rows))
-    if save and layer_run.output_is_history:
+    if saved is not None and layer_run.output_is_history:
         output = output.clone()  # the caller may change it in place; the history must not change
-    return output, tuple(final_states(layer_run, h, first) for h, first in zip(history, initial, strict=True)), into
+    return output, tuple(final_states(layer_run, h, first) for h, first in zip(history, initial, strict=True))
 
 
 @below_autograd

@@ -1,195 +1,279 @@
-"""Runs a layer in the native loops where they can run it, and in those of PyTorch's ops (`.loops`) elsewhere.
+"""Runs a stack of layers in the native loops where they can run it, and in those of PyTorch's ops elsewhere.
 
-The native loops are compiled from C++ when the package is installed. Both kinds have the same arguments, results and
-`Saved`.
+The native loops are compiled from C++ when the package is installed. Both kinds have the same arguments and results, and
+save the same numbers.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..._cells import LayerWeights, States
-from ..._memory import NotPlainError, address, contiguous, copied, with_memory
+from ..._cells import States, flatten_weights, group_weights
+from ..._memory import NotPlainError, addresses, contiguous, new_like, new_tensor, with_memory
+from ..._plan import Plan
+from ..._spec import Spec
 from ..._torch import below_autograd, is_recorded
 from . import library, loops, threads
 from .cells import CELLS
-from .layer_run import LayerRun, Saved, last_gradient, new_saved
+from .job import Job, dropped_states, first_states, flatten, saved_views, unflatten
+from .layer_run import Saved
+from .record import Run
 
-NO_MEMORY = (0, 0)
-INT64 = torch.int64
+CELL_NUMBERS = {mode: number for number, mode in enumerate(CELLS)}
+Gradients = tuple[Tensor | None, States | None, list[Tensor] | None]
+"""Those of x, of the initial states and of the weights. None: not wanted."""
 
 
 def forward(
-    layer_run: LayerRun,
-    x: Tensor,  # (P, I) or (R, I)
-    initial: States,  # each (D, N, P or H)
-    weights: LayerWeights,
+    job: Job,
+    x: Tensor,  # (N, T, I), (T, N, I) or (R, I)
+    first: Sequence[Tensor],  # initial states in the job's layout; none: zeros
+    weights: Sequence[Tensor],
     save: bool,
-    into: Saved | None = None,
-) -> tuple[Tensor, States, Saved | None]:
-    """Return the output (P, D·H) or (R, D·H), the last states (D, N, P or H), and what is saved."""
-    if library.runs(x.dtype) and not is_recorded():
+    into: Tensor | None = None,
+) -> tuple[Tensor, States, Tensor | None]:
+    """Return the output, the last states in the job's layout, and what is saved, which is `into` or new."""
+    if library.runs(x.dtype) and job.rows and not is_recorded():
         try:
-            return run_forward(layer_run, x, initial, weights, save, into)
+            return run_forward(job, x, first, weights, save, into)
         except NotPlainError:
-            pass  # the loops of PyTorch's ops take other tensors, or refuse them
-    return loops.forward(layer_run, *_with_memory(x, initial, weights), save, into)
+            pass  # perhaps only the strides are unusual
+        with suppress(NotPlainError):
+            return run_forward(job, *_contiguous(x, first, weights), save, into)
+        # The loops of PyTorch's ops take other tensors, or refuse them.
+    return _forward_in_ops(job, *_with_memory(x, first, weights), save, into)
 
 
 def backward(
-    layer_run: LayerRun,
-    x: Tensor,  # (P, I) or (R, I)
-    initial: States,  # each (D, N, P or H)
-    weights: LayerWeights,
-    saved: Saved,
+    job: Job,
+    x: Tensor,
+    first: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    saved: Tensor,
     grads: Sequence[Tensor | None],  # of the output, then of each last state
     want_x: bool,
     want_weights: bool,
-) -> tuple[Tensor | None, States, LayerWeights | None]:
-    """Return the gradients of x, of the initial states and of the weights."""
-    if library.runs(x.dtype) and not is_recorded():
+) -> Gradients:
+    if library.runs(x.dtype) and job.rows and not is_recorded():
+        # The gradient of a sum is expanded.
+        grads = [d if d is None or d.is_contiguous() else contiguous(d) for d in grads]
         try:
-            return run_backward(layer_run, x, initial, weights, saved, grads, want_x, want_weights)
+            return run_backward(job, x, first, weights, saved, grads, want_x, want_weights)
         except NotPlainError:
-            pass  # as above
-    history, buffer = saved
-    saved = Saved(tuple(map(with_memory, history)), None if buffer is None else with_memory(buffer))
+            pass
+        with suppress(NotPlainError):
+            given = _contiguous(x, first, weights)
+            return run_backward(job, *given, contiguous(saved), grads, want_x, want_weights)
     grads = [None if d is None else with_memory(d) for d in grads]
-    return loops.backward(layer_run, *_with_memory(x, initial, weights), saved, grads, want_x, want_weights)
+    given = _with_memory(x, first, weights)
+    return _backward_in_ops(job, *given, with_memory(saved), grads, want_x, want_weights)
 
 
-def _with_memory(x: Tensor, initial: States, weights: LayerWeights) -> tuple[Tensor, States, LayerWeights]:
-    return with_memory(x), tuple(map(with_memory, initial)), tuple(each.map(with_memory) for each in weights)
-
-
-@below_autograd
 def run_forward(
-    layer_run: LayerRun, x: Tensor, initial: States, weights: LayerWeights, save: bool, into: Saved | None = None
-) -> tuple[Tensor, States, Saved | None]:
-    plan = layer_run.plan
-    if not plan.rows:
-        return loops.forward(layer_run, x, initial, weights, save, into)
-    if save and into is None:
-        into = new_saved(layer_run, x, initial, weights)
-    x = contiguous(x)
-    states = tuple(copied(h) for h in initial)
-    size = plan.size if layer_run.scatter else plan.rows
-    output = x.new_empty(size, len(weights) * initial[0].size(-1))
-    layer, _alive = _layer(layer_run, x, states, weights, into)
-    dtype = x.dtype
-    library.call(
-        "forward",
-        [
-            *layer,
-            *address(states[0], dtype, states[0].numel()),
-            *(address(states[1], dtype, states[1].numel()) if len(states) == 2 else NO_MEMORY),
-            *address(output, dtype, *output.shape),
-            output.size(1),
-        ],
-    )
-    return output, states, into
-
-
-@below_autograd
-def run_backward(
-    layer_run: LayerRun,
+    job: Job,
     x: Tensor,
-    initial: States,
-    weights: LayerWeights,
-    saved: Saved,
+    first: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    save: bool,
+    into: Tensor | None = None,
+) -> tuple[Tensor, States, Tensor | None]:
+    """As `forward`, in the native loops."""
+    record, _alive = _record(job, x, weights)
+    if save and into is None:
+        into, record.saved, record.saved_size = new_tensor(x, (job.saved_size(),))
+    elif into is not None:
+        record.saved, record.saved_size = addresses((into,), x.dtype)
+    output, record.output, record.output_size = new_tensor(x, job.output_shape(x))
+    widths = job.spec.state_widths
+    h, record.h_last, record.h_last_size = new_tensor(x, job.last_shape(widths[0]))
+    last: States = (h,)
+    if len(widths) == 2:
+        c, record.c_last, record.c_last_size = new_tensor(x, job.last_shape(widths[1]))
+        last = (h, c)
+    if first:
+        record.h_first, record.h_first_size, *of_c = addresses(first, x.dtype)
+        if of_c:
+            record.c_first, record.c_first_size = of_c
+    library.call("forward", record)
+    return output, last, into
+
+
+def run_backward(
+    job: Job,
+    x: Tensor,
+    first: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    saved: Tensor,
     grads: Sequence[Tensor | None],
     want_x: bool,
     want_weights: bool,
-) -> tuple[Tensor | None, States, LayerWeights | None]:
-    d_output, *d_last = grads
-    plan, D, dtype = layer_run.plan, len(weights), x.dtype
-    if not plan.rows:
-        return loops.backward(layer_run, x, initial, weights, saved, grads, want_x, want_weights)
-    x, d_output = contiguous(x), None if d_output is None else contiguous(d_output)
-    # A hook on saved tensors may have returned them with other strides.
-    history, buffer = saved
-    saved = Saved(tuple(map(contiguous, history)), None if buffer is None else contiguous(buffer))
-    d_states = tuple(last_gradient(h, d) for h, d in zip(initial, d_last, strict=True))
-    layer, _alive = _layer(layer_run, x, d_states, weights, saved)
-    dx = x.new_empty(D, *x.shape) if want_x else None
-    d_weights = tuple(each.map(lambda w: w.new_empty(w.shape)) for each in weights) if want_weights else None
-    numbers = [
-        *layer,
-        *(NO_MEMORY if d_output is None else address(d_output, dtype, *d_output.shape)),
-        0 if d_output is None else d_output.size(1),
-        *address(d_states[0], dtype, d_states[0].numel()),
-        *(address(d_states[1], dtype, d_states[1].numel()) if len(d_states) == 2 else NO_MEMORY),
-        *(NO_MEMORY if dx is None else address(dx, dtype, dx.numel())),
-    ]
-    for each in d_weights or ():
-        for g in each:
-            numbers += NO_MEMORY if g is None else address(g, dtype, g.numel())
-    numbers += NO_MEMORY * (5 * (2 - D * want_weights))
-    library.call("backward", numbers)
-    if dx is None:
-        return None, d_states, d_weights
-    return dx[0] if D == 1 else dx[0].add_(dx[1]), d_states, d_weights
+) -> Gradients:
+    """As `backward`, in the native loops."""
+    record, _alive = _record(job, x, weights)
+    record.saved, record.saved_size = addresses((saved,), x.dtype)
+    d_output, dh_last, *d_rest = grads
+    if d_output is not None:
+        record.d_output, record.d_output_size = addresses((d_output,), x.dtype)
+    if dh_last is not None:
+        record.dh_last, record.dh_last_size = addresses((dh_last,), x.dtype)
+    if d_rest and d_rest[0] is not None:
+        record.dc_last, record.dc_last_size = addresses(d_rest, x.dtype)
+    d_first: States = ()
+    if first:
+        addresses(first, x.dtype)
+        dh, record.dh_first, record.dh_first_size = new_like(first[0])
+        d_first = (dh,)
+        if len(first) == 2:
+            dc, record.dc_first, record.dc_first_size = new_like(first[1])
+            d_first = (dh, dc)
+    dx = d_weights = None
+    if want_x:
+        dx, record.dx, record.dx_size = new_like(x)
+    if want_weights:
+        made = [new_like(w) for w in weights]
+        d_weights = [w for w, _, _ in made]
+        table = array("q", [number for _, place, size in made for number in (place, size)])
+        record.gradients, record.gradients_size = table.buffer_info()[0], len(d_weights)
+    library.call("backward", record)
+    return dx, d_first, d_weights
 
 
-def _layer(
-    layer_run: LayerRun, x: Tensor, states: States, weights: LayerWeights, saved: Saved | None
-) -> tuple[list[int], Any]:
-    """Return the record `Layer` of native/interface.h, and tensors that must live as long as its addresses."""
-    plan, D, dtype = layer_run.plan, len(weights), x.dtype
-    cell = CELLS[layer_run.mode]
-    (rows_of_x, inputs), fed_back = x.shape, states[0].size(-1)
-    hidden = weights[0].w_hh.size(0) // cell.gates
-    N = cell.gates * hidden
+@lru_cache(maxsize=256)
+def _template(spec: Spec, item_bytes: int) -> Run:
+    """Return a record with the numbers that are the same in each call of a layer."""
+    return Run(
+        cell=CELL_NUMBERS[spec.mode],
+        item_bytes=item_bytes,
+        layers=spec.num_layers,
+        directions=spec.directions,
+        inputs=spec.input_size,
+        hidden=spec.hidden_size,
+        fed_back=spec.fed_back,
+        has_biases=spec.bias,
+        projects=spec.proj_size > 0,
+    )
+
+
+def _record(job: Job, x: Tensor, weights: Sequence[Tensor]) -> tuple[Run, Any]:
+    """Return the part of a record that both passes have, and an object that must live as long as its addresses."""
+    record = Run.from_buffer_copy(_template(job.spec, x.dtype.itemsize))
+    record.batch, record.steps, record.batch_first = job.batch, job.steps, job.batch_first
+    record.sequences, record.rows, record.padded_rows = job.sequences, job.rows, job.padded_rows
+    record.input_is_padded, record.output_is_padded = job.input_is_padded, job.output_is_padded
+    record.first_is_flat, record.last_is_flat = job.first_is_flat, job.last_is_flat
+    record.threads, record.parallel = threads.count_and_start()
+    record.x, record.x_size = addresses((x,), x.dtype)
+    table = array("q", addresses(weights, x.dtype))
+    record.weights, record.weights_size = table.buffer_info()[0], len(weights)
+    if job.lengths is not None:
+        record.lengths, record.lengths_size = job.lengths.buffer_info()
+    if job.dropped is not None:
+        record.dropped, record.dropped_size = job.dropped.buffer_info()
+    if job.given_plan is not None:
+        _set_tables(record, job.given_plan)
+    return record, table
+
+
+def _set_tables(record: Run, plan: Plan) -> None:
     sizes, starts = plan.step_tables
-    steps = len(plan.batch_sizes)
-    alive: list[Tensor] = []
-    numbers = [
-        tuple(CELLS).index(layer_run.mode),
-        dtype.itemsize,
-        D,
-        plan.batch,
-        plan.sequences,
-        steps,
-        plan.rows,
-        inputs,
-        hidden,
-        fed_back,
-        *threads.count_and_start(),
-        layer_run.gather,
-        layer_run.scatter,
-        *sizes.buffer_info(),
-        *starts.buffer_info(),
-        *(NO_MEMORY if plan.index is None else address(plan.index, INT64, plan.rows)),
-        *(NO_MEMORY if plan.order is None else address(plan.order, INT64, plan.order.numel())),
-        *address(x, dtype, rows_of_x, inputs),
-        inputs,
-    ]
-    for w_ih, w_hh, b_ih, b_hh, w_hr in weights:
-        for w, rows, columns in (
-            (w_ih, N, inputs),
-            (w_hh, N, fed_back),
-            (b_ih, N, 1),
-            (b_hh, N, 1),
-            (w_hr, fed_back, hidden),
-        ):
-            if w is None:
-                numbers += NO_MEMORY
-                continue
-            if not w.is_contiguous():
-                w = contiguous(w)
-                alive.append(w)
-            numbers += address(w, dtype, rows, columns)
-    numbers += NO_MEMORY * (5 * (2 - D))
-    if saved is None:
-        numbers += NO_MEMORY * 3
-        return numbers, alive
-    states_at = D * (plan.sequences + plan.rows)
-    numbers += address(saved.history[0], dtype, states_at, fed_back)
-    numbers += address(saved.history[1], dtype, states_at, hidden) if len(saved.history) == 2 else NO_MEMORY
-    buffer = saved.buffer
-    numbers += NO_MEMORY if buffer is None else address(buffer, dtype, D * plan.rows, cell.width * hidden)
-    return numbers, alive
+    record.steps = len(plan.batch_sizes)
+    record.sizes, record.sizes_size = sizes.buffer_info()
+    record.starts, record.starts_size = starts.buffer_info()
+    if plan.index is not None:
+        record.index, record.index_size = addresses((plan.index,), torch.int64)
+    else:  # all rows run, in order
+        record.input_is_padded = record.output_is_padded = False
+    if plan.order is not None:
+        record.order, record.order_size = addresses((plan.order,), torch.int64)
+
+
+def _contiguous(
+    x: Tensor, first: Sequence[Tensor], weights: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    return contiguous(x), list(map(contiguous, first)), list(map(contiguous, weights))
+
+
+def _with_memory(
+    x: Tensor, first: Sequence[Tensor], weights: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    return with_memory(x), list(map(with_memory, first)), list(map(with_memory, weights))
+
+
+@below_autograd
+def _forward_in_ops(
+    job: Job, x: Tensor, first: Sequence[Tensor], weights: Sequence[Tensor], save: bool, into: Tensor | None
+) -> tuple[Tensor, States, Tensor | None]:
+    spec, D = job.spec, job.spec.directions
+    if save and into is None:
+        into = x.new_empty(job.saved_size())
+    views = saved_views(job, into) if save and into is not None else [(None, None)] * spec.num_layers
+    initial = first_states(job, first, x)
+    rows, lasts = x.reshape(-1, x.size(-1)), []
+    for k, own in enumerate(group_weights(weights, spec.num_layers, D)):
+        saved, kept = views[k]
+        states = tuple([h[k * D : (k + 1) * D] for h in initial])
+        rows, last = loops.forward(job.layer_run(k), rows, states, own, saved)
+        if kept is not None:
+            kept.copy_(rows)
+        lasts.append(last)
+    joined = tuple([torch.cat(states) for states in zip(*lasts, strict=True)])
+    return rows.view(job.output_shape(x)), tuple(map(flatten, joined)) if job.last_is_flat else joined, into
+
+
+@below_autograd
+def _backward_in_ops(
+    job: Job,
+    x: Tensor,
+    first: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    saved: Tensor,
+    grads: Sequence[Tensor | None],
+    want_x: bool,
+    want_weights: bool,
+) -> Gradients:
+    spec, D = job.spec, job.spec.directions
+    views, initial = saved_views(job, saved), first_states(job, first, x)
+    d_output, *d_last = grads
+    if job.last_is_flat:
+        d_last = [None if d is None else unflatten(job, d) for d in d_last]
+    d_rows = None if d_output is None else d_output.reshape(-1, d_output.size(-1))
+    d_first: list[States] = []
+    d_weights: list[Tensor] = []
+    for k, own in reversed(list(enumerate(group_weights(weights, spec.num_layers, D)))):
+        part = slice(k * D, (k + 1) * D)
+        rows = x.reshape(-1, x.size(-1)) if k == 0 else _output_of(job, *views[k - 1])
+        d_rows, d_initial, d_own = loops.backward(
+            job.layer_run(k),
+            rows,
+            tuple([h[part] for h in initial]),
+            own,
+            views[k][0],
+            [d_rows, *(None if d is None else d[part] for d in d_last)],
+            want_x or k > 0,
+            want_weights,
+        )
+        d_first.insert(0, d_initial)
+        d_weights = [*([] if d_own is None else flatten_weights([d_own])), *d_weights]
+    dx = None if d_rows is None or not want_x else d_rows.view(x.shape)
+    return dx, _first_gradients(job, d_first) if first else (), d_weights if want_weights else None
+
+
+def _output_of(job: Job, saved: Saved, kept: Tensor | None) -> Tensor:
+    """Return the output (R, D·P) of a layer below the top."""
+    return saved.history[0].narrow(0, job.sequences, job.rows) if kept is None else kept
+
+
+def _first_gradients(job: Job, d_first: Sequence[States]) -> States:
+    """Return the gradients of the initial states as they were given."""
+    joined = [torch.cat(states) for states in zip(*d_first, strict=True)]
+    anew = dropped_states(job)
+    if anew is not None:
+        joined = [torch.where(anew, torch.zeros_like(d), d) for d in joined]
+    return tuple(map(flatten, joined)) if job.first_is_flat else tuple(joined)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._cells import GATES, HOLD, LayerWeights, Weights, group_weights
+from ..._cells import HOLD, LayerWeights, Weights, group_weights
+from ..._spec import GATES
 from ..._torch import current_stream, is_capturing
 from ..cudnn import views_of
 from .operators import Kernel

@@ -34,7 +34,7 @@ class BackwardPass {
         run_tasks(layer_, packs + (wants_x_ ? D : 0), [&](ptrdiff_t k) {
             if (k < packs) return pack(k % D, k / D);
             const ptrdiff_t d = k - packs, rows = outside_rows();
-            clear_padding(layer_, in<T>(run_.dx) + d * rows * I_, rows, I_, is_there_ + d * rows);
+            clear_padding(layer_, dx_of(d), rows, I_, is_there_ + d * rows);
         });
         run_tasks(layer_, tasks, [&](ptrdiff_t k) {
             const ptrdiff_t d = k % D, side = k / D;
@@ -45,7 +45,14 @@ class BackwardPass {
         });
         if (wants_weights_)
             run_tasks(layer_, D * layer_.threads, [&](ptrdiff_t k) { join(k % D, k / D, layer_.threads); });
-        return NONE;
+        if (wants_x_ && D == 2) {
+            const ptrdiff_t count = outside_rows() * I_, part = divide_up(count, layer_.threads);
+            run_tasks(layer_, layer_.threads, [&](ptrdiff_t k) {
+                const ptrdiff_t begin = min(k * part, count);
+                add(min(part, count - begin), dx_of(1) + begin, dx_of(0) + begin);
+            });
+        }
+        return nullptr;
     }
 
   private:
@@ -100,7 +107,9 @@ class BackwardPass {
     }
 
     // The rows of dx.
-    ptrdiff_t outside_rows() const { return wants_x_ && I_ ? run_.dx.size / (layer_.directions * I_) : 0; }
+    ptrdiff_t outside_rows() const { return wants_x_ && I_ ? run_.dx.size / I_ : 0; }
+
+    T* dx_of(ptrdiff_t direction) const { return in<T>(direction ? run_.dx_of_backward : run_.dx); }
 
     void pack(ptrdiff_t d, ptrdiff_t p) {
         if (wants_x_) w_ih_[d].pack(p);
@@ -153,9 +162,9 @@ class BackwardPass {
         ptrdiff_t length[MOST_ROWS];
         T *dh[MOST_ROWS], *dc[MOST_ROWS] = {}, *dm[MOST_ROWS];
         for (ptrdiff_t i = 0; i < most; ++i) {
-            const ptrdiff_t at = block.state(block.place(i));
-            dh[i] = in<T>(run_.dh) + at * P_;
-            if (sizes_.has_c) dc[i] = in<T>(run_.dc) + at * H_;
+            const ptrdiff_t place = block.place(i);
+            dh[i] = block.state<T>(run_.dh, place);
+            if (sizes_.has_c) dc[i] = block.state<T>(run_.dc, place);
             dm[i] = projects_ ? projected + i * H_ : dh[i];
             length[i] = i ? length[i - 1] : layer_.steps;
             while (block.active(length[i] - 1) <= i) --length[i];
@@ -186,7 +195,7 @@ class BackwardPass {
                 delta[k] = own;
                 h[k] = history + before * P_;
                 x[k] = in<const T>(layer_.x) + outside * layer_.x_row;
-                if (wants_x_) dx[k] = in<T>(run_.dx) + (d * (run_.dx.size / layer_.directions)) + outside * I_;
+                if (wants_x_) dx[k] = dx_of(d) + outside * I_;
                 steps_.step_back(H_,
                                  RowBack<T>{buffer, h[k], c, history + after * P_, c_after, dm[i], dc[i], own, m_row});
             }

@@ -37,7 +37,7 @@ class ForwardPass {
             for (ptrdiff_t first = side; first < layer_.sequences; first += sides * division_.most)
                 run_block(Block{layer_, d, first, sides, division_.most}, k);
         });
-        return NONE;
+        return nullptr;
     }
 
   private:
@@ -97,9 +97,9 @@ class ForwardPass {
         ptrdiff_t length[MOST_ROWS];
         T *h[MOST_ROWS], *c[MOST_ROWS] = {}, *h_after[MOST_ROWS], *c_after[MOST_ROWS] = {};
         for (ptrdiff_t i = 0; i < most; ++i) {
-            const ptrdiff_t place = block.place(i), at = block.state(place);
-            h[i] = h_after[i] = in<T>(run_.h) + at * P_;
-            if (sizes_.has_c) c[i] = c_after[i] = in<T>(run_.c) + at * H_;
+            const ptrdiff_t place = block.place(i);
+            h[i] = h_after[i] = block.state<T>(run_.h, place);
+            if (sizes_.has_c) c[i] = c_after[i] = block.state<T>(run_.c, place);
             length[i] = i ? length[i - 1] : layer_.steps;
             while (block.active(length[i] - 1) <= i) --length[i];
             if (saves_) {
@@ -140,12 +140,13 @@ class ForwardPass {
                 }
                 if (projects_) w_hr_[d].multiply(m_rows, AT_ZERO, nullptr, h_after, m);
                 for (ptrdiff_t i = 0; i < m; ++i) {
-                    const ptrdiff_t place = block.place(i), at = block.state(place);
+                    const ptrdiff_t place = block.place(i);
                     const ptrdiff_t outside = block.outside(s, place, length[i], layer_.scatter);
-                    copy(P_, h_after[i], in<T>(run_.output) + outside * run_.output_row + d * P_);
+                    T* output = in<T>(run_.output) + outside * run_.output_row + d * P_;
+                    if (output != h_after[i]) copy(P_, h_after[i], output);  // the history may be the output
                     if (saves_ && s == length[i] - 1) {
-                        copy(P_, h_after[i], in<T>(run_.h) + at * P_);
-                        if (sizes_.has_c) copy(H_, c_after[i], in<T>(run_.c) + at * H_);
+                        copy(P_, h_after[i], block.state<T>(run_.h, place));
+                        if (sizes_.has_c) copy(H_, c_after[i], block.state<T>(run_.c, place));
                     }
                 }
                 done += m;

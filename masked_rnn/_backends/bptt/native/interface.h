@@ -1,7 +1,8 @@
-// The records that Python passes to the library. `../native.py` fills them, in the same order.
+// The record that Python passes to the library, and the records of one layer that stack.h makes of it. `../record.py`
+// has the same fields, in the same order.
 //
-// T steps, R rows that run, B sequences that have a step, N all, I input, H hidden, D directions, P state that is fed
-// back (H, or proj_size).
+// T steps, R rows that run, B sequences that have a step, N all, I input, H hidden, D directions, L layers, P state that
+// is fed back (H, or proj_size).
 #pragma once
 
 #include <cstddef>
@@ -9,7 +10,7 @@
 
 namespace masked_rnn {
 
-constexpr int64_t INTERFACE = 1;  // increase it when a record below changes
+constexpr int64_t INTERFACE = 2;  // increase it when the record below changes
 
 enum Cell : int64_t { GRU, LSTM, RNN_TANH, RNN_RELU };
 
@@ -36,6 +37,56 @@ struct Array {
 // The address of GOMP_parallel, which runs a function on several threads and waits for them. 0: start new threads.
 using Parallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
 
+// One pass over a stack of layers. A number that a pass does not need is 0.
+//
+// Which rows run is given in one of two ways. By `lengths`: sequence n runs its first lengths[n] steps; without lengths
+// all steps run. Or, if `starts` is given, by the tables of a plan.
+struct Run {
+    int64_t cell;
+    int64_t item_bytes;  // 4: float, 8: double
+    int64_t layers;
+    int64_t directions;
+    int64_t inputs;    // I
+    int64_t hidden;    // H
+    int64_t fed_back;  // P
+    int64_t has_biases;
+    int64_t projects;
+    int64_t batch;            // N
+    int64_t steps;            // T
+    int64_t batch_first;      // 1: the padded layout is (N, T); 0: (T, N)
+    int64_t sequences;        // B
+    int64_t rows;             // R
+    int64_t padded_rows;      // the rows of the padded layout: N T, or what the plan's index points into
+    int64_t input_is_padded;  // 1: x has a row for each of them; 0: for each row that runs, in the plan's order
+    int64_t output_is_padded;
+    int64_t first_is_flat;  // the layout of first states and their gradients. 1: (N, L D P); 0: (L D, N, P)
+    int64_t last_is_flat;   // the same for last states
+    int64_t threads;
+    Parallel parallel;
+    Array lengths;  // int64 (N); none: all are T
+    Array sizes;    // int64 (T + 1): the number of sequences at each step, then 0
+    Array starts;   // int64 (T + 1): the first row of each step, then R
+    Array index;    // int64 (R): the place of each row in the padded layout; none: in order
+    Array order;    // int64 (B): the sequence at each sorted place; none: in order
+    Array dropped;  // bytes (N): 1 where the forward direction starts from zeros; none: nowhere
+    Array weights;  // Array (L D (2 to 5)): of each layer and direction w_ih, w_hh, biases, w_hr
+    Array x;        // (rows, I)
+    Array h_first;  // the initial states; none: zeros
+    Array c_first;
+    Array h_last;  // gets the last states
+    Array c_last;
+    Array output;  // (rows, D P), or none
+    Array saved;   // what backward needs, see stack.h; none: nothing is saved
+    // Backward reads the gradients of output and last states (none: zero), and writes the others (none: not wanted).
+    Array d_output;
+    Array dh_last;
+    Array dc_last;
+    Array dh_first;
+    Array dc_first;
+    Array dx;
+    Array gradients;  // Array: as `weights`
+};
+
 struct Weights {
     Array w_ih;  // (gates H, I)
     Array w_hh;  // (gates H, P)
@@ -44,27 +95,36 @@ struct Weights {
     Array w_hr;  // (P, H), or none
 };
 
+// One state of each direction and sequence, at data + direction * direction_stride + sequence * sequence_stride.
+struct States {
+    void* data;
+    ptrdiff_t direction_stride, sequence_stride;
+};
+
+// What both passes know of one layer.
 struct Layer {
     int64_t cell;
-    int64_t item_bytes;  // 4: float, 8: double
+    int64_t item_bytes;
     int64_t directions;
-    int64_t batch;      // N
-    int64_t sequences;  // B
-    int64_t steps;      // T
-    int64_t rows;       // R
-    int64_t inputs;     // I
-    int64_t hidden;     // H
-    int64_t fed_back;   // P
+    int64_t batch;
+    int64_t sequences;
+    int64_t steps;
+    int64_t rows;
+    int64_t inputs;
+    int64_t hidden;
+    int64_t fed_back;
     int64_t threads;
     Parallel parallel;
-    int64_t gather;   // 1: x has the layout of the caller's input; 0: that of the rows that run
+    int64_t gather;   // 1: x has the padded layout; 0: that of the rows that run
     int64_t scatter;  // the same for the output
-    Array sizes;      // int64 (T + 1): the number of sequences at each step, then 0
-    Array starts;     // int64 (T + 1): the first row of each step, then R
-    Array index;      // int64 (R): the place of each row in the caller's input; none: in order
-    Array order;      // int64 (B): the sequence at each sorted place; none: in order
-    Array x;          // (rows, I)
-    int64_t x_row;    // the stride of a row of x, in numbers
+    ptrdiff_t sequence_stride, step_stride;  // of the padded layout, in rows, if there is no index
+    Array lengths;                           // as above. The tables are always there
+    Array sizes;
+    Array starts;
+    Array index;
+    Array order;
+    Array x;        // (rows, I)
+    int64_t x_row;  // the stride of a row of x, in numbers
     Weights weights[2];
     Array history;  // (D, B + R, P): the initial states, then the state after each row. None: nothing is saved
     Array cells;    // (D, B + R, H): the same for the LSTM's c
@@ -73,8 +133,8 @@ struct Layer {
 
 struct Forward {
     Layer layer;
-    Array h;       // (D, N, P): the initial states, replaced by the last ones
-    Array c;       // (D, N, H)
+    States h;      // the initial states, replaced by the last ones
+    States c;
     Array output;  // (rows, D P)
     int64_t output_row;
 };
@@ -83,26 +143,15 @@ struct Backward {
     Layer layer;
     Array d_output;  // (rows, D P), or none
     int64_t d_output_row;
-    Array dh;              // (D, N, P): the gradients of the last states, replaced by those of the initial ones
-    Array dc;              // (D, N, H)
-    Array dx;              // (D, rows, I), or none
+    States dh;  // the gradients of the last states, replaced by those of the initial ones
+    States dc;
+    Array dx;               // (rows, I), or none
+    Array dx_of_backward;   // the same for the second direction, which is added to dx
     Weights gradients[2];  // or none
 };
 
-// The reasons why a call can't run. ../library.py has the messages.
-enum Fault : int64_t {
-    NONE,
-    BAD_LAYER,
-    BAD_STEPS,
-    BAD_INDEX,
-    BAD_ORDER,
-    BAD_INPUT,
-    BAD_WEIGHTS,
-    BAD_STATES,
-    BAD_SAVED,
-    BAD_OUTPUT,
-    BAD_GRADIENTS,
-    NO_MEMORY,
-};
+// Null: all is well. Else the reason why a call can't run.
+using Fault = const char*;
+constexpr Fault NO_MEMORY = "no memory";
 
 }  // namespace masked_rnn

@@ -64,10 +64,15 @@ struct Block {
 
     ptrdiff_t start(ptrdiff_t t) const { return in<const int64_t>(layer.starts)[t]; }
 
-    // The row of a sequence's state in (D, N).
-    ptrdiff_t state(ptrdiff_t place) const {
+    ptrdiff_t sequence(ptrdiff_t place) const {
         const int64_t* order = in<const int64_t>(layer.order);
-        return direction * layer.batch + (order ? order[place] : place);
+        return order ? order[place] : place;
+    }
+
+    template <class T>
+    T* state(const States& states, ptrdiff_t place) const {
+        return static_cast<T*>(states.data) + direction * states.direction_stride +
+               sequence(place) * states.sequence_stride;
     }
 
     // The row in (D, B + R) of the state before step t.
@@ -79,9 +84,10 @@ struct Block {
 
     // The row of step t in the input or output. The second direction reads a sequence of `length` steps from its end.
     ptrdiff_t outside(ptrdiff_t t, ptrdiff_t place, ptrdiff_t length, bool as_callers) const {
-        const ptrdiff_t row = start(direction ? length - 1 - t : t) + place;
-        const int64_t* index = as_callers ? in<const int64_t>(layer.index) : nullptr;
-        return index ? index[row] : row;
+        const ptrdiff_t step = direction ? length - 1 - t : t, row = start(step) + place;
+        if (!as_callers) return row;
+        if (const int64_t* index = in<const int64_t>(layer.index)) return index[row];
+        return sequence(place) * layer.sequence_stride + step * layer.step_stride;
     }
 };
 

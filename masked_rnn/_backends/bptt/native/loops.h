@@ -20,16 +20,24 @@ NEVER_INLINE void fill(ptrdiff_t count, T* to) {
 
 static_assert(TABLE >= DEPTH && DEPTH >= MOST_ROWS);
 
-// Zeros the rows of a matrix that are not in the layer's index. `is_there` is scratch memory, one byte for each row.
+// Zeros the rows of a matrix in the padded layout at which no sequence has a step. `is_there` is scratch memory, one byte
+// for each row, which is used if the layer has an index.
 template <class T>
 NEVER_INLINE void clear_padding(const Layer& layer, T* matrix, ptrdiff_t rows, ptrdiff_t width,
                                 unsigned char* is_there) {
     if (rows <= layer.rows) return;
-    for (ptrdiff_t k = 0; k < rows; ++k) is_there[k] = 0;
-    const int64_t* index = in<const int64_t>(layer.index);
-    for (ptrdiff_t k = 0; k < layer.rows; ++k) is_there[index ? index[k] : k] = 1;
-    for (ptrdiff_t k = 0; k < rows; ++k)
-        if (!is_there[k]) fill(width, matrix + k * width);
+    if (const int64_t* index = in<const int64_t>(layer.index)) {
+        for (ptrdiff_t k = 0; k < rows; ++k) is_there[k] = 0;
+        for (ptrdiff_t k = 0; k < layer.rows; ++k) is_there[index[k]] = 1;
+        for (ptrdiff_t k = 0; k < rows; ++k)
+            if (!is_there[k]) fill(width, matrix + k * width);
+        return;
+    }
+    const int64_t* lengths = in<const int64_t>(layer.lengths);
+    const ptrdiff_t steps = rows / layer.batch;
+    for (ptrdiff_t n = 0; n < layer.batch; ++n)
+        for (ptrdiff_t t = lengths[n]; t < steps; ++t)
+            fill(width, matrix + (n * layer.sequence_stride + t * layer.step_stride) * width);
 }
 
 #include "forward.h"

@@ -1,0 +1,115 @@
+"""The lean way in: runs an ordinary call without opening it, because for few steps that would take longer than the loops.
+
+It knows only what makes a call ordinary. Any other call, and so every error, is left to `open_call` and the choice of a
+backend, which give an ordinary call the same results.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._backends.bptt import library
+from ._backends.bptt.autograd import run_job
+from ._backends.bptt.job import Job
+from ._call.context import PLAIN, find_context
+from ._cells import Layer, have_shapes
+from ._memory import NotPlainError, addresses
+from ._spec import Spec, spec_of
+from ._torch import is_autocast_on, listed_weights
+
+BACKENDS = ("auto", "bptt")
+INT64, BOOL = torch.int64, torch.bool
+
+
+def run_lean(layer: Layer, input: Any, hx: Any, lengths: Any, resets: Any) -> tuple[Any, Any] | None:
+    """Return a call's results if it is ordinary.
+
+    That is: a padded batch of plain tensors on the CPU, of a dtype that the native loops run; no dropout; nothing is
+    traced, transformed, compiled or cast.
+    """
+    if type(input) is not Tensor or input.dim() != 3 or layer.backend not in BACKENDS or is_autocast_on("cpu"):
+        return None
+    weights = listed_weights(layer)
+    if weights is None or find_context() is not PLAIN:
+        return None
+    spec, dtype = spec_of(layer), input.dtype
+    batch, steps, width = input.shape
+    if not layer.batch_first:
+        batch, steps = steps, batch
+    if (
+        width != spec.input_size
+        or not batch * steps
+        or not library.runs(dtype)
+        or not have_shapes(weights, spec.shapes)
+        or (layer.dropout and layer.training and spec.num_layers > 1)
+    ):
+        return None
+    try:
+        job = _job(layer, spec, batch, steps, lengths)
+        if job is None:
+            return None
+        first = _first_states(job, hx, dtype)
+        if first is None or (resets is not None and not _drop_states(job, input, resets, first)):
+            return None
+        job.last_is_flat = layer.flatten_hidden
+        output, last = run_job(job, input, first, weights)
+    except NotPlainError:
+        return None
+    return output, last[0] if len(last) == 1 else last
+
+
+def _job(layer: Layer, spec: Spec, batch: int, steps: int, lengths: Any) -> Job | None:
+    """Return how the call runs. None: its lengths are unusual, or wrong."""
+    if lengths is None:
+        return Job(spec, batch, steps, layer.batch_first)
+    if type(lengths) in (list, tuple):
+        if set(map(type, lengths)) != {int}:
+            return None
+        try:
+            own = array("q", lengths)
+        except OverflowError:
+            return None
+    elif type(lengths) is Tensor and lengths.dim() == 1:
+        place, count = addresses((lengths,), INT64)
+        own = array("q", ctypes.string_at(place, 8 * count))  # a copy, because the caller may change the original
+    else:
+        return None
+    if len(own) != batch:
+        return None
+    counts = library.count(own.buffer_info()[0], batch, steps)
+    if counts.fault >= 0 or not counts.rows or (layer.enforce_sorted and counts.unsorted >= 0):
+        return None
+    if counts.rows == batch * steps:
+        return Job(spec, batch, steps, layer.batch_first)
+    return Job(spec, batch, steps, layer.batch_first, own, counts[:2])
+
+
+def _first_states(job: Job, hx: Any, dtype: torch.dtype) -> tuple[Tensor, ...] | None:
+    """Return the given initial states, or () for zeros. None: they are unusual, or wrong."""
+    if hx is None:
+        return ()
+    spec, batch = job.spec, job.batch
+    states = (hx,) if spec.mode != "LSTM" else hx
+    if type(states) not in (tuple, list) or len(states) != len(spec.state_widths):
+        return None
+    for is_flat in (True, False):
+        shapes = [(batch, spec.stacked * w) if is_flat else (spec.stacked, batch, w) for w in spec.state_widths]
+        if all([type(h) is Tensor and h.shape == shape for h, shape in zip(states, shapes, strict=True)]):
+            job.first_is_flat = is_flat
+            return tuple(states) if all([h.dtype is dtype for h in states]) else None
+    return None
+
+
+def _drop_states(job: Job, input: Tensor, resets: Any, first: tuple[Tensor, ...]) -> bool:
+    """Note the states that one step's resets drop. Return False if they are unusual, wrong, or of more steps."""
+    if job.steps != 1 or type(resets) is not Tensor or resets.shape != input.shape[:2]:
+        return False
+    place, count = addresses((resets,), BOOL)
+    if first:
+        job.dropped = array("b", ctypes.string_at(place, count))
+    return True
