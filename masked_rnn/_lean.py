@@ -32,10 +32,10 @@ def run_lean(layer: Layer, input: Any, hx: Any, lengths: Any, resets: Any) -> tu
     That is: a padded batch of plain tensors on the CPU, of a dtype that the native loops run; no dropout; nothing is
     traced, transformed, compiled or cast.
     """
-    if type(input) is not Tensor or input.dim() != 3 or layer.backend not in BACKENDS or is_autocast_on("cpu"):
+    if type(input) is not Tensor or input.dim() != 3 or not input.is_cpu or layer.backend not in BACKENDS:
         return None
     weights = listed_weights(layer)
-    if weights is None or find_context() is not PLAIN:
+    if weights is None or find_context() is not PLAIN or is_autocast_on("cpu"):
         return None
     spec, dtype = spec_of(layer), input.dtype
     batch, steps, width = input.shape
@@ -45,6 +45,7 @@ def run_lean(layer: Layer, input: Any, hx: Any, lengths: Any, resets: Any) -> tu
         width != spec.input_size
         or not batch * steps
         or not library.runs(dtype)
+        or weights[0].dtype is not dtype
         or not have_shapes(weights, spec.shapes)
         or (layer.dropout and layer.training and spec.num_layers > 1)
     ):

@@ -42,6 +42,7 @@ class FakeLibrary:
         self.masked_rnn_supports = Function(lambda level: level.value < levels)
         self.masked_rnn_forward = Function(0)
         self.masked_rnn_backward = Function(0)
+        self.masked_rnn_count = Function(0)
 
 
 @pytest.fixture

@@ -50,10 +50,7 @@ def play_avx512(folder: Path) -> Library:
     assert [each.wait() for each in running] == [0] * len(SOURCES)
     subprocess.run([COMPILER, "-shared", *objects, "-o", folder / "played.so"], check=True)
     built = ctypes.CDLL(str(folder / "played.so"))
-    functions = {name: getattr(built, f"masked_rnn_{name}") for name in ("forward", "backward")}
-    for function in functions.values():
-        function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int64), ctypes.c_int64
-    return Library(functions, LEVELS.index("avx512"))
+    return library.bind(built, LEVELS.index("avx512"))
 
 
 def use_loops_of_ops(patch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,7 @@ def _run_with_dropout(call: Call, job: Job) -> tuple[Tensor, States]:
         initial = [h[k * D : (k + 1) * D] for h in call.initial or ()]
         x, last = run_job(job.of_layer(k), x, initial, [t for w in own for t in w if t is not None])
         lasts.append(last)
-    return x, tuple([torch.cat(states) for states in zip(*lasts, strict=True)])
+    return call.from_rows(x), tuple([torch.cat(states) for states in zip(*lasts, strict=True)])
 
 
 class ThroughTime(torch.autograd.Function):

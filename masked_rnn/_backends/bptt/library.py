@@ -68,19 +68,24 @@ def find() -> Library | str:
         if library.masked_rnn_interface() != INTERFACE:
             return f"the native loops are of another version of masked_rnn: run {_install_again()}"
         digest = library.masked_rnn_digest().decode()
-        passes = library.masked_rnn_forward, library.masked_rnn_backward
-        count = library.masked_rnn_count
+        bound = bind(library, level=0)
     except (OSError, AttributeError) as error:
         return f"the native loops can't be loaded: run {_install_again()} ({error})"
     sources = FOLDER / "native"
     if sources.is_dir() and sources_digest(sources) != digest:
         return f"the sources of the native loops have changed since they were built: run {_install_again()}"
-    for function in passes:
-        function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int64), ctypes.c_char_p
-    count.argtypes, count.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p), None
     most = LEVELS.index(wanted) if wanted else len(LEVELS) - 1
     level = max(level for level in range(most + 1) if library.masked_rnn_supports(ctypes.c_int64(level)))
-    return Library(*passes, count, level)
+    return bound._replace(level=level)
+
+
+def bind(library: ctypes.CDLL, level: int) -> Library:
+    """Declare the types of the library's functions."""
+    forward, backward, count = library.masked_rnn_forward, library.masked_rnn_backward, library.masked_rnn_count
+    for function in (forward, backward):
+        function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int64), ctypes.c_char_p
+    count.argtypes, count.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p), None
+    return Library(forward, backward, count, level)
 
 
 def _why_not_built() -> str:
