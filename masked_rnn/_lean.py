@@ -1,4 +1,4 @@
-"""The lean way in: runs an ordinary call without opening it, because for few steps that would take longer than the loops.
+"""The lean way in: runs an ordinary call without opening it, which for few steps would take longer than the loops.
 
 It knows only what makes a call ordinary. Any other call, and so every error, is left to `open_call` and the choice of a
 backend, which give an ordinary call the same results.
@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from ._backends.bptt import library
-from ._backends.bptt.autograd import run_job
+from ._backends.bptt.autograd import run_job, wants_gradient
 from ._backends.bptt.job import Job
+from ._backends.kernels import Stack, call_kernel, kernel_learns_faster
 from ._call.context import PLAIN, find_context
-from ._cells import Layer, have_shapes
+from ._call.states import close_states
+from ._cells import SHAPE_OF, Layer, States, have_shapes
 from ._memory import NotPlainError, addresses
 from ._spec import Spec, spec_of
 from ._torch import is_autocast_on, listed_weights
@@ -50,18 +52,35 @@ def run_lean(layer: Layer, input: Any, hx: Any, lengths: Any, resets: Any) -> tu
         or (layer.dropout and layer.training and spec.num_layers > 1)
     ):
         return None
+    given = _first_states(spec, batch, hx, dtype)
+    if given is None:
+        return None
+    first_is_flat, first = given
+    is_whole = lengths is None and resets is None
+    if is_whole and kernel_learns_faster(spec.mode, steps) and wants_gradient(input, first, weights):
+        return _run_kernel(layer, spec, input, batch, given, weights)
     try:
         job = _job(layer, spec, batch, steps, lengths)
-        if job is None:
+        if job is None or (resets is not None and not _drop_states(job, input, resets, first)):
             return None
-        first = _first_states(job, hx, dtype)
-        if first is None or (resets is not None and not _drop_states(job, input, resets, first)):
-            return None
-        job.last_is_flat = layer.flatten_hidden
+        job.first_is_flat, job.last_is_flat = first_is_flat, layer.flatten_hidden
         output, last = run_job(job, input, first, weights)
     except NotPlainError:
         return None
     return output, last[0] if len(last) == 1 else last
+
+
+def _run_kernel(
+    layer: Layer, spec: Spec, input: Tensor, batch: int, given: tuple[bool, States], weights: list[Tensor]
+) -> tuple[Tensor, Any]:
+    is_flat, first = given
+    if not first:
+        first = (input.new_zeros(spec.stacked, batch, spec.fed_back),)
+    elif is_flat:
+        first = (first[0].view(batch, spec.stacked, -1).transpose(0, 1),)
+    stack = Stack(spec.mode, spec.num_layers, spec.directions, 0.0, layer.batch_first)
+    output, last = call_kernel(stack, input, first, weights, None, False)
+    return output, close_states(layer, last, False)
 
 
 def _job(layer: Layer, spec: Spec, batch: int, steps: int, lengths: Any) -> Job | None:
@@ -90,23 +109,24 @@ def _job(layer: Layer, spec: Spec, batch: int, steps: int, lengths: Any) -> Job 
     return Job(spec, batch, steps, layer.batch_first, own, counts[:2])
 
 
-def _first_states(job: Job, hx: Any, dtype: torch.dtype) -> tuple[Tensor, ...] | None:
-    """Return the given initial states, or () for zeros. None: they are unusual, or wrong."""
+def _first_states(spec: Spec, batch: int, hx: Any, dtype: torch.dtype) -> tuple[bool, States] | None:
+    """Return the given initial states, () for zeros, and whether they are flat. None: they are unusual, or wrong."""
     if hx is None:
-        return ()
-    spec, batch = job.spec, job.batch
+        return False, ()
     states = (hx,) if spec.mode != "LSTM" else hx
     if type(states) not in (tuple, list) or len(states) != len(spec.state_widths):
         return None
+    for h in states:
+        if type(h) is not Tensor or h.dtype is not dtype:
+            return None
+    shapes = list(map(SHAPE_OF, states))
     for is_flat in (True, False):
-        shapes = [(batch, spec.stacked * w) if is_flat else (spec.stacked, batch, w) for w in spec.state_widths]
-        if all([type(h) is Tensor and h.shape == shape for h, shape in zip(states, shapes, strict=True)]):
-            job.first_is_flat = is_flat
-            return tuple(states) if all([h.dtype is dtype for h in states]) else None
+        if shapes == [(batch, spec.stacked * w) if is_flat else (spec.stacked, batch, w) for w in spec.state_widths]:
+            return is_flat, tuple(states)
     return None
 
 
-def _drop_states(job: Job, input: Tensor, resets: Any, first: tuple[Tensor, ...]) -> bool:
+def _drop_states(job: Job, input: Tensor, resets: Any, first: States) -> bool:
     """Note the states that one step's resets drop. Return False if they are unusual, wrong, or of more steps."""
     if job.steps != 1 or type(resets) is not Tensor or resets.shape != input.shape[:2]:
         return False

@@ -55,7 +55,7 @@ def new_tensor(like: Tensor, shape: Sequence[int]) -> tuple[Tensor, int, int]:
         NotPlainError: A mode makes other tensors.
     """
     made = like.new_empty(*shape)
-    if type(made) is not Tensor or not made.is_cpu:
+    if type(made) is not Tensor:
         raise NotPlainError
     return made, made.data_ptr(), made.numel()
 
@@ -63,7 +63,7 @@ def new_tensor(like: Tensor, shape: Sequence[int]) -> tuple[Tensor, int, int]:
 def new_like(tensor: Tensor) -> tuple[Tensor, int, int]:
     """As `new_tensor`, of the same shape and strides as a tensor that has passed the checks of `addresses`."""
     made = torch.empty_like(tensor)
-    if type(made) is not Tensor or not made.is_cpu:
+    if type(made) is not Tensor:
         raise NotPlainError
     return made, made.data_ptr(), made.numel()
 

@@ -157,9 +157,7 @@ WAYS: dict[str, tuple[Any, dict[str, Any], bool]] = {
 
 @pytest.mark.skipif(not NATIVE, reason="without the native loops no call goes the lean way")
 @pytest.mark.parametrize("form", WAYS)
-def test_ordinary_call_goes_lean_way_and_gives_same_bits(
-    cell: str, form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ordinary_call_goes_lean_way_and_gives_same_bits(cell: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, given, is_lean = WAYS[form]
     layer = masked(cell, batch_first=form == "nested").to("meta" if form == "another device" else "cpu")
     layer = layer.to(x.dtype if isinstance(x, Tensor) else torch.float32)

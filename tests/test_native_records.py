@@ -19,7 +19,15 @@ from masked_rnn._plan import plan_padded
 
 pytestmark = needs_native
 SIZES = ("batch", "steps", "sequences", "rows", "padded_rows", "inputs", "hidden", "fed_back", "layers", "directions")
-FLAGS = ("has_biases", "projects", "batch_first", "input_is_padded", "output_is_padded", "first_is_flat", "last_is_flat")
+FLAGS = (
+    "has_biases",
+    "projects",
+    "batch_first",
+    "input_is_padded",
+    "output_is_padded",
+    "first_is_flat",
+    "last_is_flat",
+)
 PLANNED = {
     "lengths": {"lengths": [2, 6, 3, 6]},
     "mask": {"mask": torch.tensor([[n > t for t in range(6)] for n in (2, 6, 3, 6)])},
@@ -27,7 +35,9 @@ PLANNED = {
 }
 OPTIONAL = {
     "forward": {"lengths", "index", "order", "h_first", "saved"},
-    "backward": {"lengths", "index", "order", "d_output", "dh_last", "dc_last", "dh_first", "dc_first", "dx", "gradients"},
+    "backward": {
+        *("lengths", "index", "order", "d_output", "dh_last", "dc_last", "dh_first", "dc_first", "dx", "gradients"),
+    },
 }
 """Without these, a record is that of another call."""
 
@@ -125,7 +135,8 @@ def test_mismatched_sizes_are_refused(cell: str, planned: str, check_each: Calla
                     record.refuses(**{name: value})
             if name != "inputs":  # with fewer inputs all arrays are large enough
                 record.refuses(**{name: 0})
-        for name, values in (("cell", (-1, 4)), ("item_bytes", (0, 2, 16)), ("directions", (0, 3)), ("threads", (0, -1))):
+        wrong = {"cell": (-1, 4), "item_bytes": (0, 2, 16), "directions": (0, 3), "threads": (0, -1)}
+        for name, values in wrong.items():
             for value in values:
                 record.refuses("sizes", **{name: value})
         for name in FLAGS:

@@ -16,8 +16,11 @@ from . import cudnn
 from .double_backward import DoubleBackward
 from .recurrence import scan_layers
 
-# The native loops are the fastest way on a CPU. Without them, limits below which PyTorch's kernel over a padded batch is
-# faster than the loops of PyTorch's ops, measured by `python -m benchmarks.choice`. docs/backends.md has the figures, the
+FEW_STEPS_OF_RNN = 1
+"""Up to this many steps, PyTorch's kernel trains an RNN faster than the native loops, which else are the fastest way on
+a CPU. Measured by `python -m benchmarks.choice`, as what follows."""
+# Without the native loops, limits below which PyTorch's kernel over a padded batch is
+# faster than the loops of PyTorch's ops. docs/backends.md has the figures, the
 # machine and the rule in words.
 FEW_STEPS = 4
 """Up to this many steps, PyTorch's kernel is faster than starting our loop. With lengths: up to one."""
@@ -55,6 +58,14 @@ def has_lstm_kernel(call: Call) -> bool:
     return layer.mode == "LSTM" and not layer.proj_size and call.data.dtype == torch.float32 and has_onednn()
 
 
+def kernel_learns_faster(mode: str, steps: int) -> bool:
+    """Return whether PyTorch's kernel trains faster than the native loops on so few steps without lengths.
+
+    An RNN's gradient is then only a few products, and autograd runs a function written in Python more slowly.
+    """
+    return steps <= FEW_STEPS_OF_RNN and mode in ("RNN_TANH", "RNN_RELU")
+
+
 def kernel_is_faster(call: Call, learns: bool, loops_are_native: bool) -> bool:
     """Return whether PyTorch's kernel on the CPU, over the padded batch, is faster than our loop over the real steps.
 
@@ -64,6 +75,8 @@ def kernel_is_faster(call: Call, learns: bool, loops_are_native: bool) -> bool:
         return False
     N, T, H, lengths = call.form.batch, call.form.steps, call.layer.hidden_size, call.lengths
     if loops_are_native:
+        if lengths is None and learns and kernel_learns_faster(call.layer.mode, T):
+            return True
         # Under autocast only the kernel computes in the lower precision.
         return has_lstm_kernel(call) and lengths is None and is_autocast_on("cpu")
     if (FEW_STEPS if lengths is None else 1) >= T:
@@ -137,12 +150,12 @@ def run_kernel(
 ) -> tuple[Tensor, States]:
     """Run a stack of layers over a padded batch, or over packed rows if `batch_sizes` are given."""
     if not cudnn.runs_cudnn(x):
-        return _call_kernel(stack, x, initial, parameters, batch_sizes, stack.dropout > 0)
+        return call_kernel(stack, x, initial, parameters, batch_sizes, stack.dropout > 0)
     initial = tuple(h.contiguous() for h in initial)  # cuDNN needs it; a flattened hx is not contiguous
     if not is_fake(x):
         parameters = cudnn.flatten_weights(parameters)
     if not torch.is_grad_enabled():
-        return _call_kernel(stack, x, initial, parameters, batch_sizes, stack.dropout > 0)
+        return call_kernel(stack, x, initial, parameters, batch_sizes, stack.dropout > 0)
     if batch_sizes is not None:
         batch_sizes = batch_sizes.clone()  # `recurrence` reads it later, when the caller may have changed the original
     mode, layers, directions, _, batch_first = stack
@@ -155,12 +168,12 @@ def run_kernel(
         return output, *last
 
     # cuDNN needs the `train` flag to save data for backward.
-    output, last = _call_kernel(stack, x, initial, parameters, batch_sizes, True)
+    output, last = call_kernel(stack, x, initial, parameters, batch_sizes, True)
     output, *last_again = DoubleBackward.apply(recurrence, 1 + len(last), output, *last, x, *initial, *parameters)
     return output, tuple(last_again)
 
 
-def _call_kernel(
+def call_kernel(
     stack: Stack, x: Tensor, initial: States, parameters: Sequence[Tensor], batch_sizes: Tensor | None, train: bool
 ) -> tuple[Tensor, States]:
     mode, layers, directions, dropout, batch_first = stack

@@ -22,11 +22,11 @@ from .._backends.bptt.job import Job, saved_size
 from .._backends.kernels import kernel_is_faster
 from .._call import Call
 from .._call.context import PLAIN
-from .._cells import LayerWeights, States, flatten_weights, group_weights, stack_layers
+from .._cells import LayerWeights, States, flatten_weights, stack_layers
 from .._plan import move_to_front
 from .._probe import check_dtype
-from .._spec import Spec, configuration, spec_of
 from .._segments import Segments, resets_at_real_steps
+from .._spec import Spec, configuration, spec_of
 from .._torch import with_autograd
 from .arguments import Arguments
 

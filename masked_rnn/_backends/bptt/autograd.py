@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..._call import Call
 from ..._call.context import PLAIN
-from ..._cells import LayerWeights, States, group_weights, stack_layers
+from ..._cells import SHAPE_OF, LayerWeights, States, group_weights, stack_layers
 from ..._spec import spec_of
 from ..double_backward import gradient_of, needs_another_backward
 from ..gather import gather_rows, scatter_rows
@@ -64,11 +64,15 @@ def run_job(
     weights: Sequence[Tensor],
 ) -> tuple[Tensor, States]:
     """Return the output and the last states, and record a gradient if one is wanted."""
-    if torch.is_grad_enabled() and (x.requires_grad or any(map(REQUIRES_GRAD, (*weights, *first)))):
+    if wants_gradient(x, first, weights):
         output, *last = ThroughTime.apply(job, len(first), x, *first, *weights)
         return output, tuple(last)
     output, last, _ = native.forward(job, x, first, weights, save=False)
     return output, last
+
+
+def wants_gradient(x: Tensor, first: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or any(map(REQUIRES_GRAD, (*weights, *first))))
 
 
 def _run_with_dropout(call: Call, job: Job) -> tuple[Tensor, States]:
@@ -94,7 +98,7 @@ class ThroughTime(torch.autograd.Function):
         ctx.job, ctx.n_states = job, n_states
         kept = (x, *tensors, saved)
         ctx.save_for_backward(*kept)
-        ctx.shapes = [t.shape for t in kept]  # type: ignore[union-attr]
+        ctx.shapes = list(map(SHAPE_OF, kept))
         ctx.set_materialize_grads(False)
         return output, *last
 
@@ -102,7 +106,7 @@ class ThroughTime(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         job, n_states = ctx.job, ctx.n_states
         kept = ctx.saved_tensors
-        if [t.shape for t in kept] != ctx.shapes:
+        if list(map(SHAPE_OF, kept)) != ctx.shapes:
             raise RuntimeError(
                 "A tensor that backward needs has another shape than in forward. It was replaced since, or a hook on "
                 "saved tensors gave back another one."

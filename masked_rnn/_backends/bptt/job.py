@@ -128,9 +128,12 @@ def saved_parts(spec: Spec, sequences: int, rows: int) -> list[Parts]:
 
 
 def saved_size(spec: Spec, sequences: int, rows: int) -> int:
-    """Return how many numbers a job saves."""
-    shapes = [(*p.history, p.buffer or (0,), p.output or (0,)) for p in saved_parts(spec, sequences, rows)]
-    return sum(prod(shape) for layer in shapes for shape in layer)
+    """Return how many numbers a job saves: the sum of `saved_parts`."""
+    cell, D, L = CELLS[spec.mode], spec.directions, spec.num_layers
+    states = (sequences + rows) * sum(spec.state_widths)
+    buffer = rows * cell.width * spec.hidden_size if cell.saves_buffer else 0
+    between = (L - 1) * rows * 2 * spec.fed_back if D == 2 else 0
+    return L * D * (states + buffer) + between
 
 
 def saved_views(
@@ -153,7 +156,7 @@ def saved_views(
 
 
 def first_states(job: Job, given: Sequence[Tensor], like: Tensor) -> States:
-    """Return the initial states (L·D, N, P or H) from which a job starts: given ones without the dropped ones, or zeros."""
+    """Return a job's initial states, each (L·D, N, P or H): the given ones without the dropped ones, or zeros."""
     spec = job.spec
     if not given:
         return tuple([like.new_zeros(spec.stacked, job.batch, width) for width in spec.state_widths])

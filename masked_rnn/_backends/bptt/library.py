@@ -124,9 +124,7 @@ def call(name: str, record: Run) -> None:
         return
     if fault == OUT_OF_MEMORY:
         raise MemoryError("the native loops got no memory")
-    raise RuntimeError(
-        f"internal error: the native loops were given wrong sizes ({fault.decode()}). Please report it."
-    )
+    raise RuntimeError(f"internal error: the native loops were given wrong sizes ({fault.decode()}). Please report it.")
 
 
 class Counts(NamedTuple):

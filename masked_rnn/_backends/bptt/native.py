@@ -1,7 +1,7 @@
 """Runs a stack of layers in the native loops where they can run it, and in those of PyTorch's ops elsewhere.
 
-The native loops are compiled from C++ when the package is installed. Both kinds have the same arguments and results, and
-save the same numbers.
+The native loops are compiled from C++ when the package is installed. Both kinds have the same arguments and results,
+and save the same numbers.
 """
 
 from __future__ import annotations

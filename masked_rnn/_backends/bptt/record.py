@@ -22,6 +22,5 @@ class Run(ctypes.Structure):
     """
 
     _fields_ = tuple(
-        (field, ctypes.c_int64)
-        for field in (*NUMBERS, *(part for name in ARRAYS for part in (name, f"{name}_size")))
+        (field, ctypes.c_int64) for field in (*NUMBERS, *(part for name in ARRAYS for part in (name, f"{name}_size")))
     )
