@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 from array import array
+from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from ._backends.bptt.job import Job
 from ._backends.kernels import Stack, call_kernel, kernel_learns_faster
 from ._call.context import PLAIN, find_context
 from ._call.states import close_states
-from ._cells import SHAPE_OF, Layer, States, have_shapes
+from ._cells import SHAPE_OF, Layer, States
 from ._memory import NotPlainError, addresses
 from ._spec import Spec, spec_of
 from ._torch import is_autocast_on, listed_weights
@@ -34,10 +36,10 @@ def run_lean(layer: Layer, input: Any, hx: Any, lengths: Any, resets: Any) -> tu
     That is: a padded batch of plain tensors on the CPU, of a dtype that the native loops run; no dropout; nothing is
     traced, transformed, compiled or cast.
     """
-    if type(input) is not Tensor or input.dim() != 3 or not input.is_cpu or layer.backend not in BACKENDS:
+    if type(input) is not Tensor or input.is_nested or input.dim() != 3 or not input.is_cpu:
         return None
     weights = listed_weights(layer)
-    if weights is None or find_context() is not PLAIN or is_autocast_on("cpu"):
+    if weights is None or layer.backend not in BACKENDS or find_context() is not PLAIN or is_autocast_on("cpu"):
         return None
     spec, dtype = spec_of(layer), input.dtype
     batch, steps, width = input.shape
@@ -47,8 +49,7 @@ def run_lean(layer: Layer, input: Any, hx: Any, lengths: Any, resets: Any) -> tu
         width != spec.input_size
         or not batch * steps
         or not library.runs(dtype)
-        or weights[0].dtype is not dtype
-        or not have_shapes(weights, spec.shapes)
+        or not _are_ordinary(weights, spec, dtype)
         or (layer.dropout and layer.training and spec.num_layers > 1)
     ):
         return None
@@ -56,18 +57,35 @@ def run_lean(layer: Layer, input: Any, hx: Any, lengths: Any, resets: Any) -> tu
     if given is None:
         return None
     first_is_flat, first = given
-    is_whole = lengths is None and resets is None
-    if is_whole and kernel_learns_faster(spec.mode, steps) and wants_gradient(input, first, weights):
-        return _run_kernel(layer, spec, input, batch, given, weights)
     try:
         job = _job(layer, spec, batch, steps, lengths)
-        if job is None or (resets is not None and not _drop_states(job, input, resets, first)):
+        if job is None:
+            return None
+        is_whole = job.lengths is None
+        if is_whole and kernel_learns_faster(spec.mode, steps) and wants_gradient(input, first, weights):
+            return _run_kernel(layer, spec, input, batch, given, weights) if resets is None else None
+        if resets is not None and not _drop_states(job, input, resets, first):
             return None
         job.first_is_flat, job.last_is_flat = first_is_flat, layer.flatten_hidden
         output, last = run_job(job, input, first, weights)
     except NotPlainError:
         return None
     return output, last[0] if len(last) == 1 else last
+
+
+FACTS = attrgetter("shape", "dtype", "is_cpu")
+
+
+@lru_cache(maxsize=256)
+def _ordinary_facts(spec: Spec, dtype: torch.dtype) -> list[tuple[torch.Size, torch.dtype, bool]]:
+    return [(shape, dtype, True) for shape in spec.shapes]
+
+
+def _are_ordinary(weights: list[Tensor], spec: Spec, dtype: torch.dtype) -> bool:
+    try:
+        return list(map(FACTS, weights)) == _ordinary_facts(spec, dtype)
+    except AttributeError:  # something that is no tensor stands in a parameter's place
+        return False
 
 
 def _run_kernel(

@@ -40,9 +40,9 @@ class FakeLibrary:
         self.masked_rnn_interface = Function(interface)
         self.masked_rnn_digest = Function(digest.encode())
         self.masked_rnn_supports = Function(lambda level: level.value < levels)
-        self.masked_rnn_forward = Function(0)
-        self.masked_rnn_backward = Function(0)
-        self.masked_rnn_count = Function(0)
+        self.masked_rnn_forward = Function(None)
+        self.masked_rnn_backward = Function(None)
+        self.masked_rnn_count = Function(None)
 
 
 @pytest.fixture
@@ -196,19 +196,20 @@ def warns_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("warns_anew")
 @pytest.mark.parametrize("backend", ["auto", "bptt"])
 @pytest.mark.parametrize("fault", ["missing", "unreadable"])
-def test_first_call_that_could_run_natively_warns(fault: str, backend: str, folder: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_first_call_that_could_run_natively_warns(
+    dtype: torch.dtype, fault: str, backend: str, folder: Path
+) -> None:
     if fault == "missing":
         (folder / LIBRARY).unlink()
-    layer = masked("gru", backend=backend)
+    layer = masked("gru", backend=backend).to(dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         masked_rnn.get_env_info()
-        layer.to(torch.bfloat16)(torch.randn(5, 3, INPUT, dtype=torch.bfloat16), lengths=[5, 2, 0])
-    layer.float()
 
     def train() -> None:
         for _ in range(3):
-            layer(torch.randn(5, 3, INPUT), lengths=[5, 2, 0])[0].sum().backward()
+            layer(torch.randn(5, 3, INPUT, dtype=dtype), lengths=[5, 2, 0])[0].sum().backward()
 
     with pytest.warns(masked_rnn.SlowLoopsWarning) as caught:
         train()

@@ -16,6 +16,7 @@ FLOORS = (
     ("__init__", "__main__", "_modules"),
     ("_environment", "_layers"),
     ("_dispatch",),
+    ("_lean",),
     ("_capture",),
     ("_backends/packed", "_backends/padded", "_backends/bptt", "_backends/scan", "_backends/held"),
     ("_backends/kernels",),
@@ -26,7 +27,7 @@ FLOORS = (
     ("_segments",),
     ("_plan", "_cells"),
     ("_probe", "_memory"),
-    ("_torch",),
+    ("_spec", "_torch"),
 )
 """The floors, from the top. A module imports from floors below its own, and from its own folder."""
 

@@ -97,7 +97,6 @@ def _backward(*given: Any) -> list[Tensor]:
     dx, d_initial, d_weights = native.backward(
         job, call.data, states, call.parameters, saved.view(call.data.dtype), d_results, want_x, want_weights
     )
-    assert d_initial is not None
     result = list(d_initial if segments is None else map(segments.initial_gradient, d_initial, d_last))
     # Copies of the weights' gradients, because an operator's results must not share memory.
     return [*result, *([] if dx is None else [dx]), *[g.clone() for g in d_weights or ()]]

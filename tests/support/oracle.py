@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import masked_rnn
-from masked_rnn import _dispatch
+from masked_rnn import _dispatch, _lean
 
 BACKENDS = ("packed", "padded", "bptt", "scan")
 """Those that run on every device"""
@@ -255,18 +255,21 @@ def every(**options: Sequence[Any]) -> list[dict[str, Any]]:
 def which_ran(monkeypatch: Any) -> list[str]:
     """Returns a list to which each backend that runs from here on adds its name."""
     names: list[str] = []
-    run, run_lean = _dispatch._run, _dispatch.run_lean
+    run = _dispatch._run
 
     def noting(name: str, call: Any) -> Any:
         names.append(name)
         return run(name, call)
 
-    def noting_lean(*given: Any) -> Any:
-        results = run_lean(*given)
-        if results is not None:
-            names.append("bptt")
-        return results
+    def noting_lean(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            results = function(*given)
+            names.append(name)
+            return results
+
+        return call
 
     monkeypatch.setattr(_dispatch, "_run", noting)
-    monkeypatch.setattr(_dispatch, "run_lean", noting_lean)
+    monkeypatch.setattr(_lean, "run_job", noting_lean("bptt", _lean.run_job))
+    monkeypatch.setattr(_lean, "_run_kernel", noting_lean("padded", _lean._run_kernel))
     return names

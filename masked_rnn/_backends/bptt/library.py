@@ -42,7 +42,7 @@ class SlowLoopsWarning(UserWarning):
 class Library(NamedTuple):
     forward: Pass
     backward: Pass
-    count: Callable[[int, int, int, int], None]
+    count_lengths: Callable[[int, int, int, int], None]
     level: int
     """The index in LEVELS of the loops that run"""
 
@@ -145,7 +145,7 @@ def count(place: int, batch: int, steps: int) -> Counts:
     library = find()
     assert isinstance(library, Library), library
     counts = array("q", (0, 0, 0, 0))
-    library.count(place, batch, steps, counts.buffer_info()[0])
+    library.count_lengths(place, batch, steps, counts.buffer_info()[0])
     return Counts(*counts)
 
 

@@ -27,8 +27,8 @@ from .layer_run import Saved
 from .record import Run
 
 CELL_NUMBERS = {mode: number for number, mode in enumerate(CELLS)}
-Gradients = tuple[Tensor | None, States | None, list[Tensor] | None]
-"""Those of x, of the initial states and of the weights. None: not wanted."""
+Gradients = tuple[Tensor | None, States, list[Tensor] | None]
+"""Those of x, of the given initial states and of the weights. None: not wanted."""
 
 
 def forward(
@@ -124,7 +124,7 @@ def run_backward(
     if dh_last is not None:
         record.dh_last, record.dh_last_size = addresses((dh_last,), x.dtype)
     if d_rest and d_rest[0] is not None:
-        record.dc_last, record.dc_last_size = addresses(d_rest, x.dtype)
+        record.dc_last, record.dc_last_size = addresses((d_rest[0],), x.dtype)
     d_first: States = ()
     if first:
         addresses(first, x.dtype)
