@@ -197,9 +197,7 @@ def warns_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("backend", ["auto", "bptt"])
 @pytest.mark.parametrize("fault", ["missing", "unreadable"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_first_call_that_could_run_natively_warns(
-    dtype: torch.dtype, fault: str, backend: str, folder: Path
-) -> None:
+def test_first_call_that_could_run_natively_warns(dtype: torch.dtype, fault: str, backend: str, folder: Path) -> None:
     if fault == "missing":
         (folder / LIBRARY).unlink()
     layer = masked("gru", backend=backend).to(dtype)

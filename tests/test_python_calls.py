@@ -32,12 +32,12 @@ def counts_of(name: str, learns: bool) -> Counts:
 @pytest.mark.parametrize(
     ("name", "learns", "most"),
     [  # release 1.6.0 had 162, 103, 18, 70 and 181, 111, 18, 74 with lengths; 26 and 42 calls for one step
-        ("lengths", False, 94),
-        ("lengths", True, 104),
-        ("one sequence", False, 79),
-        ("one sequence", True, 89),
-        ("one step", False, 33),
-        ("one step, lengths", False, 44),
+        ("lengths", False, 46),
+        ("lengths", True, 50),
+        ("one sequence", False, 38),
+        ("one sequence", True, 44),
+        ("one step", False, 38),
+        ("one step, lengths", False, 46),
     ],
 )
 def test_eager_call_runs_little_python(name: str, learns: bool, most: int) -> None:

@@ -118,7 +118,8 @@ class ThroughTime(torch.autograd.Function):
         first, weights = tensors[:n_states], tensors[n_states:]
         want_x, want_weights = ctx.needs_input_grad[2], any(ctx.needs_input_grad[3 + n_states :])
         dx, d_first, d_weights = native.backward(job, x, first, weights, saved, grads, want_x, want_weights)
-        return None, None, dx, *d_first, *(d_weights or [None] * len(weights))
+        nothing: list[Tensor | None] = [None] * len(weights)
+        return None, None, dx, *d_first, *(nothing if d_weights is None else d_weights)
 
 
 def _recurrence(job: Job, n_states: int, x: Tensor, *tensors: Tensor) -> Sequence[Tensor]:
