@@ -34,12 +34,12 @@ def advance(
     """
     x, *given = step
     has_real, has_cuts = marks
-    start = tuple(torch.where(given[-1], 0.0, h) for h in state) if has_cuts else state
+    start = tuple(torch.where(given[-1], 0, h) for h in state) if has_cuts else state
     new = STEPS[mode](x, start, w)
     if not has_real:
         return new, new[0]
     real = given[0]
-    return tuple(torch.where(real, n, h) for n, h in zip(new, state, strict=True)), torch.where(real, new[0], 0.0)
+    return tuple(torch.where(real, n, h) for n, h in zip(new, state, strict=True)), torch.where(real, new[0], 0)
 
 
 def unrolled(
@@ -81,7 +81,7 @@ def scan(
     """
     if real is not None:
         # The input must be cleaned too: in backward, a zero gradient times a NaN in padding is NaN.
-        x = torch.where(real, x, 0.0)
+        x = torch.where(real, x, 0)
     anew = None if resets is None else resets_at_real_steps(resets, real)
     outputs, lasts = [], []
     for d, w in enumerate(weights):
@@ -93,7 +93,7 @@ def scan(
             state, output = loop(mode, w, marks, state, steps, d == 1)
         else:
             runs = real.any(0)
-            clean = tuple(torch.where(runs, h, 0.0) for h in state)
+            clean = tuple(torch.where(runs, h, 0) for h in state)
             last, output = loop(mode, w, marks, clean, steps, d == 1)
             state = tuple(torch.where(runs, new, h) for new, h in zip(last, state, strict=True))
         outputs.append(output)
