@@ -48,7 +48,7 @@ def run_lean(layer: Layer, input: Any, hx: Any, lengths: Any, resets: Any) -> tu
     if (
         width != spec.input_size
         or not batch * steps
-        or not library.runs(dtype)
+        or not (library.runs(dtype) or library.widens(dtype))
         or not _are_ordinary(weights, spec, dtype)
         or (layer.dropout and layer.training and spec.num_layers > 1)
     ):
@@ -62,12 +62,15 @@ def run_lean(layer: Layer, input: Any, hx: Any, lengths: Any, resets: Any) -> tu
         if job is None:
             return None
         is_whole = job.lengths is None
-        if is_whole and kernel_learns_faster(spec.mode, steps) and wants_gradient(input, first, weights):
+        if is_whole and kernel_learns_faster(spec.mode, dtype, steps) and wants_gradient(input, first, weights):
             return _run_kernel(layer, spec, input, batch, given, weights) if resets is None else None
         if resets is not None and not _drop_states(job, input, resets, first):
             return None
         job.first_is_flat, job.last_is_flat = first_is_flat, layer.flatten_hidden
-        output, last = run_job(job, input, first, weights)
+        if library.widens(dtype):
+            output, last = _run_in_float32(job, input, first, weights)
+        else:
+            output, last = run_job(job, input, first, weights)
     except NotPlainError:
         return None
     return output, last[0] if len(last) == 1 else last
@@ -99,6 +102,11 @@ def _run_kernel(
     stack = Stack(spec.mode, spec.num_layers, spec.directions, 0.0, layer.batch_first)
     output, last = call_kernel(stack, input, first, weights, None, False)
     return output, close_states(layer, last, False)
+
+
+def _run_in_float32(job: Job, input: Tensor, first: States, weights: list[Tensor]) -> tuple[Tensor, States]:
+    output, last = run_job(job, input.float(), [h.float() for h in first], [w.float() for w in weights])
+    return output.to(input.dtype), tuple([h.to(input.dtype) for h in last])
 
 
 def _job(layer: Layer, spec: Spec, batch: int, steps: int, lengths: Any) -> Job | None:

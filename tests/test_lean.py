@@ -152,7 +152,7 @@ WAYS: dict[str, tuple[Any, dict[str, Any], bool]] = {
     "packed": (nn.utils.rnn.pack_sequence([X[:, 0], X[:1, 1]]), {}, False),
     "nested": (torch.nested.nested_tensor([X[:, 0], X[:1, 1]], layout=torch.jagged), {}, False),
     "another device": (X.to("meta"), {}, False),
-    "half precision": (X.bfloat16(), {}, False),
+    "half precision": (X.bfloat16(), {"lengths": [2, 1, 0, 2]}, True),
 }
 
 

@@ -58,12 +58,12 @@ def has_lstm_kernel(call: Call) -> bool:
     return layer.mode == "LSTM" and not layer.proj_size and call.data.dtype == torch.float32 and has_onednn()
 
 
-def kernel_learns_faster(mode: str, steps: int) -> bool:
+def kernel_learns_faster(mode: str, dtype: torch.dtype, steps: int) -> bool:
     """Return whether PyTorch's kernel trains faster than the native loops on so few steps without lengths.
 
     An RNN's gradient is then only a few products, and autograd runs a function written in Python more slowly.
     """
-    return steps <= FEW_STEPS_OF_RNN and mode in ("RNN_TANH", "RNN_RELU")
+    return steps <= FEW_STEPS_OF_RNN and mode in ("RNN_TANH", "RNN_RELU") and dtype.itemsize >= 4
 
 
 def kernel_is_faster(call: Call, learns: bool, loops_are_native: bool) -> bool:
@@ -75,7 +75,7 @@ def kernel_is_faster(call: Call, learns: bool, loops_are_native: bool) -> bool:
         return False
     N, T, H, lengths = call.form.batch, call.form.steps, call.layer.hidden_size, call.lengths
     if loops_are_native:
-        if lengths is None and learns and kernel_learns_faster(call.layer.mode, T):
+        if lengths is None and learns and kernel_learns_faster(call.layer.mode, call.data.dtype, T):
             return True
         # Under autocast only the kernel computes in the lower precision.
         return has_lstm_kernel(call) and lengths is None and is_autocast_on("cpu")
