@@ -467,3 +467,11 @@ def test_unneeded_gradients_are_not_computed(cell: str, frozen: str, monkeypatch
     states = [h.requires_grad_() for h in random_states(layer, 3)]
     layer(x, as_hx(states))[0].sum().backward()
     assert wanted == [(frozen != "input", frozen != "weights")]
+
+
+def test_gradient_of_input_has_no_larger_storage(cell: str, backend: str) -> None:
+    """A view of a buffer of both directions would keep twice the memory."""
+    layer, x = masked(cell, bidirectional=True, backend=backend), torch.randn(5, 3, INPUT, requires_grad=True)
+    layer(x, lengths=[5, 0, 2])[0].sum().backward()
+    assert x.grad is not None
+    assert x.grad.untyped_storage().nbytes() == x.numel() * x.element_size()

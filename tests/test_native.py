@@ -391,3 +391,18 @@ def test_zero_comes_out_with_torchs_sign(dtype: torch.dtype) -> None:
             p.fill_(1)
         x = torch.tensor([0.0, least, -least, 1, -1], dtype=dtype).view(-1, 1, 1)
         assert layer(x)[0].signbit().equal(theirs(x)[0].signbit())
+
+
+@needs_native
+@pytest.mark.slow
+def test_more_rows_than_2_to_29_run() -> None:
+    steps, batch = 5, (1 << 29) // 5 + 1
+    layer, x = masked("rnn-tanh", 1, 1, backend="bptt"), torch.rand(steps, batch, 1)
+    expected = masked("rnn-tanh", 1, 1, backend="packed")
+    expected.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        output, last = layer(x)
+        for part in (slice(0, 100), slice(batch - 100, batch)):
+            own, own_last = expected(x[:, part])
+            torch.testing.assert_close(output[:, part], own)
+            torch.testing.assert_close(last[part], own_last)
