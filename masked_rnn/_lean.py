@@ -18,7 +18,7 @@ from torch import Tensor
 from ._backends.bptt import library
 from ._backends.bptt.autograd import run_job, wants_gradient
 from ._backends.bptt.job import Job
-from ._backends.kernels import Stack, call_kernel, kernel_learns_faster
+from ._backends.kernels import Stack, call_kernel, kernel_beats_native
 from ._call.context import PLAIN, find_context
 from ._call.states import close_states
 from ._cells import SHAPE_OF, Layer, States
@@ -61,9 +61,10 @@ def run_lean(layer: Layer, input: Any, hx: Any, lengths: Any, resets: Any) -> tu
         job = _job(layer, spec, batch, steps, lengths)
         if job is None:
             return None
-        is_whole = job.lengths is None
-        if is_whole and kernel_learns_faster(spec.mode, dtype, steps) and wants_gradient(input, first, weights):
-            return _run_kernel(layer, spec, input, batch, given, weights) if resets is None else None
+        kernel_wins = kernel_beats_native(spec, dtype, steps, batch) if job.lengths is None else None
+        if kernel_wins is not None and wants_gradient(input, first, weights) is kernel_wins:
+            one_rnn_step = kernel_wins and resets is None
+            return _run_kernel(layer, spec, input, batch, given, weights) if one_rnn_step else None
         if resets is not None and not _drop_states(job, input, resets, first):
             return None
         job.first_is_flat, job.last_is_flat = first_is_flat, layer.flatten_hidden

@@ -80,6 +80,28 @@ def test_auto_runs_lstm_in_native_loops(batch: int, learns: bool, ran: list[str]
     assert ran == ["bptt"] * 3
 
 
+@pytest.mark.skipif(not library.runs(torch.float32), reason="without the native loops")
+@pytest.mark.parametrize(
+    ("batch", "hidden", "dtype", "given", "learns", "expected"),
+    [
+        (64, 512, torch.float32, {}, False, "padded"),
+        (64, 512, torch.float32, {"lengths": [2] * 64}, False, "padded"),
+        (64, 512, torch.float32, {"lengths": [2] * 63 + [1]}, False, "bptt"),
+        (64, 512, torch.float32, {}, True, "bptt"),
+        (64, 512, torch.float64, {}, False, "bptt"),
+        (63, 512, torch.float32, {}, False, "bptt"),
+        (256, 256, torch.float32, {}, False, "bptt"),
+    ],
+)
+def test_large_lstm_infers_on_onednn(
+    batch: int, hidden: int, dtype: torch.dtype, given: dict[str, Any], learns: bool, expected: str, ran: list[str]
+) -> None:
+    layer = masked("lstm", 1, hidden).to(dtype)
+    with torch.set_grad_enabled(learns):
+        layer(torch.randn(2, batch, 1, dtype=dtype), **given)
+    assert ran == [expected if torch.backends.mkldnn.is_available() else "bptt"]
+
+
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="without oneDNN")
 def test_autocast_keeps_lstm_kernel_for_full_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our own loops do not have the precision of the kernel."""

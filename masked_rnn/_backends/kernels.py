@@ -11,17 +11,17 @@ from torch import Tensor
 from .._call import Call
 from .._cells import LayerWeights, States, flatten_weights, group_weights, stack_layers
 from .._probe import lstm_kernel_runs
+from .._spec import Spec, spec_of
 from .._torch import KERNELS, has_onednn, is_autocast_on, is_fake
 from . import cudnn
 from .double_backward import DoubleBackward
 from .recurrence import scan_layers
 
-FEW_STEPS_OF_RNN = 1
-"""Up to this many steps, PyTorch's kernel trains an RNN faster than the native loops, which else are the fastest way on
-a CPU. Measured by `python -m benchmarks.choice`, as what follows."""
+# Measured by `python -m benchmarks.choice`; docs/backends.md has the figures, the machine and the rules in words.
+LARGE, LARGE_STEP = 512, 32768
+"""Against the native loops, oneDNN's LSTM is faster in inference if H is at least LARGE, and N·H at least LARGE_STEP."""
 # Without the native loops, limits below which PyTorch's kernel over a padded batch is
-# faster than the loops of PyTorch's ops. docs/backends.md has the figures, the
-# machine and the rule in words.
+# faster than the loops of PyTorch's ops.
 FEW_STEPS = 4
 """Up to this many steps, PyTorch's kernel is faster than starting our loop. With lengths: up to one."""
 SMALL_STEP, SHORT = 512, 16
@@ -58,12 +58,16 @@ def has_lstm_kernel(call: Call) -> bool:
     return layer.mode == "LSTM" and not layer.proj_size and call.data.dtype == torch.float32 and has_onednn()
 
 
-def kernel_learns_faster(mode: str, dtype: torch.dtype, steps: int) -> bool:
-    """Return whether PyTorch's kernel trains faster than the native loops on so few steps without lengths.
+def kernel_beats_native(spec: Spec, dtype: torch.dtype, steps: int, batch: int) -> bool | None:
+    """Return when PyTorch's kernel is faster than the native loops over a padded batch without lengths.
 
-    An RNN's gradient is then only a few products, and autograd runs a function written in Python more slowly.
+    True: while gradients are recorded. False: while they are not. None: never.
     """
-    return steps <= FEW_STEPS_OF_RNN and mode in ("RNN_TANH", "RNN_RELU") and dtype.itemsize >= 4
+    if spec.mode == "LSTM":
+        large = batch * spec.hidden_size >= LARGE_STEP and spec.hidden_size >= LARGE
+        return False if large and dtype == torch.float32 and not spec.proj_size and has_onednn() else None
+    # An RNN's gradient of one step is a few products, and autograd runs a function written in Python more slowly.
+    return True if steps == 1 and spec.mode != "GRU" and dtype.itemsize >= 4 else None
 
 
 def kernel_is_faster(call: Call, learns: bool, loops_are_native: bool) -> bool:
@@ -75,7 +79,7 @@ def kernel_is_faster(call: Call, learns: bool, loops_are_native: bool) -> bool:
         return False
     N, T, H, lengths = call.form.batch, call.form.steps, call.layer.hidden_size, call.lengths
     if loops_are_native:
-        if lengths is None and learns and kernel_learns_faster(call.layer.mode, call.data.dtype, T):
+        if lengths is None and kernel_beats_native(spec_of(call.layer), call.data.dtype, T, N) is learns:
             return True
         # Under autocast only the kernel computes in the lower precision.
         return has_lstm_kernel(call) and lengths is None and is_autocast_on("cpu")
