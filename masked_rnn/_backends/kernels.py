@@ -20,8 +20,7 @@ from .recurrence import scan_layers
 # Measured by `python -m benchmarks.choice`; docs/backends.md has the figures, the machine and the rules in words.
 LARGE, LARGE_STEP = 512, 32768
 """In inference, oneDNN's LSTM is faster than the native loops if H is at least LARGE, and N·H at least LARGE_STEP."""
-# Without the native loops, limits below which PyTorch's kernel over a padded batch is faster than the loops of PyTorch's
-# ops.
+# Without the native loops: limits below which PyTorch's kernel is faster than the loops of PyTorch's ops.
 FEW_STEPS = 4
 """Up to this many steps, PyTorch's kernel is faster than starting our loop. With lengths: up to one."""
 SMALL_STEP, SHORT = 512, 16
