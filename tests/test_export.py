@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.oracle import INPUT, as_hx, as_tuple, masked, needs_torch, random_states
+from support.oracle import INPUT, as_hx, as_tuple, masked, needs_torch, random_states, torch_before
 from torch import Tensor, nn
 from torch.export import Dim, export
 
@@ -161,7 +161,7 @@ def dynamic(arguments: tuple[Tensor, list[Tensor], Any]) -> Any:
 
 
 @needs_torch("2.13", "a loop in a graph")
-@pytest.mark.slow_but("strict-resets and lengths-True-gru")
+@pytest.mark.slow_but("gru-traced-resets and lengths-True")
 @pytest.mark.parametrize("with_hx", [False, True])
 @pytest.mark.parametrize("given", ["lengths", "mask", "neither", "resets", "resets and lengths", "resets and mask"])
 @pytest.mark.parametrize("strict", ["strict", "traced"])
@@ -170,11 +170,16 @@ def test_scan_exports_one_loop_for_any_size(cell: str, given: str, with_hx: bool
     model = WithAll(layer)
     first = everything(layer, 3, 6, given, with_hx)
     program = export(model, first, dynamic_shapes=dynamic(first), strict=strict == "strict")
+    if given == "neither":
+        program = program.run_decompositions()  # it refuses a loop whose results share memory
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert targets.count("scan") == 4
     assert not any("masked_rnn" in target or "sigmoid" in target for target in targets)
     exported = program.module()
-    for sizes in ((1, 1), (1, 7), (5, 1), (4, 9), (3, 0), (0, 5)):
+    sizes_of_calls = [(1, 1), (1, 7), (5, 1), (4, 9), (0, 5)]
+    if ("lengths" in given or "mask" in given) and not torch_before("2.14"):  # else one of the two refuses it
+        sizes_of_calls.append((3, 0))
+    for sizes in sizes_of_calls:
         arguments = everything(layer, *sizes, given, with_hx)
         with torch.no_grad():
             pairs = zip(flat(exported(*arguments)), flat(model(*arguments)), strict=True)
@@ -187,7 +192,7 @@ def test_scan_exports_one_loop_for_any_size(cell: str, given: str, with_hx: bool
 
 
 @needs_torch("2.13", "a loop in a graph")
-@pytest.mark.slow_but("True-gru")
+@pytest.mark.slow_but("gru-True")
 @pytest.mark.parametrize("decomposed", [False, True])
 def test_exported_loop_trains(cell: str, decomposed: bool) -> None:
     layer = masked(cell, bidirectional=True, batch_first=True, backend="scan")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from warnings import catch_warnings, filterwarnings
 
 import torch
 from torch import Tensor
@@ -52,7 +53,10 @@ def _run(
     start = [h.clone(memory_format=torch.contiguous_format) for h in state]
     steps = [t.flip(0) if backward else t for t in given]
     fixed = [w for w in weights if w is not None]
-    *last, output = graph_scan(step, start, steps, (*fixed, *_free_sizes([*start, *steps, *fixed])))
+    with catch_warnings():
+        # Under strict export, PyTorch calls torch.compile on the loop's gradient, and warns of that itself.
+        filterwarnings("ignore", "torch.compile is ignored when called inside torch.export")
+        *last, output = graph_scan(step, start, steps, (*fixed, *_free_sizes([*start, *steps, *fixed])))
     return (*last, output.flip(0) if backward else output)
 
 
