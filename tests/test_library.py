@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from support.oracle import CELLS, INPUT, assert_same, call, cotangents, masked, 
 import masked_rnn
 from masked_rnn._backends.bptt import library, loops, native
 from masked_rnn._backends.bptt.artifact import LIBRARY, sources_digest
+from masked_rnn._backends.bptt.record import Run
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,8 +38,11 @@ class Function:
 class FakeLibrary:
     """Replaces the library, on a CPU that supports the first `levels` kinds."""
 
-    def __init__(self, digest: str, interface: int = library.INTERFACE, levels: int = 3) -> None:
+    def __init__(
+        self, digest: str, interface: int = library.INTERFACE, record: int = ctypes.sizeof(Run), levels: int = 3
+    ) -> None:
         self.masked_rnn_interface = Function(interface)
+        self.masked_rnn_record_bytes = Function(record)
         self.masked_rnn_digest = Function(digest.encode())
         self.masked_rnn_supports = Function(lambda level: level.value < levels)
         self.masked_rnn_forward = Function(None)
@@ -117,8 +122,11 @@ def test_library_loads_without_sources(folder: Path, monkeypatch: pytest.MonkeyP
     assert isinstance(find(), library.Library)
 
 
-def test_other_interface_asks_for_reinstall(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load(monkeypatch, interface=library.INTERFACE + 1)
+@pytest.mark.parametrize("other", [{"interface": library.INTERFACE + 1}, {"record": ctypes.sizeof(Run) - 8}])
+def test_other_interface_asks_for_reinstall(
+    other: dict[str, int], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(monkeypatch, **other)
     assert "of another version of masked_rnn: run `python -m pip install" in str(find())
 
 

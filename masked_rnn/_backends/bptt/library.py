@@ -65,7 +65,7 @@ def find() -> Library | str:
     try:
         library = ctypes.CDLL(str(path))
         library.masked_rnn_digest.restype = ctypes.c_char_p
-        if library.masked_rnn_interface() != INTERFACE:
+        if library.masked_rnn_interface() != INTERFACE or library.masked_rnn_record_bytes() != ctypes.sizeof(Run):
             return f"the native loops are of another version of masked_rnn: run {_install_again()}"
         digest = library.masked_rnn_digest().decode()
         bound = bind(library, level=0)

@@ -11,6 +11,7 @@
 namespace masked_rnn {
 
 constexpr int64_t INTERFACE = 2;  // increase it when the record below changes
+static_assert(sizeof(void*) == 8, "Python writes each address as a number of 64 bits.");
 
 enum Cell : int64_t { GRU, LSTM, RNN_TANH, RNN_RELU };
 

@@ -104,6 +104,8 @@ using namespace masked_rnn;
 
 EXPORT int64_t masked_rnn_interface() { return INTERFACE; }
 
+EXPORT int64_t masked_rnn_record_bytes() { return sizeof(Run); }
+
 // The digest of the sources that this library was built from. setup.py sets it.
 EXPORT const char* masked_rnn_digest() { return SOURCES_DIGEST; }
 
