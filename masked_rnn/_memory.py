@@ -13,7 +13,7 @@ from torch import Tensor
 from ._torch import is_zero_tensor
 
 Array = np.ndarray[Any, np.dtype[Any]]
-PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _NUMPY = {torch.bool: np.bool_, torch.int64: np.int64}
 _STRIDED = torch.strided
 
@@ -32,7 +32,7 @@ def addresses(tensors: Iterable[Tensor], dtype: torch.dtype) -> list[int]:
     found: list[int] = []
     for tensor in tensors:
         if (
-            type(tensor) not in PLAIN
+            type(tensor) not in PLAIN_TYPES
             or tensor.dtype is not dtype
             or not tensor.is_cpu
             or tensor.layout is not _STRIDED
@@ -77,7 +77,7 @@ def with_memory(tensor: Tensor) -> Tensor:
     Raises:
         RuntimeError: The storage was freed, or made too small.
     """
-    if type(tensor) not in PLAIN or not tensor.is_cpu or tensor.layout is not _STRIDED:
+    if type(tensor) not in PLAIN_TYPES or not tensor.is_cpu or tensor.layout is not _STRIDED:
         return tensor
     if is_zero_tensor(tensor):
         return tensor.clone()
@@ -106,7 +106,7 @@ def copied(tensor: Tensor) -> Tensor:
 def as_array(tensor: Tensor) -> Array:
     """Return a NumPy view. `Tensor.numpy()` would prevent a later resize, which `fully_shard` needs."""
     dtype = _NUMPY[tensor.dtype]
-    if type(tensor) not in PLAIN or not tensor.is_cpu:
+    if type(tensor) not in PLAIN_TYPES or not tensor.is_cpu:
         return np.array(tensor.tolist(), dtype).reshape(tensor.shape)
     tensor = with_memory(tensor).contiguous()
     place, count = addresses((tensor,), tensor.dtype)

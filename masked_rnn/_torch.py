@@ -206,7 +206,7 @@ def dynamo_refuses() -> bool:
     return torch.compiler.is_dynamo_compiling() and not torch._dynamo.config.allow_rnn
 
 
-def left_to_run(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+def disable_dynamo(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Apply `torch.compiler.disable`, with a reason for reports of graph breaks. torch 2.6 takes no reason."""
     reason = "Dynamo compiles no torch.nn.RNNBase. To make it one operator, set torch._dynamo.config.allow_rnn = True"
     try:

@@ -112,7 +112,7 @@ def test_graph_break_report_names_reason_and_cure() -> None:
 
 def test_compiler_disable_works_without_reason_argument(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.compiler, "disable", lambda function, recursive=True: (function, recursive))
-    assert _torch.left_to_run(len) == (len, True)
+    assert _torch.disable_dynamo(len) == (len, True)
 
 
 class ByName(MaskedGRU):

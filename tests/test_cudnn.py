@@ -205,7 +205,7 @@ def test_dropout_is_redrawn_alike_with_flattened_hx(cell: str, given: dict[str, 
 
 def test_strict_kernel_refuses_what_cudnn_refuses() -> None:
     kernel, layer = kernels.KERNELS["GRU"], plain("gru", num_layers=2).to(DEVICE)
-    chunk = list(cudnn.flatten_weights(list(layer.parameters())))
+    chunk = list(cudnn.in_one_chunk(list(layer.parameters())))
     x, h = torch.randn(STEPS, BATCH, INPUT).to(DEVICE).requires_grad_(), torch.zeros(2, BATCH, 3).to(DEVICE)
 
     def call(h: Tensor = h, weights: Any = chunk, train: bool = True) -> Tensor:
@@ -230,7 +230,7 @@ def test_strict_kernel_refuses_what_cudnn_refuses() -> None:
     bare = list(plain("gru", bias=False).parameters())
     with pytest.raises(RuntimeError, match="single contiguous chunk"):
         check_chunk(bare, has_biases=False)
-    check_chunk(cudnn.flatten_weights(bare), has_biases=False)
+    check_chunk(cudnn.in_one_chunk(bare), has_biases=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -382,7 +382,7 @@ def test_weights_without_biases_need_zeros_behind_them() -> None:
     """Also if their storage ends right behind the matrices."""
     layer = plain("gru", bias=False)
     vector_to_parameters(torch.randn(sum(p.numel() for p in layer.parameters())), layer.parameters())
-    check_chunk(cudnn.flatten_weights(list(layer.parameters())), has_biases=False)
+    check_chunk(cudnn.in_one_chunk(list(layer.parameters())), has_biases=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

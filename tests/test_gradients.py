@@ -370,7 +370,7 @@ def test_flattened_weights_form_one_chunk(cell: str, bias: bool) -> None:
     """cuDNN wants a layer's weights in this order: matrices, then biases, from the start of their memory on."""
     layer = masked(cell, bidirectional=True, bias=bias)
     own = list(layer.parameters())
-    chunk = cudnn.flatten_weights(own)
+    chunk = cudnn.in_one_chunk(own)
     inside = [p for p in chunk if p.dim() == 2] + [p for p in chunk if p.dim() == 1]
     offset = 0
     for p in inside:
@@ -379,10 +379,10 @@ def test_flattened_weights_form_one_chunk(cell: str, bias: bool) -> None:
         offset += p.numel()
     assert len({p.untyped_storage().data_ptr() for p in chunk}) == 1
     assert all(torch.equal(a, b) for a, b in zip(chunk, own, strict=True))
-    assert cudnn.flatten_weights(chunk) is chunk
+    assert cudnn.in_one_chunk(chunk) is chunk
     half = len(chunk) // 2
     for part in (chunk[:half], chunk[half:]):  # their memory goes on, or began before
-        again = cudnn.flatten_weights(part)
+        again = cudnn.in_one_chunk(part)
         assert again[0].storage_offset() == 0
         assert again is not part
         if not bias:
@@ -391,7 +391,7 @@ def test_flattened_weights_form_one_chunk(cell: str, bias: bool) -> None:
             assert memory.numel() == sum(p.numel() + p.size(0) for p in part)
     parts = torch.randn(1 + offset).split([1, *(p.numel() for p in inside)])[1:]
     later = [part.view(p.shape) for part, p in zip(parts, inside, strict=True)]  # one after the other, but not first
-    assert [p.storage_offset() for p in cudnn.flatten_weights(later)] == [p.storage_offset() for p in inside]
+    assert [p.storage_offset() for p in cudnn.in_one_chunk(later)] == [p.storage_offset() for p in inside]
     for g in torch.autograd.grad(sum(p.sum() for p in chunk), own):
         assert torch.equal(g, torch.ones_like(g))
 

@@ -23,7 +23,7 @@ def running_dtype(x: Tensor) -> torch.dtype:
     return torch.float16 if runs_cudnn(x) else torch.get_autocast_dtype(device)
 
 
-def flatten_weights(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+def in_one_chunk(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
     """Return a stack's weights in one chunk of memory, as cuDNN needs them: matrices, then biases, or else zeros.
 
     PyTorch copies other weights one by one, with a warning. If we run one layer of several, users can't avoid it.

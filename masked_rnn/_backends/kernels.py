@@ -156,7 +156,7 @@ def run_kernel(
         return call_kernel(stack, x, initial, parameters, batch_sizes, stack.dropout > 0)
     initial = tuple(h.contiguous() for h in initial)  # cuDNN needs it; a flattened hx is not contiguous
     if not is_fake(x):
-        parameters = cudnn.flatten_weights(parameters)
+        parameters = cudnn.in_one_chunk(parameters)
     if not torch.is_grad_enabled():
         return call_kernel(stack, x, initial, parameters, batch_sizes, stack.dropout > 0)
     if batch_sizes is not None:

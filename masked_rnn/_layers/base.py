@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._cells import BackendName
 from .._dispatch import call_layer, check_name
-from .._torch import dynamo_refuses, dynamo_watches, left_to_run
+from .._torch import dynamo_refuses, dynamo_watches, disable_dynamo
 from .convert import copy_keras, share_torch
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def _eager_call() -> Any:
     """Return `call_layer`, disabled for Dynamo. Made at the first use, because it loads Dynamo, which takes seconds."""
     global _call_eagerly
     if _call_eagerly is None:
-        _call_eagerly = left_to_run(call_layer)
+        _call_eagerly = disable_dynamo(call_layer)
     return _call_eagerly
 
 

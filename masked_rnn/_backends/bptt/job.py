@@ -87,9 +87,9 @@ class Job:
 
     def layer_run(self, k: int) -> LayerRun:
         """Return how one layer of the stack runs in the loops of PyTorch's ops."""
-        gather = k == 0 and self.input_is_padded
-        scatter = k == self.spec.num_layers - 1 and self.output_is_padded
-        return LayerRun(self.spec.mode, self.spec.directions, self.plan, gather, scatter)
+        input_is_padded = k == 0 and self.input_is_padded
+        output_is_padded = k == self.spec.num_layers - 1 and self.output_is_padded
+        return LayerRun(self.spec.mode, self.spec.directions, self.plan, input_is_padded, output_is_padded)
 
     def output_shape(self, x: Tensor) -> Shape:
         width = self.spec.output_width

@@ -25,20 +25,20 @@ class LayerRun(NamedTuple):
     mode: str
     directions: int
     plan: Plan
-    gather: bool
+    input_is_padded: bool
     """True: the input is the caller's, with padding. False: it holds only the rows that run, in the plan's order."""
-    scatter: bool
+    output_is_padded: bool
     """True: the output must have the layout of the caller's input. False: that of the rows that run."""
 
     def cell(self, weights: LayerWeights) -> Cell:
         return CELLS[self.mode](weights)
 
-    def rows_at(self, there: bool) -> list[Tensor | None]:
-        """Return the index of each direction's rows: in the caller's input if `there`, else in the rows that run.
+    def rows_at(self, is_padded: bool) -> list[Tensor | None]:
+        """Return the index of each direction's rows: in the caller's layout if `is_padded`, else in the rows that run.
 
         None: in order.
         """
-        index = self.plan.index if there else None
+        index = self.plan.index if is_padded else None
         if self.directions == 1:
             return [index]
         return [index, self.plan.reversed_rows if index is None else index[self.plan.reversed_rows]]
@@ -46,7 +46,7 @@ class LayerRun(NamedTuple):
     @property
     def output_is_history(self) -> bool:
         """Whether the caller's output has the same rows as the saved states."""
-        return self.scatter and self.directions == 1 and self.plan.index is None
+        return self.output_is_padded and self.directions == 1 and self.plan.index is None
 
     @property
     def is_paired(self) -> bool:

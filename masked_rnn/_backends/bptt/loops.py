@@ -50,7 +50,7 @@ def forward(
 
     add_ = recurrent_product(cell.join(*(cell.order_gates(d.w_hh) for d in weights)).mT)
     products = [InputProduct(cell, d) for d in weights]
-    rows_in = layer_run.rows_at(layer_run.gather)
+    rows_in = layer_run.rows_at(layer_run.input_is_padded)
     states_at = [torch.split_with_sizes(h, [plan.sequences, *plan.batch_sizes], axis) for h in history]
     for chunk in chunks:
         own = shared.narrow(-2, 0, chunk.rows) if buffer is None else buffer.narrow(-2, chunk.start, chunk.rows)
@@ -83,11 +83,11 @@ def backward(
     plan, cell, (history, buffer) = layer_run.plan, layer_run.cell(weights), saved
     chunks = _chunks(layer_run, cell, x.element_size())
     add_ = recurrent_product(cell.join(*(d.w_hh for d in weights)))
-    rows_in = layer_run.rows_at(layer_run.gather)
+    rows_in = layer_run.rows_at(layer_run.input_is_padded)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if want_x else None
     dw = WeightGradients(cell, weights) if want_weights else None
     ends = [None if d is None else packed_states(layer_run, d) for d in d_last]
-    incoming = Incoming(d_output, layer_run.rows_at(layer_run.scatter), ends)
+    incoming = Incoming(d_output, layer_run.rows_at(layer_run.output_is_padded), ends)
     carried: list[Tensor] = []
     most = max((chunk.rows for chunk in chunks), default=0)
     scratch = x.new_empty(layer_run.shape(most, cell.gates * cell.hidden))
@@ -188,8 +188,8 @@ def _before(plan: Plan, history: Tensor, chunk: Chunk) -> Tensor:
 
 
 def _place_output(layer_run: LayerRun, rows: Tensor) -> Tensor:
-    plan, index = layer_run.plan, layer_run.rows_at(layer_run.scatter)
-    size = plan.size if layer_run.scatter else plan.rows
+    plan, index = layer_run.plan, layer_run.rows_at(layer_run.output_is_padded)
+    size = plan.size if layer_run.output_is_padded else plan.rows
     new = rows.new_zeros if size > plan.rows else rows.new_empty
     if not layer_run.is_paired:
         return rows if index[0] is None else new(size, rows.size(-1)).index_copy_(0, index[0], rows)

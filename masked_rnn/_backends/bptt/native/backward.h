@@ -176,13 +176,13 @@ class BackwardPass {
         for (ptrdiff_t t = length[0] - 1; t >= 0; --t) {
             const ptrdiff_t m = block.active(t);
             for (ptrdiff_t i = 0; run_.d_output.data && i < m; ++i) {
-                const ptrdiff_t outside = block.outside(t, block.place(i), length[i], layer_.scatter);
+                const ptrdiff_t outside = block.row_at(t, block.place(i), length[i], layer_.output_is_padded);
                 add(P_, in<const T>(run_.d_output) + outside * run_.d_output_row + d * P_, dh[i]);
             }
             if (projects_) w_hr_[d].multiply(dh, AT_ZERO, dm, m);
             for (ptrdiff_t i = 0; i < m; ++i) {
                 const ptrdiff_t place = block.place(i), before = block.before(t, place), after = block.after(t, place);
-                const ptrdiff_t outside = block.outside(t, place, length[i], layer_.gather), k = waiting + i;
+                const ptrdiff_t outside = block.row_at(t, place, length[i], layer_.input_is_padded), k = waiting + i;
                 T *own = deltas + k * delta_row_, *m_row = m_again + i * H_;
                 if (projects_) {
                     copy(P_, dh[i], own + row_);

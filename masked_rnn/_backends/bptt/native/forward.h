@@ -116,7 +116,8 @@ class ForwardPass {
             for (ptrdiff_t m; t < length[0] && (m = block.active(t), !rows || rows + m <= MOST_ROWS); ++t) {
                 for (ptrdiff_t i = 0; i < m; ++i, ++rows) {
                     const ptrdiff_t place = block.place(i);
-                    x[rows] = in<const T>(layer_.x) + block.outside(t, place, length[i], layer_.gather) * layer_.x_row;
+                    const ptrdiff_t row_of_x = block.row_at(t, place, length[i], layer_.input_is_padded);
+                    x[rows] = in<const T>(layer_.x) + row_of_x * layer_.x_row;
                     own[rows] = saves_ && sizes_.saves_buffer
                                     ? in<T>(layer_.buffer) + (d * layer_.rows + block.start(t) + place) * row_
                                     : buffer + rows * stride();
@@ -141,7 +142,7 @@ class ForwardPass {
                 if (projects_) w_hr_[d].multiply(m_rows, AT_ZERO, nullptr, h_after, m);
                 for (ptrdiff_t i = 0; i < m; ++i) {
                     const ptrdiff_t place = block.place(i);
-                    const ptrdiff_t outside = block.outside(s, place, length[i], layer_.scatter);
+                    const ptrdiff_t outside = block.row_at(s, place, length[i], layer_.output_is_padded);
                     T* output = in<T>(run_.output) + outside * run_.output_row + d * P_;
                     if (output != h_after[i]) copy(P_, h_after[i], output);  // the history may be the output
                     if (saves_ && s == length[i] - 1) {

@@ -116,8 +116,8 @@ struct Layer {
     int64_t fed_back;
     int64_t threads;
     Parallel parallel;
-    int64_t gather;   // 1: x has the padded layout; 0: that of the rows that run
-    int64_t scatter;  // the same for the output
+    int64_t input_is_padded;   // 1: x has the padded layout; 0: that of the rows that run
+    int64_t output_is_padded;  // the same for the output
     ptrdiff_t sequence_stride, step_stride;  // of the padded layout, in rows, if there is no index
     Array lengths;                           // as above. The tables are always there
     Array sizes;

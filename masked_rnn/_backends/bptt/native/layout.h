@@ -83,9 +83,9 @@ struct Block {
     ptrdiff_t after(ptrdiff_t t, ptrdiff_t place) const { return before(t + 1, place); }
 
     // The row of step t in the input or output. The second direction reads a sequence of `length` steps from its end.
-    ptrdiff_t outside(ptrdiff_t t, ptrdiff_t place, ptrdiff_t length, bool as_callers) const {
+    ptrdiff_t row_at(ptrdiff_t t, ptrdiff_t place, ptrdiff_t length, bool is_padded) const {
         const ptrdiff_t step = direction ? length - 1 - t : t, row = start(step) + place;
-        if (!as_callers) return row;
+        if (!is_padded) return row;
         if (const int64_t* index = in<const int64_t>(layer.index)) return index[row];
         return sequence(place) * layer.sequence_stride + step * layer.step_stride;
     }

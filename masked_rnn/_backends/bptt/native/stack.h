@@ -150,7 +150,7 @@ class Stack {
                 between[k % 2].resize(bytes(run_.rows * D * P));
                 pass.output = {between[k % 2].get(), run_.rows * D * P};
             }
-            if (!is_top) pass.layer.scatter = 0;
+            if (!is_top) pass.layer.output_is_padded = 0;
             if (const Fault fault = passes.forward(pass)) return fault;
             if (saved) saved += bytes(places.end);
             x = pass.output;
@@ -179,7 +179,7 @@ class Stack {
             Backward pass{};
             pass.layer = layer(k, k ? output_of(saved[k - 1], Saved(run_, k - 1)) : run_.x);
             set_saved(pass.layer, saved[k], places);
-            if (k + 1 < L) pass.layer.scatter = 0;
+            if (k + 1 < L) pass.layer.output_is_padded = 0;
             pass.d_output = d_output;
             pass.d_output_row = D * P;
             pass.dh = states(dh_first, run_.first_is_flat, k, P);
@@ -325,7 +325,7 @@ class Stack {
         layer.inputs = k ? r.directions * r.fed_back : r.inputs;
         layer.hidden = r.hidden, layer.fed_back = r.fed_back;
         layer.threads = r.threads, layer.parallel = r.parallel;
-        layer.gather = k ? 0 : r.input_is_padded, layer.scatter = r.output_is_padded;
+        layer.input_is_padded = k ? 0 : r.input_is_padded, layer.output_is_padded = r.output_is_padded;
         layer.sequence_stride = r.batch_first ? r.steps : 1, layer.step_stride = r.batch_first ? 1 : r.batch;
         layer.sizes = tables_[0], layer.starts = tables_[1], layer.order = tables_[2], layer.lengths = tables_[3];
         layer.index = r.index;
