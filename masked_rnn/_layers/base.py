@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._cells import BackendName
 from .._dispatch import call_layer, check_name
-from .._torch import dynamo_refuses, dynamo_watches, disable_dynamo
+from .._torch import disable_dynamo, dynamo_refuses, dynamo_watches
 from .convert import copy_keras, share_torch
 
 if TYPE_CHECKING:
