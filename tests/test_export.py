@@ -161,11 +161,10 @@ def dynamic(arguments: tuple[Tensor, list[Tensor], Any]) -> Any:
 
 
 @needs_torch("2.13", "a loop in a graph")
-@pytest.mark.slow_but("gru-traced-resets and lengths-True")
-@pytest.mark.parametrize("with_hx", [False, True])
+@pytest.mark.slow_but("gru-traced-resets and lengths")
 @pytest.mark.parametrize("given", ["lengths", "mask", "neither", "resets", "resets and lengths", "resets and mask"])
-@pytest.mark.parametrize("strict", ["strict", "traced"])
-def test_scan_exports_one_loop_for_any_size(cell: str, given: str, with_hx: bool, strict: str) -> None:
+@pytest.mark.parametrize(("strict", "with_hx"), [("strict", False), ("traced", True)], ids=["strict", "traced"])
+def test_scan_exports_one_loop_for_any_size(cell: str, strict: str, with_hx: bool, given: str) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend="scan")
     model = WithAll(layer)
     first = everything(layer, 3, 6, given, with_hx)
