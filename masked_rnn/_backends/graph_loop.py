@@ -64,5 +64,5 @@ def _free_sizes(tensors: Sequence[Tensor]) -> list[Any]:
     """Return the numbers from which a graph computes sizes: inductor looks for them among the arguments of a loop."""
     sizes: list[Any] = [size for t in tensors for size in t.shape]
     nodes = [size.node for size in sizes if isinstance(size, torch.SymInt)]
-    found = {symbol: node.shape_env for node in nodes for symbol in node.expr.free_symbols}
+    found: dict[Any, Any] = {symbol: node.shape_env for node in nodes for symbol in node.expr.free_symbols}
     return [found[symbol].create_symintnode(symbol, hint=None) for symbol in sorted(found, key=str)]
