@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from masked_rnn import _dispatch
-from masked_rnn._backends.bptt import library
+from masked_rnn._backends.bptt import library, native
 from masked_rnn._lean import run_lean
+from masked_rnn._memory import NotPlainError
 from masked_rnn._probe import lstm_kernel_runs
 
 N = 4
@@ -348,4 +349,24 @@ def test_gradient_ignores_later_changes_by_caller(cell: str, with_lengths: bool)
             lengths.sub_(1).neg_()
         found.append(torch.autograd.grad(output.sum(), [*states, *layer.parameters()]))
     for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.skipif(not NATIVE, reason="without the native loops no call goes the lean way")
+@pytest.mark.parametrize("with_lengths", [False, True])
+def test_dropped_states_match_scan_in_loops_of_ops(cell: str, with_lengths: bool, monkeypatch: Any) -> None:
+    """A lean call whose tensors turn out to be unusual, or that is differentiated twice, leaves the native loops."""
+
+    def refuse(*_: Any) -> Any:
+        raise NotPlainError
+
+    layer = masked(cell, num_layers=2, bidirectional=True).double()
+    x, states = torch.randn(N, 1, INPUT, dtype=torch.float64), random_states(layer, N)
+    given = {"resets": torch.tensor([True, True, False, True]), **({"lengths": SOME} if with_lengths else {})}
+    layer.backend = "scan"
+    expected = results_and_gradients(layer, x, states, given)
+    layer.backend = "bptt"
+    monkeypatch.setattr(native, "run_forward", refuse)
+    monkeypatch.setattr(native, "run_backward", refuse)
+    for a, b in zip(results_and_gradients(layer, x, states, given), expected, strict=True):
         torch.testing.assert_close(a, b)
