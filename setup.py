@@ -9,9 +9,10 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-ENGINE = Path("masked_rnn/_backends/bptt")
-ARTIFACT = run_path(str(ENGINE / "artifact.py"))
-DIGEST = ARTIFACT["sources_digest"](ENGINE / "native")
+BPTT = Path("masked_rnn/_backends/bptt")
+ENGINE = BPTT / "engine"
+ARTIFACT = run_path(str(BPTT / "artifact.py"))
+DIGEST = ARTIFACT["sources_digest"](ENGINE)
 
 # These come after the user's flags (CXXFLAGS and the like), and undo what makes wrong numbers: NaN and infinity that do
 # not exist, and sums in another order. A linker with such flags makes the whole process flush small numbers to zero.
@@ -51,7 +52,7 @@ setup(
     ext_modules=[
         Extension(
             "masked_rnn._backends.bptt._native",
-            sorted(str(path) for path in (ENGINE / "native").glob("*.cpp")),
+            sorted(str(path) for path in ENGINE.glob("*.cpp")),
             define_macros=[("SOURCES_DIGEST", f'"{DIGEST}"')],
             extra_compile_args=[
                 "-std=c++17",

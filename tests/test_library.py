@@ -18,7 +18,7 @@ import torch
 from support.oracle import CELLS, INPUT, assert_same, call, cotangents, masked, oracle, prefix_mask, random_states
 
 import masked_rnn
-from masked_rnn._backends.bptt import library, loops, native
+from masked_rnn._backends.bptt import library, native, ops_layer
 from masked_rnn._backends.bptt.artifact import LIBRARY, sources_digest
 from masked_rnn._backends.bptt.record import Run
 
@@ -53,9 +53,9 @@ class FakeLibrary:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Makes the folder of an installed `bptt`, with a library and its sources."""
-    (tmp_path / "native").mkdir()
-    (tmp_path / "native" / "loops.cpp").write_text("int one;")
-    (tmp_path / "native" / "loops.h").write_text("extern int one;")
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "loops.cpp").write_text("int one;")
+    (tmp_path / "engine" / "loops.h").write_text("extern int one;")
     (tmp_path / LIBRARY).write_text("not a library")
     monkeypatch.setattr(library, "FOLDER", tmp_path)
     monkeypatch.delenv(library.VARIABLE, raising=False)
@@ -67,7 +67,7 @@ find: Callable[[], library.Library | str] = library.find.__wrapped__
 
 
 def load(monkeypatch: pytest.MonkeyPatch, **facts: Any) -> None:
-    facts.setdefault("digest", sources_digest(library.FOLDER / "native"))
+    facts.setdefault("digest", sources_digest(library.FOLDER / "engine"))
     monkeypatch.setattr("ctypes.CDLL", lambda _path: FakeLibrary(**facts))
 
 
@@ -101,15 +101,15 @@ def test_capability_none_selects_loops_of_ops(folder: Path, monkeypatch: pytest.
 def test_changed_sources_ask_for_reinstall(change: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load(monkeypatch)
     assert isinstance(find(), library.Library)
-    source = folder / "native" / "loops.cpp"
+    source = folder / "engine" / "loops.cpp"
     if change == "edit":
         times = source.stat()
         source.write_text("int two;")
         os.utime(source, (times.st_atime, times.st_mtime))
     elif change == "add":
-        (folder / "native" / "more.h").touch()
+        (folder / "engine" / "more.h").touch()
     elif change == "rename":
-        source.rename(folder / "native" / "loop.cpp")
+        source.rename(folder / "engine" / "loop.cpp")
     else:
         source.unlink()
     assert "sources of the native loops have changed since they were built: run `python -m pip install" in str(find())
@@ -118,7 +118,7 @@ def test_changed_sources_ask_for_reinstall(change: str, folder: Path, monkeypatc
 def test_library_loads_without_sources(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wheel has no sources."""
     load(monkeypatch, digest="of sources that stayed elsewhere")
-    shutil.rmtree(folder / "native")
+    shutil.rmtree(folder / "engine")
     assert isinstance(find(), library.Library)
 
 
@@ -178,7 +178,7 @@ def test_install_command_fits_checkout_or_wheel(tmp_path: Path, monkeypatch: pyt
 def test_loops_of_ops_run_without_library(cell: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "find", find)
     ran = []
-    for module, names in ((loops, ("forward", "backward")), (native, ("run_forward", "run_backward"))):
+    for module, names in ((ops_layer, ("forward", "backward")), (native, ("run_forward", "run_backward"))):
         for name in names:
             run = getattr(module, name)
             monkeypatch.setattr(
@@ -190,7 +190,7 @@ def test_loops_of_ops_run_without_library(cell: str, folder: Path, monkeypatch: 
     assert_same(
         call(layer, x, states, pulled, lengths=lengths), oracle(layer, x, prefix_mask(lengths, 5), states, pulled)
     )
-    assert set(ran) == {(loops, "forward"), (loops, "backward")}
+    assert set(ran) == {(ops_layer, "forward"), (ops_layer, "backward")}
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from support.oracle import ONE_STATE_AND_TWO, as_tuple, digest, masked, random_s
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from masked_rnn._backends.bptt import library, loops, native
+from masked_rnn._backends.bptt import library, native, ops_layer
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -173,7 +173,7 @@ def test_native_loops_run(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     ran = []
     for name in ("forward", "backward"):
-        monkeypatch.setattr(loops, name, fail)
+        monkeypatch.setattr(ops_layer, name, fail)
     call = library.call
     monkeypatch.setattr(native.library, "call", lambda name, numbers: ran.append(name) or call(name, numbers))
     layer = make(cell, 4, 6)

@@ -1,4 +1,4 @@
-"""native/stack.h refuses a record (native/interface.h) with wrong sizes before it reads anything."""
+"""engine/stack.h refuses a record (engine/interface.h) with wrong sizes before it reads anything."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def check_each(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.mark.skipif(not SOURCES, reason="an installed wheel has no sources")
 def test_fields_are_those_of_the_header() -> None:
-    header = (library.FOLDER / "native" / "interface.h").read_text()
+    header = (library.FOLDER / "engine" / "interface.h").read_text()
     fields = re.findall(r"^    (int64_t|Parallel|Array) (\w+);", header.split("struct Run {")[1].split("};")[0], re.M)
     assert [name for kind, name in fields if kind != "Array"] == list(NUMBERS)
     assert [name for kind, name in fields if kind == "Array"] == list(ARRAYS)

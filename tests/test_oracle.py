@@ -100,11 +100,11 @@ def test_projection_to_one_number_matches_oracle(backend: str, bidirectional: bo
 
 
 def test_long_sequence_runs_in_chunks(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from masked_rnn._backends.bptt import library, loops
+    from masked_rnn._backends.bptt import library, ops_layer
 
     monkeypatch.setattr(library, "find", lambda: "left out here")
     for size in (1, 200, 1000):
-        monkeypatch.setattr(loops, "CHUNK_BYTES", size)
+        monkeypatch.setattr(ops_layer, "CHUNK_BYTES", size)
         for bidirectional in (False, True):
             layer = masked(cell, backend="bptt", num_layers=2, bidirectional=bidirectional).double()
             lengths = [7, 12, 3, 0, 10]

@@ -24,7 +24,7 @@ from support.oracle import (
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from masked_rnn._backends.bptt import library, loops
+from masked_rnn._backends.bptt import library, ops_layer
 from masked_rnn._probe import lstm_kernel_runs
 
 STEPS, BATCH, HIDDEN = 30, 5, 24
@@ -158,7 +158,7 @@ def test_backward_under_autocast_is_unchanged(
     """
     if kind == "ops":
         monkeypatch.setattr(library, "find", lambda: "left out here")
-        monkeypatch.setattr(loops, "CHUNK_BYTES", 300)
+        monkeypatch.setattr(ops_layer, "CHUNK_BYTES", 300)
     layer = masked(cell, num_layers=2, bidirectional=bidirectional, backend="bptt")
     x, lengths, parameters = torch.randn(6, 3, INPUT), torch.tensor([6, 2, 5]), list(layer.parameters())
 

@@ -23,7 +23,7 @@ from support.oracle import as_hx, as_tuple, masked
 TESTS = Path(__file__).parent.parent
 found = library.find()
 needs_native = pytest.mark.skipif(isinstance(found, str), reason=f"the native loops do not run: {found}")
-SOURCES = sorted((library.FOLDER / "native").glob("*.cpp"))
+SOURCES = sorted((library.FOLDER / "engine").glob("*.cpp"))
 """Empty in an installed wheel."""
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from ..._cells import States
 from ..._plan import Plan, plan_full, plan_padded
 from ..._spec import Spec
-from .cells import CELLS
-from .layer_run import LayerRun, Saved, Shape
+from .ops_cells import CELLS
+from .ops_states import LayerRun, Saved, Shape
 
 
 class Job:
@@ -118,7 +118,7 @@ class Parts(NamedTuple):
 
 
 def saved_parts(spec: Spec, sequences: int, rows: int) -> list[Parts]:
-    """Return what each layer saves. native/stack.h has the same layout."""
+    """Return what each layer saves. engine/stack.h has the same layout."""
     cell, lead = CELLS[spec.mode], (2,) if spec.directions == 2 else ()
     history: list[Shape] = [(*lead, sequences + rows, width) for width in spec.state_widths]
     buffer = (*lead, rows, cell.width * spec.hidden_size) if cell.saves_buffer else None

@@ -1,4 +1,4 @@
-"""Finds, checks and calls the library that was built from native/*.cpp when the package was installed."""
+"""Finds, checks and calls the library that was built from engine/*.cpp when the package was installed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .artifact import LIBRARY, sources_digest
 from .record import Run
 
 INTERFACE = 2
-"""Must be that of native/interface.h."""
+"""Must be that of engine/interface.h."""
 LEVELS = ("default", "avx2", "avx512")
 """The kinds of CPU, in ATen's words. The library knows them by their index here."""
 VARIABLE = "MASKED_RNN_CPU_CAPABILITY"
@@ -71,7 +71,7 @@ def find() -> Library | str:
         bound = bind(library, level=0)
     except (OSError, AttributeError) as error:
         return f"the native loops can't be loaded: run {_install_again()} ({error})"
-    sources = FOLDER / "native"
+    sources = FOLDER / "engine"
     if sources.is_dir() and sources_digest(sources) != digest:
         return f"the sources of the native loops have changed since they were built: run {_install_again()}"
     most = LEVELS.index(wanted) if wanted else len(LEVELS) - 1

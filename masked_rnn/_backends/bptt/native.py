@@ -20,10 +20,10 @@ from ..._memory import NotPlainError, addresses, contiguous, new_like, new_tenso
 from ..._plan import Plan
 from ..._spec import Spec
 from ..._torch import below_autograd, is_recorded
-from . import library, loops, threads
-from .cells import CELLS
+from . import library, ops_layer, threads
 from .job import Job, dropped_states, first_states, flatten, saved_views, unflatten
-from .layer_run import Saved
+from .ops_cells import CELLS
+from .ops_states import Saved
 from .record import Run
 
 CELL_NUMBERS = {mode: number for number, mode in enumerate(CELLS)}
@@ -219,7 +219,7 @@ def _forward_in_ops(
     for k, own in enumerate(group_weights(weights, spec.num_layers, D)):
         saved, kept = views[k]
         states = tuple([h[k * D : (k + 1) * D] for h in initial])
-        rows, last = loops.forward(job.layer_run(k), rows, states, own, saved)
+        rows, last = ops_layer.forward(job.layer_run(k), rows, states, own, saved)
         if kept is not None:
             kept.copy_(rows)
         lasts.append(last)
@@ -249,7 +249,7 @@ def _backward_in_ops(
     for k, own in reversed(list(enumerate(group_weights(weights, spec.num_layers, D)))):
         part = slice(k * D, (k + 1) * D)
         rows = x.reshape(-1, x.size(-1)) if k == 0 else _output_of(job, *views[k - 1])
-        d_rows, d_initial, d_own = loops.backward(
+        d_rows, d_initial, d_own = ops_layer.backward(
             job.layer_run(k),
             rows,
             tuple([h[part] for h in initial]),

@@ -1,4 +1,4 @@
-"""The record that the library takes: `Run` of native/interface.h."""
+"""The record that the library takes: `Run` of engine/interface.h."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ARRAYS = (
 
 
 class Run(ctypes.Structure):
-    """One pass over a stack of layers. native/interface.h says what the fields mean.
+    """One pass over a stack of layers. engine/interface.h says what the fields mean.
 
     An array is two fields: its address, and the number of elements there. 0: there is no array.
     """

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..._cells import LayerWeights, States
 from ..._memory import copied
 from ..._plan import Plan, restore_states, sort_states
-from .cells import CELLS, Cell
+from .ops_cells import CELLS, Cell
 
 Shape = tuple[int, ...]
 

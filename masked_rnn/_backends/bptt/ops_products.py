@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._cells import LayerWeights, States, Weights
-from .cells import AddProduct, Cell
+from .ops_cells import AddProduct, Cell
 
 
 def recurrent_product(w: Tensor) -> AddProduct:

@@ -18,9 +18,9 @@ from torch import Tensor
 from ..._cells import LayerWeights, States
 from ..._plan import Chunk, Plan
 from ..._torch import below_autograd
-from .cells import AddProduct, Cell
-from .layer_run import LayerRun, Saved, final_states, initial_gradient, new_history, packed_states
-from .products import InputProduct, WeightGradients, recurrent_product
+from .ops_cells import AddProduct, Cell
+from .ops_products import InputProduct, WeightGradients, recurrent_product
+from .ops_states import LayerRun, Saved, final_states, initial_gradient, new_history, packed_states
 
 CHUNK_BYTES = 2 << 20
 """The size of a chunk's activations, for each direction. About what stays in a core's caches."""
