@@ -1,8 +1,9 @@
 """Times an exported layer: one loop, one node for each step, and the operator, compiled by AOTInductor.
 
-`python -m benchmarks.exported` prints, for T = 10, 100 and 1000 (one thread, inference), the seconds to export and to
-compile a GRU, and the milliseconds of a call. The loop is exported and compiled once, with a dynamic T. `--quick` takes
-T = 10 only.
+`python -m benchmarks.exported` prints the seconds to export and to compile a GRU, and the milliseconds of a call of 10,
+100 and 1000 steps (one thread, inference). The loop and the operator are compiled once, with a dynamic number of steps.
+A node for each step is compiled for each number up to `--unrolled`, because the time to compile grows with it.
+`--quick` takes 10 steps only.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -30,8 +31,6 @@ from .contenders import version_of
 from .report import print_table
 
 BATCH, WIDTH = 16, 128
-MOST_STEPS_UNROLLED = 100
-"""More are left out, because the time to compile grows with them."""
 FORMS = {"loop": "scan", "steps": "scan", "operator": "auto"}
 """The backend of each form"""
 
@@ -67,27 +66,27 @@ def milliseconds(run: Callable[..., Any], x: Tensor, lengths: Tensor, seconds: f
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.exported", description=__doc__)
     parser.add_argument("--seconds", type=float, default=2, help="how long each call is repeated")
+    parser.add_argument("--unrolled", type=int, default=100, help="the most steps that get a node each")
     parser.add_argument("--quick", action="store_true", help="10 steps only: whether everything runs")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     busy = load()
+    counts = (10,) if arguments.quick else (10, 100, 1000)
+    batches = {T: (torch.randn(BATCH, T, WIDTH), torch.linspace(1, T, BATCH).long()) for T in counts}
+
+    def calls(run: Callable[..., Any], timed: Sequence[int]) -> list[str]:
+        return [milliseconds(run, *batches[T], arguments.seconds) if T in timed else "" for T in counts]
+
     eager = MaskedGRU(WIDTH, WIDTH, batch_first=True).eval()
-    table = [["T", "form", "export, s", "compile, s", "call, ms"]]
-    made: dict[str, tuple[float, float, Callable[..., Any]]] = {}
-    for steps in (10,) if arguments.quick else (10, 100, 1000):
-        x, lengths = torch.randn(BATCH, steps, WIDTH), torch.linspace(1, steps, BATCH).long()
-        for form in FORMS:
-            if form == "steps" and steps > MOST_STEPS_UNROLLED:
-                table.append([str(steps), form, "-", "-", "-"])
-                continue
-            with TemporaryDirectory() as folder:
-                if form not in made or form == "steps":
-                    made[form] = compiled(form, x, lengths, str(Path(folder) / "layer.pt2"))
-                exporting, compiling, run = made[form]
-                call = milliseconds(run, x, lengths, arguments.seconds)
-            table.append([str(steps), form, f"{exporting:.1f}", f"{compiling:.1f}", call])
-        table.append([str(steps), "eager, auto", "", "", milliseconds(eager, x, lengths, arguments.seconds)])
+    table = [["form", "export, s", "compile, s", *(f"call of {T} steps, ms" for T in counts)]]
+    table.append(["eager layer", "", "", *calls(eager, counts)])
+    unrolled = [("steps", (T,)) for T in counts if arguments.unrolled >= T]
+    for form, timed in (("operator", counts), ("loop", counts), *unrolled):
+        with TemporaryDirectory() as folder:
+            exporting, compiling, run = compiled(form, *batches[timed[0]], str(Path(folder) / "layer.pt2"))
+            name = f"a node for each of {timed[0]} steps" if form == "steps" else form
+            table.append([name, f"{exporting:.1f}", f"{compiling:.1f}", *calls(run, timed)])
 
     print(f"N={BATCH}, I=H={WIDTH}, float32, lengths 1 to T\n")
     print_table(table)
