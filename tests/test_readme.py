@@ -17,6 +17,7 @@ from typing import Any, get_type_hints
 
 import pytest
 import torch
+from support.native_loops import SOURCES
 from support.oracle import torch_before
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -126,6 +127,34 @@ def test_tests_named_in_pages_exist() -> None:
         for named, test in re.findall(r"(?:(tests/[\w/]+\.py)|`)::(test_\w+)", page.read_text()):
             file = named or file
             assert f"def {test}(" in (ROOT / file).read_text(), f"{page.name} names {file}::{test}"
+
+
+@pytest.mark.skipif(not SOURCES, reason="an installed wheel has no sources")
+def test_files_named_in_pages_exist() -> None:
+    """A page names a file or a folder by the end of its path, or by all of it."""
+    folders = [ROOT / name for name in ("masked_rnn", "tests", "benchmarks", "examples", "docs")]
+    there = [*ROOT.glob("*"), *(path for folder in folders for path in folder.rglob("*"))]
+    paths = [f"/{path.relative_to(ROOT)}{'/' if path.is_dir() else ''}" for path in there]
+    others = [ROOT / name for name in ("CONTRIBUTING.md", "benchmarks/README.md", "examples/README.md")]
+    for page in [*PAGES, *others]:
+        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for code in re.findall(r"`([^`]*)`", text):
+            for name in re.findall(r"[\w/]+\.(?:py|h|cpp)\b|^[\w/]+/$", code):
+                found = any(path.endswith(f"/{name}") for path in paths)
+                assert found or name.startswith("aten/"), f"{page.name} names {name}"
+
+
+def test_names_in_adding_a_cell_exist() -> None:
+    files = [
+        path
+        for kind in ("py", "h")
+        for folder in ("masked_rnn", "tests")
+        for path in (ROOT / folder).rglob(f"*.{kind}")
+    ]
+    known = set(re.findall(r"\w+", "".join(path.read_text() for path in files)))
+    for code in re.findall(r"`([^`]*)`", (ROOT / "docs" / "adding_a_cell.md").read_text()):
+        if re.fullmatch(r"\w+([.:]+\w+)*", code) and not code.endswith((".py", ".h")):
+            assert set(re.findall(r"\w+", code)) <= known, code
 
 
 def test_anchors_lead_to_headings() -> None:
