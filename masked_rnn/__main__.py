@@ -1,4 +1,4 @@
-"""Prints versions, the CPU and the loops that run: python -m masked_rnn"""
+"""Prints versions, the CPU and the code that runs layers on it: python -m masked_rnn"""
 
 from ._environment import get_env_info
 

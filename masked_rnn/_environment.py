@@ -1,4 +1,4 @@
-"""Versions, the CPU, and the loops that backend `bptt` runs. `python -m masked_rnn` prints them."""
+"""Versions, the CPU, and the code that runs layers on it. `python -m masked_rnn` prints them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import __version__ as torch_version
 
 from ._backends.bptt import library
+
+LOOPS = {"native": "native (C++)", "ops": "ops (PyTorch's, slower)"}
 
 
 class EnvInfo(NamedTuple):
@@ -25,21 +27,22 @@ class EnvInfo(NamedTuple):
     cpu_capability: str
     """The kind of CPU that PyTorch's kernels use, in ATen's words."""
     loops: Literal["native", "ops"]
-    """The loops that run float32 and float64 layers on a CPU: compiled from C++, or made of PyTorch's ops."""
+    """The code that runs layers on a CPU: compiled from C++, or made of PyTorch's ops."""
     loops_capability: str | None
-    """The kind of CPU that the native loops use: `default`, `avx2` or `avx512`."""
+    """The kind of CPU that the C++ code uses: `default`, `avx2` or `avx512`."""
     why_not_native: str | None
     """Why PyTorch's ops run, and what to do about it."""
 
     def __str__(self) -> str:
-        return "\n".join(f"{name:<18}{value}" for name, value in self._asdict().items() if value is not None)
+        shown = self._asdict() | {"loops": LOOPS[self.loops]}
+        return "\n".join(f"{name:<18}{value}" for name, value in shown.items() if value is not None)
 
 
 def get_env_info() -> EnvInfo:
-    """Return versions, the CPU's capability, threads, and which loops run on the CPU.
+    """Return versions, the CPU's capability, threads, and whether layers run in C++ on the CPU.
 
-    `python -m masked_rnn` prints them. The native loops are built when the package is installed, where there is a C++
-    compiler. Without them layers run the loops of PyTorch's ops, which give the same results and are slower.
+    `python -m masked_rnn` prints them. The loops over the steps are built from C++ when the package is installed, if
+    there is a compiler. Without it they are made of PyTorch's ops, which give the same results and are slower.
 
     Returns:
         EnvInfo, a named tuple:
@@ -49,13 +52,13 @@ def get_env_info() -> EnvInfo:
         - `cuda`: whether there is a CUDA device
         - `threads`: as `torch.get_num_threads()`
         - `cpu_capability`: of PyTorch's kernels, as `torch.backends.cpu.get_cpu_capability()`
-        - `loops`: `"native"`, or `"ops"`
-        - `loops_capability`: of the native loops: `"default"`, `"avx2"` or `"avx512"`. None without them
-        - `why_not_native`: why the loops of PyTorch's ops run, and what to do about it. None where the native loops run
+        - `loops`: `"native"` in C++, `"ops"` in PyTorch's ops
+        - `loops_capability`: of the C++ code: `"default"`, `"avx2"` or `"avx512"`. None without it
+        - `why_not_native`: why PyTorch's ops run, and what to do about it. None where the C++ code runs
 
     Raises:
         ValueError: The environment variable `MASKED_RNN_CPU_CAPABILITY` has an unknown value. `default`, `avx2` and
-            `avx512` limit the native loops to this kind of CPU, `none` asks for the loops of PyTorch's ops.
+            `avx512` limit the C++ code to this kind of CPU, `none` asks for PyTorch's ops.
 
     Example::
 

@@ -94,7 +94,7 @@ def test_unknown_capability_is_refused(folder: Path, monkeypatch: pytest.MonkeyP
 def test_capability_none_selects_loops_of_ops(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load(monkeypatch)
     monkeypatch.setenv(library.VARIABLE, "none")
-    assert find() == "MASKED_RNN_CPU_CAPABILITY=none asks for the loops of PyTorch's ops"
+    assert find() == "MASKED_RNN_CPU_CAPABILITY=none asks for PyTorch's ops"
 
 
 @pytest.mark.parametrize("change", ["edit", "add", "rename", "remove"])
@@ -112,7 +112,7 @@ def test_changed_sources_ask_for_reinstall(change: str, folder: Path, monkeypatc
         source.rename(folder / "engine" / "loop.cpp")
     else:
         source.unlink()
-    assert "sources of the native loops have changed since they were built: run `python -m pip install" in str(find())
+    assert "the C++ sources have changed since they were built: run `python -m pip install" in str(find())
 
 
 def test_library_loads_without_sources(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,23 +145,23 @@ def test_source_tree_that_hides_installed_package_is_named(tmp_path: Path, monke
     monkeypatch.setattr(library, "FOLDER", clone / "masked_rnn" / "_backends" / "bptt")
     monkeypatch.setattr(sys, "path", [str(clone), str(site)])
     monkeypatch.delenv(library.VARIABLE, raising=False)
-    assert "were not built when masked_rnn was installed" in str(find())
+    assert "was not built when masked_rnn was installed" in str(find())
     (site / "masked_rnn" / "_backends" / "bptt" / LIBRARY).touch()
     assert str(find()) == (
-        f"Python imports {clone}, where the native loops were not built, and not the package installed in {site}, "
-        f"which has them: start Python in another folder, or run `python -m pip install -e {clone}`"
+        f"Python imports {clone}, where the C++ code was not built, and not the package installed in {site}, "
+        f"which has it: start Python in another folder, or run `python -m pip install -e {clone}`"
     )
 
 
 @pytest.mark.parametrize("contents", [b"", b"not a library", b"\x7fELF"])
 def test_unreadable_library_asks_for_reinstall(contents: bytes, folder: Path) -> None:
     (folder / LIBRARY).write_bytes(contents)
-    assert "the native loops can't be loaded: run `python -m pip install" in str(find())
+    assert "the C++ code can't be loaded: run `python -m pip install" in str(find())
 
 
 def test_foreign_library_asks_for_reinstall(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ctypes.CDLL", lambda _path: type("Other", (), {})())
-    assert "the native loops can't be loaded: run `python -m pip install" in str(find())
+    assert "the C++ code can't be loaded: run `python -m pip install" in str(find())
 
 
 def test_install_command_fits_checkout_or_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +221,7 @@ def test_first_call_that_could_run_natively_warns(dtype: torch.dtype, fault: str
         train()
     (warning,) = caught
     assert str(warning.message) == (
-        f"Layers run on the CPU in the loops of PyTorch's ops, which are slower: {find()}. "
+        f"On the CPU, layers run in PyTorch's ops, which is slower: {find()}. "
         "MASKED_RNN_CPU_CAPABILITY=none in the environment silences this warning."
     )
 
@@ -264,7 +264,10 @@ def test_command_prints_env_info() -> None:
     )
     told = dict(line.split(maxsplit=1) for line in run.stdout.splitlines())
     expected = {name: str(value) for name, value in masked_rnn.get_env_info()._asdict().items()}
-    expected |= {"loops": "ops", "why_not_native": f"{library.VARIABLE}=none asks for the loops of PyTorch's ops"}
+    expected |= {
+        "loops": "ops (PyTorch's, slower)",
+        "why_not_native": f"{library.VARIABLE}=none asks for PyTorch's ops",
+    }
     for name in ("loops_capability", "threads"):  # each process has its own
         expected.pop(name), told.pop(name, None)
     assert told == expected

@@ -30,10 +30,10 @@ Pass = Callable[[Any, int], bytes | None]
 
 
 class SlowLoopsWarning(UserWarning):
-    """Layers run on the CPU in the loops of PyTorch's ops, which are slower, because the native loops can't be used.
+    """On the CPU, layers run in PyTorch's ops, which is slower, because the C++ code can't be used.
 
-    It is given once a process, at the first call that could run natively, with the reason and the cure. The environment
-    variable `MASKED_RNN_CPU_CAPABILITY=none` asks for the loops of PyTorch's ops, and silences it.
+    It is given once a process, at the first call that the C++ code could run, with the reason and the cure. The
+    environment variable `MASKED_RNN_CPU_CAPABILITY=none` asks for PyTorch's ops, and silences it.
     """
 
     __module__ = "masked_rnn"
@@ -56,7 +56,7 @@ def find() -> Library | str:
     """
     wanted = os.environ.get(VARIABLE, "").lower()
     if wanted == "none":
-        return f"{VARIABLE}=none asks for the loops of PyTorch's ops"
+        return f"{VARIABLE}=none asks for PyTorch's ops"
     if wanted not in ("", *LEVELS):
         raise ValueError(f"{VARIABLE}={wanted!r}: expected one of {', '.join(LEVELS)} and none")
     path = FOLDER / LIBRARY
@@ -66,14 +66,14 @@ def find() -> Library | str:
         library = ctypes.CDLL(str(path))
         library.masked_rnn_digest.restype = ctypes.c_char_p
         if library.masked_rnn_interface() != INTERFACE or library.masked_rnn_record_bytes() != ctypes.sizeof(Run):
-            return f"the native loops are of another version of masked_rnn: run {_install_again()}"
+            return f"the C++ code is of another version of masked_rnn: run {_install_again()}"
         digest = library.masked_rnn_digest().decode()
         bound = bind(library, level=0)
     except (OSError, AttributeError) as error:
-        return f"the native loops can't be loaded: run {_install_again()} ({error})"
+        return f"the C++ code can't be loaded: run {_install_again()} ({error})"
     sources = FOLDER / "engine"
     if sources.is_dir() and sources_digest(sources) != digest:
-        return f"the sources of the native loops have changed since they were built: run {_install_again()}"
+        return f"the C++ sources have changed since they were built: run {_install_again()}"
     most = LEVELS.index(wanted) if wanted else len(LEVELS) - 1
     level = max(level for level in range(most + 1) if library.masked_rnn_supports(ctypes.c_int64(level)))
     return bound._replace(level=level)
@@ -94,14 +94,11 @@ def _why_not_built() -> str:
     for folder in map(Path, sys.path):
         if folder != root and (folder / FOLDER.relative_to(root) / LIBRARY).is_file():
             return (
-                f"Python imports {root}, where the native loops were not built, and not the package installed in "
-                f"{folder}, which has them: start Python in another folder, or run {_install_again()}"
+                f"Python imports {root}, where the C++ code was not built, and not the package installed in "
+                f"{folder}, which has it: start Python in another folder, or run {_install_again()}"
             )
     compiler = "Clang" if os.name == "nt" else "a C++17 compiler (GCC or Clang)"
-    return (
-        "the native loops were not built when masked_rnn was installed: "
-        f"install {compiler}, then run {_install_again()}"
-    )
+    return f"the C++ code was not built when masked_rnn was installed: install {compiler}, then run {_install_again()}"
 
 
 def _install_again() -> str:
@@ -123,8 +120,8 @@ def call(name: str, record: Run) -> None:
     if fault is None:
         return
     if fault == OUT_OF_MEMORY:
-        raise MemoryError("the native loops got no memory")
-    raise RuntimeError(f"internal error: the native loops were given wrong sizes ({fault.decode()}). Please report it.")
+        raise MemoryError("the C++ code got no memory")
+    raise RuntimeError(f"internal error: the C++ code was given wrong sizes ({fault.decode()}). Please report it.")
 
 
 class Counts(NamedTuple):
@@ -164,7 +161,7 @@ def runs(dtype: torch.dtype) -> bool:
 def _warn_of_slow_loops(reason: str) -> None:
     if os.environ.get(VARIABLE, "").lower() != "none" and os.name != "nt":  # Windows may have no compiler for them
         warnings.warn(
-            f"Layers run on the CPU in the loops of PyTorch's ops, which are slower: {reason}. "
+            f"On the CPU, layers run in PyTorch's ops, which is slower: {reason}. "
             f"{VARIABLE}=none in the environment silences this warning.",
             SlowLoopsWarning,
             stacklevel=2,
