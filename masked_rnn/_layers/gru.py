@@ -60,9 +60,9 @@ class MaskedGRU(MaskedRNNBase, nn.GRU):
             promise raise. Default: ``False``
         flatten_hidden: ``True`` returns the last state as :math:`(N, L \cdot D \cdot H)`, ``False`` as
             :class:`torch.nn.GRU` does, :math:`(L \cdot D, N, H)`. Default: ``True``
-        backend: ``"packed"``, ``"padded"``, ``"bptt"`` or ``"scan"`` forces one. So does ``"held"``, which needs an
-            NVIDIA GPU and has not run on one yet. ``"auto"`` chooses among the others by rules that were measured
-            (docs/backends.md). Default: ``"auto"``
+        backend: How the layer runs (docs/backends.md). ``"auto"`` chooses, by rules that were measured. ``"packed"``,
+            ``"padded"``, ``"bptt"`` and ``"scan"`` each force one way; so does ``"held"``, which needs an NVIDIA GPU,
+            has not run on one yet, and is never chosen by ``"auto"``. Default: ``"auto"``
 
     T is the number of steps in time, N of sequences, I is ``input_size``, H ``hidden_size``, L ``num_layers``, D 2 if
     ``bidirectional`` else 1. Unbatched input leaves N out of every shape.
