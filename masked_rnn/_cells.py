@@ -1,78 +1,51 @@
-"""The weights of a layer, and one step of each cell in the letters of torch.nn's docs.
+"""One step of each cell in the letters of torch.nn's docs, and how a call reads a layer's weights and stacks layers.
 
-I input, H hidden, P the state that is fed back (H, or proj_size), D directions, L layers.
+H hidden, P the state that is fed back (H, or proj_size), N batch, D directions, L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._spec import configuration, expected_weights, spec_of
+from ._spec import Configured, LayerWeights, Spec, States, Weights
 from ._torch import listed_weights
 
 BackendName = Literal["auto", "packed", "padded", "bptt", "scan", "held"]
-States = tuple[Tensor, ...]
-"""(h,) or (h, c)"""
 
 
-class Layer(Protocol):
-    """The attributes of a layer that a call reads: `torch.nn`'s configuration, and our options."""
+class Layer(Configured, Protocol):
+    """The attributes of a layer that a call reads: its configuration, and our options."""
 
-    mode: str
-    input_size: int
-    hidden_size: int
-    num_layers: int
-    bias: bool
     batch_first: bool
     dropout: float
-    bidirectional: bool
-    proj_size: int
     training: bool
     enforce_sorted: bool
     flatten_hidden: bool
     backend: BackendName
 
 
-class Weights(NamedTuple):
-    """One direction of one layer, as `torch.nn` names and shapes them."""
-
-    w_ih: Tensor
-    w_hh: Tensor
-    b_ih: Tensor | None = None
-    b_hh: Tensor | None = None
-    w_hr: Tensor | None = None
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Weights:
-        """Return the weights with `change` applied to each that is not None."""
-        b_ih, b_hh, w_hr = (None if w is None else change(w) for w in self[2:])
-        return Weights(change(self.w_ih), change(self.w_hh), b_ih, b_hh, w_hr)
-
-
-LayerWeights = tuple[Weights, ...]
-"""One for each direction."""
 HOLD = 1e4
 """In every dtype, sigmoid(1e4) is 1 and sigmoid(-1e4) is 0: added to a gate's argument, it opens or shuts the gate."""
 
 
-def read_weights(layer: Layer, traced: bool) -> list[Tensor]:
+def read_weights(layer: Layer, spec: Spec, traced: bool) -> list[Tensor]:
     """Return the weights in `torch.nn`'s order, of the shapes that the layer's configuration implies.
 
     `traced` says whether `torch.jit.trace` is recording.
     """
     listed = None if traced else listed_weights(layer)
     if listed is not None:
-        spec = spec_of(layer)
         if not have_shapes(listed, spec.shapes):
             _refuse_weights(layer, listed, spec.names, spec.shapes)
         return listed
     # Attributes also give parametrized and functional weights.
-    names, shapes = expected_weights(*configuration(layer))
+    names, shapes = spec.expected_weights()
     weights = [getattr(layer, name) for name in names]
     (_check_traced_weights if traced else _refuse_weights)(layer, weights, names, shapes)
     return weights
@@ -121,37 +94,26 @@ def _check_traced_weights(layer: Layer, weights: Sequence[Tensor], names: list[s
             )
 
 
-def flatten_weights(layers: Iterable[LayerWeights]) -> list[Tensor]:
-    """Return the weights as one list, in the order of `read_weights`."""
-    return [t for layer in layers for w in layer for t in w if t is not None]
-
-
-def group_weights(tensors: Sequence[Tensor], layers: int, directions: int) -> list[LayerWeights]:
-    """Undo `flatten_weights`. A direction has two to five tensors: W_ih, W_hh, then the two biases, then W_hr."""
-    each = len(tensors) // (layers * directions)
-    grouped = []
-    for start in range(0, len(tensors), each):
-        w_ih, w_hh, *rest = tensors[start : start + each]
-        w_hr = rest[-1] if len(rest) % 2 else None
-        b_ih, b_hh = rest[:2] if len(rest) > 1 else (None, None)
-        grouped.append(Weights(w_ih, w_hh, b_ih, b_hh, w_hr))
-    return [tuple(grouped[k : k + directions]) for k in range(0, len(grouped), directions)]
+RunLayer = Callable[[Spec, Tensor, States, LayerWeights], tuple[Tensor, States]]
+"""Runs one layer, from its initial states, each (D, N, P or H). Returns its output and last states."""
 
 
 def stack_layers(
+    spec: Spec,
     x: Tensor,  # as `run` takes it
     initial: States,  # each (L·D, N, P or H)
-    layers: Sequence[LayerWeights],
-    run: Callable[[Tensor, States, LayerWeights], tuple[Tensor, States]],
+    weights: Sequence[Tensor],  # of all layers, in `torch.nn`'s order
+    run: RunLayer,
     dropout: float = 0.0,
 ) -> tuple[Tensor, States]:
     """Run the layers, each on the output of the one before, with dropout between them."""
     lasts: list[States] = []
-    for k, weights in enumerate(layers):
+    D = spec.directions
+    for k, layer_weights in enumerate(spec.group(weights)):
         if k and dropout:
             x = F.dropout(x, dropout)
-        D = len(weights)
-        x, last = run(x, initial if len(layers) == 1 else tuple(h[k * D : (k + 1) * D] for h in initial), weights)
+        states = initial if spec.num_layers == 1 else tuple(h[k * D : (k + 1) * D] for h in initial)
+        x, last = run(spec.layer(k), x, states, layer_weights)
         lasts.append(last)
     return x, lasts[0] if len(lasts) == 1 else tuple(torch.cat(states) for states in zip(*lasts, strict=True))
 

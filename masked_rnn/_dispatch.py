@@ -10,16 +10,15 @@ from torch import Tensor
 
 from ._backends import bptt, cudnn, held, packed, padded, scan
 from ._backends.bptt import library
-from ._backends.kernels import (
-    kernel_is_faster,
-    runs_all_steps_at_once,
-    why_no_lstm_kernel,
-)
+from ._backends.kernels import why_no_lstm_kernel
+from ._backends.measured import kernel_is_faster, runs_all_steps_at_once
 from ._call import Call, close_call, open_call
+from ._call.inputs import Nested
 from ._call.lengths import is_on_host
 from ._capture import custom_op, onnx
-from ._cells import Layer, States
+from ._cells import Layer
 from ._lean import run_lean
+from ._spec import States
 from ._torch import is_autocast_on
 
 
@@ -51,7 +50,7 @@ def call_layer(layer: Layer, input: Any, hx: Any, lengths: Any, mask: Any, reset
         if results is not None:
             return results
     call = open_call(layer, input, hx, lengths, mask, resets)
-    return close_call(call, *run(call))
+    return close_call(layer, call, *run(call))
 
 
 def run(call: Call) -> tuple[Tensor, States]:
@@ -70,20 +69,21 @@ def _run(name: str, call: Call) -> tuple[Tensor, States]:
         return BACKENDS[name].run(call)
     device = call.data.device.type
     if not is_autocast_on(device):
-        return _run_in_float32(name, call)
+        return _run_backend(name, call)
     # The other backends compute in the weights' dtype under autocast. Only their results are cast.
     dtype, *dtypes = _dtypes_under_autocast(call)
     with torch.autocast(device, enabled=False):
-        output, states = _run_in_float32(name, call.cast(call.parameters[0].dtype))
+        output, states = _run_backend(name, call.cast(call.parameters[0].dtype))
     return output.to(dtype), tuple(h.to(d) for h, d in zip(states, dtypes, strict=True))
 
 
-def _run_in_float32(name: str, call: Call) -> tuple[Tensor, States]:
-    """Run a backend. On a CPU the native loops compute bfloat16 and float16 in float32, and round their results."""
+def _run_backend(name: str, call: Call) -> tuple[Tensor, States]:
+    """Run a backend. On a CPU our loops compute bfloat16 and float16 in float32, and round their results."""
     backend, dtype = BACKENDS.get(name) or CAPTURED[name], call.data.dtype
-    if name not in ("bptt", "operator") or not call.data.is_cpu or not library.widens(dtype):
+    computes_in = library.computes_in(dtype)
+    if computes_in == dtype or name not in ("bptt", "operator") or not call.data.is_cpu:
         return backend.run(call)
-    output, states = backend.run(call.cast(torch.float32))
+    output, states = backend.run(call.cast(computes_in))
     return output.to(dtype), tuple(h.to(dtype) for h in states)
 
 
@@ -96,9 +96,9 @@ def _dtypes_under_autocast(call: Call) -> list[torch.dtype]:
     if call.data.device.type == "cuda":
         return [low] * (1 + len(call.states))
     wide = [torch.promote_types(low, h.dtype) for h in call.states]
-    if call.layer.mode == "GRU":
+    if call.spec.mode == "GRU":
         return [wide[0], wide[0]]
-    if call.layer.proj_size:
+    if call.spec.proj_size:
         return [low, low, wide[1]]
     return [low] * (1 + len(wide))
 
@@ -111,7 +111,7 @@ def check_name(backend: str) -> None:
 
 def choose(call: Call) -> str:
     """Return the name of the backend that runs a call: the one that was asked for, or the fastest that can."""
-    wanted = call.layer.backend
+    wanted = call.backend
     if wanted != "auto":
         check_name(wanted)  # it may have been set after the layer was made
     if call.context.captured_as:
@@ -132,16 +132,16 @@ def order(call: Call) -> Sequence[str]:
     if call.parameters[0].is_complex():
         return ("packed",)
     # A checkpoint runs once without gradients and once with them. If dropout is drawn, both must choose alike.
-    draws = bool(call.dropout)
-    learns = draws or call.wants_gradient()
+    draws_dropout = call.dropout > 0
+    in_training = draws_dropout or call.records_gradients()
     if data.is_cpu:
-        faster = kernel_is_faster(call, learns, library.runs(data.dtype) or library.widens(data.dtype))
-        faster = faster and not why_no_lstm_kernel(call, draws or torch.is_grad_enabled())
+        faster = kernel_is_faster(call, in_training, library.runs(library.computes_in(data.dtype)))
+        faster = faster and not why_no_lstm_kernel(call, draws_dropout or torch.is_grad_enabled())
         return ("padded", "bptt") if faster else ("bptt",)
     if call.resets is not None:
         return ("padded",)  # the choice is made again for the segments
-    at_once = runs_all_steps_at_once(call.layer.mode, data, call.layer.hidden_size, call.layer.proj_size, learns)
-    if data.dim() == 2:
+    at_once = runs_all_steps_at_once(call.spec, data, in_training)
+    if call.form.is_rows:
         pads = at_once and call.plan.share_of_padding() <= MOST_PADDING
     else:
         pads = at_once or not all(t is None or is_on_host(t) for t in (call.lengths, call.mask))
@@ -178,7 +178,7 @@ def _without_steps(call: Call, name: str) -> str | None:
 
 
 def _reads_plan(call: Call, name: str) -> bool:
-    return call.form.name == "nested" or (name == "packed" and not packed.takes_input_as_it_is(call))
+    return isinstance(call.form, Nested) or (name == "packed" and not packed.reads_input_directly(call))
 
 
 def _choose_captured(call: Call, wanted: str, captured_as: str) -> str:

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from ._backends.bptt import library
-from ._backends.bptt.autograd import run_job, wants_gradient
+from ._backends.bptt.autograd import run_job
 from ._backends.bptt.job import Job
-from ._backends.kernels import Stack, call_kernel, kernel_beats_native
-from ._call.context import PLAIN, find_context
+from ._backends.kernels import call_kernel
+from ._backends.measured import kernel_beats_native
+from ._call.context import PLAIN, find_context, records_gradients
 from ._call.states import close_states
-from ._cells import SHAPE_OF, Layer, States
+from ._cells import SHAPE_OF, Layer
 from ._memory import NotPlainError, addresses
-from ._spec import Spec, spec_of
+from ._spec import Spec, States, spec_of
 from ._torch import is_autocast_on, listed_weights
 
 BACKENDS = ("auto", "bptt")
@@ -41,14 +42,14 @@ def run_lean(layer: Layer, input: Any, hx: Any, lengths: Any, resets: Any) -> tu
     weights = listed_weights(layer)
     if weights is None or layer.backend not in BACKENDS or find_context() is not PLAIN or is_autocast_on("cpu"):
         return None
-    spec, dtype = spec_of(layer), input.dtype
+    spec, dtype, computes_in = spec_of(layer), input.dtype, library.computes_in(input.dtype)
     batch, steps, width = input.shape
     if not layer.batch_first:
         batch, steps = steps, batch
     if (
         width != spec.input_size
         or not batch * steps
-        or not (library.runs(dtype) or library.widens(dtype))
+        or not library.runs(computes_in)
         or not _are_ordinary(weights, spec, dtype)
         or (layer.dropout and layer.training and spec.num_layers > 1)
     ):
@@ -62,13 +63,13 @@ def run_lean(layer: Layer, input: Any, hx: Any, lengths: Any, resets: Any) -> tu
         if job is None:
             return None
         kernel_wins = kernel_beats_native(spec, dtype, steps, batch) if job.lengths is None else None
-        if kernel_wins is not None and wants_gradient(input, first, weights) is kernel_wins:
+        if kernel_wins is not None and records_gradients(weights, (input,), first) is kernel_wins:
             one_rnn_step = kernel_wins and resets is None
             return _run_kernel(layer, spec, input, batch, given, weights) if one_rnn_step else None
         if resets is not None and not _drop_states(job, input, resets, first):
             return None
         job.first_is_flat, job.last_is_flat = first_is_flat, layer.flatten_hidden
-        if library.widens(dtype):
+        if computes_in is not dtype:
             output, last = _run_in_float32(job, input, first, weights)
         else:
             output, last = run_job(job, input, first, weights)
@@ -100,9 +101,8 @@ def _run_kernel(
         first = (input.new_zeros(spec.stacked, batch, spec.fed_back),)
     elif is_flat:
         first = (first[0].view(batch, spec.stacked, -1).transpose(0, 1),)
-    stack = Stack(spec.mode, spec.num_layers, spec.directions, 0.0, layer.batch_first)
-    output, last = call_kernel(stack, input, first, weights, None, False)
-    return output, close_states(layer, last, False)
+    output, last = call_kernel(spec, input, first, weights, None, layer.batch_first)
+    return output, close_states(layer.flatten_hidden, last, False)
 
 
 def _run_in_float32(job: Job, input: Tensor, first: States, weights: list[Tensor]) -> tuple[Tensor, States]:
@@ -118,29 +118,29 @@ def _job(layer: Layer, spec: Spec, batch: int, steps: int, lengths: Any) -> Job 
         if set(map(type, lengths)) != {int}:
             return None
         try:
-            own = array("q", lengths)
+            numbers = array("q", lengths)
         except OverflowError:
             return None
     elif type(lengths) is Tensor and lengths.dim() == 1:
         place, count = addresses((lengths,), INT64)
-        own = array("q", ctypes.string_at(place, 8 * count))  # a copy, because the caller may change the original
+        numbers = array("q", ctypes.string_at(place, 8 * count))  # a copy, because the caller may change the original
     else:
         return None
-    if len(own) != batch:
+    if len(numbers) != batch:
         return None
-    counts = library.count(own.buffer_info()[0], batch, steps)
+    counts = library.count(numbers.buffer_info()[0], batch, steps)
     if counts.fault >= 0 or not counts.rows or (layer.enforce_sorted and counts.unsorted >= 0):
         return None
     if counts.rows == batch * steps:
         return Job(spec, batch, steps, layer.batch_first)
-    return Job(spec, batch, steps, layer.batch_first, own, counts[:2])
+    return Job(spec, batch, steps, layer.batch_first, numbers, counts[:2])
 
 
 def _first_states(spec: Spec, batch: int, hx: Any, dtype: torch.dtype) -> tuple[bool, States] | None:
     """Return the given initial states, () for zeros, and whether they are flat. None: they are unusual, or wrong."""
     if hx is None:
         return False, ()
-    states = (hx,) if spec.mode != "LSTM" else hx
+    states = hx if spec.has_cell_state else (hx,)
     if type(states) not in (tuple, list) or len(states) != len(spec.state_widths):
         return None
     for h in states:

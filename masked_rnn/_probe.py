@@ -9,17 +9,19 @@ from functools import cache
 
 import torch
 
+from ._spec import Spec
 from ._torch import KERNELS, has_onednn, in_fresh_thread
 
 ALWAYS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 """The dtypes that the kernels of every cell have on every device."""
 
 
-def check_dtype(mode: str, dtype: torch.dtype, device: torch.device, has_biases: bool, projects: bool) -> None:
+def check_dtype(spec: Spec, dtype: torch.dtype, device: torch.device) -> None:
     """Refuse a dtype that PyTorch's kernel refuses, with the same type of error."""
     if dtype in ALWAYS:
         return
-    fault = _fault(mode, dtype, device.type, has_biases, projects)
+    mode = spec.mode
+    fault = _fault(mode, dtype, device.type, spec.bias, spec.proj_size > 0)
     if fault is not None:
         kind, words = fault
         raise kind(f"torch.nn's {mode} can't run in {dtype} on {device.type}: {words}.{_cure(mode, dtype)}")
@@ -36,29 +38,30 @@ def _cure(mode: str, dtype: torch.dtype) -> str:
 
 @cache
 def _fault(
-    mode: str, dtype: torch.dtype, device: str, has_biases: bool, projects: bool
+    mode: str, dtype: torch.dtype, device: str, bias: bool, projects: bool
 ) -> tuple[type[RuntimeError], str] | None:
+    small = Spec(mode, 2, 2, bias=bias, proj_size=int(projects))
     try:
-        in_fresh_thread(lambda: _run_two_steps(mode, dtype, device, 1, has_biases, projects, learns=False))
+        in_fresh_thread(lambda: _run_two_steps(small, dtype, device, with_gradients=False))
     except RuntimeError as error:
         return type(error), str(error).partition("\n")[0].rstrip(".")
     return None
 
 
-def lstm_kernel_runs(dtype: torch.dtype, learns: bool, directions: int) -> bool:
+def lstm_kernel_runs(dtype: torch.dtype, with_gradients: bool, bidirectional: bool) -> bool:
     """Return whether `nn.LSTM` can run on this CPU under autocast to `dtype`.
 
     oneDNN has such a kernel for some CPUs only, and for some of these only without gradients. Without autocast PyTorch
     asks oneDNN first whether it has the kernel. Under autocast it asks with the dtype before the cast, and then fails.
     """
-    return _lstm_kernel_runs(dtype, learns, directions, has_onednn())
+    return _lstm_kernel_runs(dtype, with_gradients, bidirectional, has_onednn())
 
 
 @cache
-def _lstm_kernel_runs(dtype: torch.dtype, learns: bool, directions: int, onednn: bool) -> bool:
+def _lstm_kernel_runs(dtype: torch.dtype, with_gradients: bool, bidirectional: bool, onednn: bool) -> bool:
     def run() -> None:
-        with torch.set_grad_enabled(learns), torch.autocast("cpu", dtype):
-            _run_two_steps("LSTM", torch.float32, "cpu", directions, True, False, learns)
+        with torch.set_grad_enabled(with_gradients), torch.autocast("cpu", dtype):
+            _run_two_steps(Spec("LSTM", 2, 2, bidirectional=bidirectional), torch.float32, "cpu", with_gradients)
 
     try:
         in_fresh_thread(run)
@@ -67,19 +70,14 @@ def _lstm_kernel_runs(dtype: torch.dtype, learns: bool, directions: int, onednn:
     return True
 
 
-def _run_two_steps(
-    mode: str, dtype: torch.dtype, device: str, directions: int, has_biases: bool, projects: bool, learns: bool
-) -> None:
-    hidden, fed_back = 2, 1 if projects else 2
-    rows = {"GRU": 3, "LSTM": 4}.get(mode, 1) * hidden
-    shapes: list[tuple[int, ...]] = [(rows, 2), (rows, fed_back)]
-    shapes += [(rows,), (rows,)] if has_biases else []
-    shapes += [(fed_back, hidden)] if projects else []
-    x, h, c, *weights = (
-        torch.zeros(shape, dtype=dtype, device=device, requires_grad=learns)
-        for shape in ((2, 1, 2), (directions, 1, fed_back), (directions, 1, hidden), *shapes * directions)
+def _run_two_steps(spec: Spec, dtype: torch.dtype, device: str, with_gradients: bool) -> None:
+    D = spec.directions
+    x, *tensors = (
+        torch.zeros(shape, dtype=dtype, device=device, requires_grad=with_gradients)
+        for shape in ((2, 1, spec.input_size), *[(D, 1, width) for width in spec.state_widths], *spec.shapes)
     )
-    hx = (h, c) if mode == "LSTM" else h
-    output = KERNELS[mode](x, hx, weights, has_biases, 1, 0.0, False, directions == 2, False)[0]
-    if learns:
+    states, weights = tensors[: len(spec.state_widths)], tensors[len(spec.state_widths) :]
+    hx = states if spec.has_cell_state else states[0]
+    output = KERNELS[spec.mode](x, hx, weights, spec.bias, 1, 0.0, False, spec.bidirectional, False)[0]
+    if with_gradients:
         output.sum().backward()

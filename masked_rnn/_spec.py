@@ -1,19 +1,37 @@
-"""What a layer is: its cell, its sizes, and the names and shapes of its weights. Made once for each configuration.
+"""What a layer is: its cell, its sizes, and the names, shapes and order of its weights. Made once for a configuration.
 
 I input, H hidden, P the state that is fed back (H, or proj_size), D directions, L layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, lru_cache
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 GATES = {"GRU": 3, "LSTM": 4, "RNN_TANH": 1, "RNN_RELU": 1}
 """The number of gates, by `nn.RNNBase.mode`. A weight has H rows for each."""
 NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 """The names of the parameters, without the suffix `_l0`, `_l0_reverse`, ..."""
+States = tuple[Tensor, ...]
+"""(h,) or (h, c)"""
+
+
+class Weights(NamedTuple):
+    """One direction of one layer, as `torch.nn` names and shapes them."""
+
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor | None = None
+    b_hh: Tensor | None = None
+    w_hr: Tensor | None = None
+
+
+LayerWeights = tuple[Weights, ...]
+"""One for each direction."""
 
 
 class Configured(Protocol):
@@ -28,66 +46,94 @@ class Configured(Protocol):
     proj_size: int
 
 
-class _Sizes(NamedTuple):
-    mode: str
-    input_size: int
-    hidden_size: int
-    num_layers: int = 1
-    bias: bool = True
-    bidirectional: bool = False
-    proj_size: int = 0
+class Spec:
+    """The configuration of a stack of layers, and what follows from it. It does not change.
 
+    Dynamo follows this class, except the cached properties.
+    """
 
-class Spec(_Sizes):
-    """The configuration of a stack of layers, and what follows from it."""
+    def __init__(
+        self,
+        mode: str,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+    ) -> None:
+        self.mode = mode
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.bias = bias
+        self.bidirectional = bidirectional
+        self.proj_size = proj_size
+        self.gates = GATES[mode]
+        self.directions = 2 if bidirectional else 1
+        self.fed_back = proj_size or hidden_size
+        self.output_width = self.directions * self.fed_back
+        self.stacked = num_layers * self.directions
+        """The number of states that are stacked in `nn.GRU`'s hx: L·D"""
+        self.has_cell_state = mode == "LSTM"
+        self.state_widths = (self.fed_back, hidden_size) if self.has_cell_state else (self.fed_back,)
+        """The width of each state: (P,), for the LSTM (P, H)"""
 
-    @cached_property
-    def directions(self) -> int:
-        return 2 if self.bidirectional else 1
-
-    @cached_property
-    def fed_back(self) -> int:
-        return self.proj_size or self.hidden_size
-
-    @cached_property
-    def output_width(self) -> int:
-        return self.directions * self.fed_back
-
-    @cached_property
-    def state_widths(self) -> tuple[int, ...]:
-        """The width of each state: (P,), for the LSTM (P, H)."""
-        return (self.fed_back, self.hidden_size) if self.mode == "LSTM" else (self.fed_back,)
-
-    @cached_property
-    def stacked(self) -> int:
-        """The number of states that are stacked in `nn.GRU`'s hx: L·D."""
-        return self.num_layers * self.directions
-
-    @cached_property
-    def names(self) -> list[str]:
-        """The names of the weights, in `torch.nn`'s order."""
-        return expected_weights(*self)[0]
-
-    @cached_property
-    def shapes(self) -> list[torch.Size]:
-        """The shapes of the weights, in `torch.nn`'s order."""
-        return expected_weights(*self)[1]
+    def changed(self, **changes: Any) -> Spec:
+        sizes = {name: getattr(self, name) for name in FIELDS}
+        return make_spec(*{**sizes, **changes}.values())
 
     def layer(self, k: int) -> Spec:
         """Return the spec of one layer of the stack."""
-        inputs = self.fed_back * self.directions if k else self.input_size
-        return spec(self.mode, inputs, self.hidden_size, 1, self.bias, self.bidirectional, self.proj_size)
+        if self.num_layers == 1:
+            return self
+        return self.changed(input_size=self.output_width if k else self.input_size, num_layers=1)
+
+    def expected_weights(self) -> tuple[list[str], list[torch.Size]]:
+        """Return the names and the shapes of the weights, in `torch.nn`'s order."""
+        rows = self.gates * self.hidden_size
+        has = (True, True, self.bias, self.bias, self.proj_size > 0)
+        names, shapes = [], []
+        for k in range(self.num_layers):
+            width = self.output_width if k else self.input_size
+            every = [(rows, width), (rows, self.fed_back), (rows,), (rows,), (self.proj_size, self.hidden_size)]
+            for suffix in ("", "_reverse")[: self.directions]:
+                names += [f"{name}_l{k}{suffix}" for name, here in zip(NAMES, has, strict=True) if here]
+                shapes += [torch.Size(shape) for shape, here in zip(every, has, strict=True) if here]
+        return names, shapes
+
+    @cached_property
+    def names(self) -> list[str]:
+        return self.expected_weights()[0]
+
+    @cached_property
+    def shapes(self) -> list[torch.Size]:
+        return self.expected_weights()[1]
+
+    def group(self, tensors: Sequence[Tensor]) -> list[LayerWeights]:
+        """Return each layer's weights. `tensors` are in `torch.nn`'s order. Undo it with `flatten_weights`."""
+        count = 2 + 2 * self.bias + (self.proj_size > 0)
+        directions = []
+        for start in range(0, len(tensors), count):
+            w_ih, w_hh, *rest = tensors[start : start + count]
+            b_ih, b_hh = rest[:2] if self.bias else (None, None)
+            directions.append(Weights(w_ih, w_hh, b_ih, b_hh, rest[-1] if self.proj_size > 0 else None))
+        D = self.directions
+        return [tuple(directions[k : k + D]) for k in range(0, len(directions), D)]
 
 
-spec = lru_cache(maxsize=256)(Spec)
+FIELDS = ("mode", "input_size", "hidden_size", "num_layers", "bias", "bidirectional", "proj_size")
+"""The arguments of `Spec`, in their order"""
+_make_once: Callable[..., Spec] = lru_cache(maxsize=256)(Spec)
+
+
+def make_spec(*configuration: Any) -> Spec:
+    """Return the spec of these arguments: the same one each time, except while Dynamo compiles."""
+    return Spec(*configuration) if torch.compiler.is_compiling() else _make_once(*configuration)
 
 
 def spec_of(layer: Configured) -> Spec:
-    return spec(*configuration(layer))
-
-
-def configuration(layer: Configured) -> tuple[str, int, int, int, bool, bool, int]:
-    return (
+    return make_spec(
         layer.mode,
         layer.input_size,
         layer.hidden_size,
@@ -98,18 +144,6 @@ def configuration(layer: Configured) -> tuple[str, int, int, int, bool, bool, in
     )
 
 
-def expected_weights(
-    mode: str, input_size: int, hidden_size: int, num_layers: int, bias: bool, bidirectional: bool, proj_size: int
-) -> tuple[list[str], list[torch.Size]]:
-    """Return the names and the shapes of a layer's weights, in `torch.nn`'s order. Dynamo can follow this function."""
-    suffixes = ("", "_reverse") if bidirectional else ("",)
-    rows, fed_back = GATES[mode] * hidden_size, proj_size or hidden_size
-    names, shapes = [], []
-    for k in range(num_layers):
-        width = fed_back * len(suffixes) if k else input_size
-        each = [(rows, width), (rows, fed_back), (rows,), (rows,), (proj_size, hidden_size)]
-        has = (True, True, bias, bias, proj_size > 0)
-        for suffix in suffixes:
-            names += [f"{name}_l{k}{suffix}" for name, here in zip(NAMES, has, strict=True) if here]
-            shapes += [torch.Size(shape) for shape, here in zip(each, has, strict=True) if here]
-    return names, shapes
+def flatten_weights(layers: Iterable[LayerWeights]) -> list[Tensor]:
+    """Return the weights as one list, in `torch.nn`'s order."""
+    return [t for layer in layers for w in layer for t in w if t is not None]

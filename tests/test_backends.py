@@ -17,9 +17,10 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
 
 from masked_rnn import _dispatch, _probe, _torch
-from masked_rnn._backends import cudnn, kernels
+from masked_rnn._backends import cudnn, kernels, measured
 from masked_rnn._backends.bptt import library
 from masked_rnn._call import open_call
+from masked_rnn._spec import Spec
 
 X = torch.randn(3, 6, INPUT)
 ROWS = [X[0], X[1, :4], X[2, :1]]
@@ -204,14 +205,14 @@ def test_pinned_memory_is_used_only_in_eager_calls(mode: str, monkeypatch: pytes
 def test_cudnn_runs_all_steps_within_size_limit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The limits are PyTorch's, in `get_algo`: never in float64, and in backward for smaller layers than in forward."""
     mode = name if name != "RNN" else "RNN_TANH"
-    assert not kernels.runs_all_steps_at_once(mode, X, 8, 0, False)
+    assert not measured.runs_all_steps_at_once(Spec(mode, 2, 8), X, False)
     monkeypatch.setattr(cudnn, "runs_cudnn", lambda _x: True)
-    for learns, most in ((False, 384 if name == "RNN" else 192), (True, 256 if name == "RNN" else 128)):
+    for in_training, most in ((False, 384 if name == "RNN" else 192), (True, 256 if name == "RNN" else 128)):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            assert kernels.runs_all_steps_at_once(mode, X.to(dtype), most, 0, learns)
-            assert not kernels.runs_all_steps_at_once(mode, X.to(dtype), most + 1, 0, learns)
-        assert not kernels.runs_all_steps_at_once(mode, X.double(), 8, 0, learns)
-        assert not kernels.runs_all_steps_at_once(mode, X, 8, 4, learns)
+            assert measured.runs_all_steps_at_once(Spec(mode, 2, most), X.to(dtype), in_training)
+            assert not measured.runs_all_steps_at_once(Spec(mode, 2, most + 1), X.to(dtype), in_training)
+        assert not measured.runs_all_steps_at_once(Spec(mode, 2, 8), X.double(), in_training)
+        assert not measured.runs_all_steps_at_once(Spec(mode, 2, 8, proj_size=4), X, in_training)
 
 
 @pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "dual"])
@@ -260,10 +261,10 @@ def test_autocast_falls_back_without_lstm_kernel(
                 layer(X, **given)
 
 
-def torchs_lstm_runs(dtype: torch.dtype, learns: bool, directions: int) -> bool:
+def torchs_lstm_runs(dtype: torch.dtype, learns: bool, bidirectional: bool) -> bool:
     with torch.set_grad_enabled(learns), torch.autocast("cpu", dtype):
         try:
-            output, _ = plain("lstm", bidirectional=directions == 2)(torch.zeros(1, 1, INPUT))
+            output, _ = plain("lstm", bidirectional=bidirectional)(torch.zeros(1, 1, INPUT))
             if learns:
                 output.sum().backward()
         except RuntimeError:
@@ -281,7 +282,7 @@ def _asks_anew() -> Iterator[None]:
 @pytest.mark.usefixtures("_asks_anew")
 def test_lstm_kernel_probe_is_right_in_any_mode() -> None:
     """The answer is cached for good, so it must not come from a mode in which nothing is computed."""
-    for case in product((torch.bfloat16, torch.float16), (False, True), (1, 2)):
+    for case in product((torch.bfloat16, torch.float16), (False, True), (False, True)):
 
         def ask(case: Any = case) -> bool:
             _probe._lstm_kernel_runs.cache_clear()

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from masked_rnn import MaskedGRU, _torch
-from masked_rnn._backends import kernels, padded, scan
+from masked_rnn._backends import kernels, measured, padded, scan
 from masked_rnn._backends.bptt import library
 from masked_rnn._capture import custom_op
 from masked_rnn._capture.arguments import Arguments
@@ -232,6 +232,20 @@ def test_static_shapes_compile_for_inference(compiler: str, cell: str) -> None:
     close([found[0], *as_tuple(found[1])], [expected[0], *as_tuple(expected[1])])
 
 
+@pytest.mark.slow_but("gru-dtype0")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
+@pytest.mark.usefixtures("allow_rnn")
+def test_compiled_half_precision_matches_eager(cell: str, dtype: torch.dtype) -> None:
+    layer = masked(cell, batch_first=True).to(dtype)
+    x, hx, pulled = arguments(layer, 3, 5)
+    x, pulled = x.to(dtype), [t.to(dtype) for t in pulled]
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    expected = run(layer, layer, x, hx, pulled, lengths=[5, 0, 3])
+    close(run(compiled, layer, x, hx, pulled, lengths=[5, 0, 3]), expected)
+    assert {t.dtype for t in expected} == {dtype}
+
+
 @pytest.mark.usefixtures("allow_rnn")
 def test_list_lengths_compile_with_time_first() -> None:
     layer = masked("gru", bidirectional=True)
@@ -316,9 +330,9 @@ def test_operator_backward_follows_its_forward(lengths: list[int] | None, monkey
     given = None if lengths is None else torch.tensor(lengths)
     expected = torch.autograd.grad(layer(x, lengths=lengths)[0].square().sum(), weights)
     for first in (True, False):
-        monkeypatch.setattr(kernels, "has_onednn", lambda here=first: here)
+        monkeypatch.setattr(measured, "has_onednn", lambda here=first: here)
         results = torch.ops.masked_rnn.layer(x, given, None, states, weights, "LSTM", True, "auto", True)
-        monkeypatch.setattr(kernels, "has_onednn", lambda here=first: not here)
+        monkeypatch.setattr(measured, "has_onednn", lambda here=first: not here)
         close(list(torch.autograd.grad(results[0].square().sum(), weights)), list(expected))
 
 
@@ -485,7 +499,7 @@ def test_device_backward_keeps_float32_precision(cell: str, with_resets: bool) -
 def test_operator_passes_opcheck(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's own checker tests schema, fake kernel, gradient registration and tracing."""
     # oneDNN's LSTM is off, because the checker compares the whole reserve, which that kernel does not write.
-    monkeypatch.setattr(kernels, "has_onednn", lambda: False)
+    monkeypatch.setattr(measured, "has_onednn", lambda: False)
     layer = masked(cell, bidirectional=True)
     x = torch.randn(5, 6, INPUT, requires_grad=True)  # few steps would run a kernel that does not write it either
     weights = list(layer.parameters())

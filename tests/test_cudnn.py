@@ -32,7 +32,7 @@ from masked_rnn._backends import cudnn, kernels, padded
 from masked_rnn._backends.held import operators as operators_of_held
 from masked_rnn._backends.held.marks import marks_for
 from masked_rnn._capture import custom_op
-from masked_rnn._cells import Weights
+from masked_rnn._spec import Spec, Weights
 
 SORTED = [5, 3, 2, 0]
 # The form of input, the number of steps, and the arguments, which lie on the device for "there".
@@ -312,7 +312,7 @@ def test_autograd_features_match_cpu(cell: str, backend: str, given: dict[str, A
     ],
 )
 def test_marks_round_the_input_up(mode: str, inputs: int, directions: int, dtype: torch.dtype, expected: int) -> None:
-    assert marks_for(mode, inputs, 128, directions, dtype) == expected
+    assert marks_for(Spec(mode, inputs, 128, bidirectional=directions == 2), dtype) == expected
 
 
 @pytest.mark.parametrize("backend", ["padded", "packed", "held"])

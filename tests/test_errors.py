@@ -239,7 +239,7 @@ def test_lengths_passed_as_hx_are_refused(lengths: Any, cell: str) -> None:
         layer(X, lengths)
     with pytest.raises(TypeError, match=r"got a bool tensor.*mask=\.\.\. if it marks real steps, resets=\.\.\. if"):
         layer(X, MASK)
-    with pytest.raises(TypeError, match=r"packed input carries its lengths: leave them out"):
+    with pytest.raises(TypeError, match=r"a PackedSequence carries its own: leave them out"):
         layer(pack_sequence([torch.zeros(2, INPUT)]), lengths)
 
 

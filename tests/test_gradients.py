@@ -462,8 +462,8 @@ def test_unneeded_gradients_are_not_computed(cell: str, frozen: str, monkeypatch
     x = torch.randn(5, 3, INPUT, dtype=torch.float64, requires_grad=frozen != "input")
     wanted = []
 
-    backward = bptt.autograd.native.backward
-    monkeypatch.setattr(bptt.autograd.native, "backward", lambda *given: wanted.append(given[-2:]) or backward(*given))
+    backward = bptt.autograd.passes.backward
+    monkeypatch.setattr(bptt.autograd.passes, "backward", lambda *given: wanted.append(given[-2:]) or backward(*given))
     states = [h.requires_grad_() for h in random_states(layer, 3)]
     layer(x, as_hx(states))[0].sum().backward()
     assert wanted == [(frozen != "input", frozen != "weights")]

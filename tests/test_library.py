@@ -178,7 +178,7 @@ def test_install_command_fits_checkout_or_wheel(tmp_path: Path, monkeypatch: pyt
 def test_loops_of_ops_run_without_library(cell: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "find", find)
     ran = []
-    for module, names in ((ops_layer, ("forward", "backward")), (native, ("run_forward", "run_backward"))):
+    for module, names in ((ops_layer, ("forward", "backward")), (native, ("forward", "backward"))):
         for name in names:
             run = getattr(module, name)
             monkeypatch.setattr(

@@ -194,7 +194,7 @@ def test_unsupported_cpu_level_is_refused(check_each: Callable[..., None]) -> No
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_lengths_make_the_plan_of_python(batch_first: bool) -> None:
     """Runs a layer once by its lengths, which are planned in C++, and once by Python's plan of the same lengths."""
-    from masked_rnn._backends.bptt import native
+    from masked_rnn._backends.bptt import passes
     from masked_rnn._backends.bptt.job import Job
     from masked_rnn._spec import spec_of
 
@@ -212,10 +212,10 @@ def test_lengths_make_the_plan_of_python(batch_first: bool) -> None:
             ]
             results = []
             for job in jobs:
-                output, (last,), saved = native.forward(job, x, (), weights, save=True)
+                output, (last,), saved = passes.forward(job, x, (), weights, save=True)
                 assert saved is not None
                 grads = (torch.ones_like(output), torch.ones_like(last))
-                dx, _, d_weights = native.backward(job, x, (), weights, saved, grads, True, True)
+                dx, _, d_weights = passes.backward(job, x, (), weights, saved, grads, True, True)
                 results.append([output, last, saved, dx, *(d_weights or [])])
             for a, b in zip(*results, strict=True):
                 assert a is not None

@@ -19,7 +19,7 @@ FLOORS = (
     ("_lean",),
     ("_capture",),
     ("_backends/packed", "_backends/padded", "_backends/bptt", "_backends/scan", "_backends/held"),
-    ("_backends/kernels",),
+    ("_backends/kernels", "_backends/measured"),
     ("_backends/cudnn",),
     ("_backends/graph_loop",),
     ("_backends/recurrence", "_backends/double_backward", "_backends/gather", "_backends"),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def gather_rows(x: Tensor, index: Tensor | None) -> Tensor:
-    """Return the rows of x (P, I) at `index` (R,). None: all rows."""
+    """Return the rows of x (M, I) at `index` (R,). None: all rows."""
     return x if index is None else _Gather.apply(x, index)
 
 

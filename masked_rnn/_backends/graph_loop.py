@@ -9,7 +9,7 @@ from warnings import catch_warnings, filterwarnings
 import torch
 from torch import Tensor
 
-from .._cells import States, Weights
+from .._spec import States, Weights
 from .._torch import graph_scan
 from .recurrence import Marks, advance
 

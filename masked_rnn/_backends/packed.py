@@ -7,17 +7,17 @@ from torch import Tensor
 
 from .._call import Call
 from .._call.inputs import Packed
-from .._cells import States
 from .._plan import restore_states, sort_states
+from .._spec import States
 from .gather import gather_rows, scatter_rows
 from .kernels import run_stack, why_no_lstm_kernel
 
 
 def why_not(call: Call) -> str | None:
     """Return the reason why this backend can't run a call. None: it can."""
-    as_it_is = takes_input_as_it_is(call)
-    reason = call.context.only_scan or call.why_unreadable(reads_plan=not as_it_is)
-    if reason or call.parameters[0].is_complex() or not (as_it_is and call.form.takes_lengths):
+    is_direct = reads_input_directly(call)
+    reason = call.context.only_scan or call.why_unreadable(reads_plan=not is_direct)
+    if reason or call.parameters[0].is_complex() or not is_direct or call.form.is_rows:
         return reason
     return why_no_lstm_kernel(call, torch.is_grad_enabled())
 
@@ -42,6 +42,6 @@ def run(call: Call) -> tuple[Tensor, States]:
     return call.from_rows(scatter_rows(output, plan.index, plan.size)), last
 
 
-def takes_input_as_it_is(call: Call) -> bool:
+def reads_input_directly(call: Call) -> bool:
     """Return whether the kernel reads the input directly: no row is gathered, and no value is read."""
-    return call.form.name == "packed" or call.is_plain
+    return isinstance(call.form, Packed) or call.is_plain

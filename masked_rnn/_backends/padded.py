@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._call import Call
-from .._cells import HOLD, LayerWeights, States, Weights, stack_layers
+from .._cells import HOLD, stack_layers
 from .._plan import real_mask, reverse_index
+from .._spec import LayerWeights, Spec, States, Weights
 from .._torch import to_device
 from . import cudnn
 from .kernels import run_layer, run_stack, why_no_lstm_kernel
@@ -25,29 +26,33 @@ from .kernels import run_layer, run_stack, why_no_lstm_kernel
 
 def why_not(call: Call) -> str | None:
     """Return the reason why this backend can't run a call. None: it can."""
-    reason = call.context.only_scan or call.why_unreadable(reads_plan=call.data.dim() == 2)
+    reason = call.context.only_scan or call.why_unreadable(reads_plan=call.form.is_rows)
     if reason:
         return reason
     if not call.parameters[0].is_complex():
         return why_no_lstm_kernel(call, torch.is_grad_enabled())
-    one_step = call.form.steps == 1 and not call.context.traced
-    if call.layer.mode == "LSTM" and not call.is_plain and not one_step:
+    if call.spec.mode == "LSTM" and not call.is_plain and not _has_one_step(call):
         return "it saturates an LSTM's gates over padding, where PyTorch's complex sigmoid is NaN"
     return None
 
 
 def run(call: Call) -> tuple[Tensor, States]:
-    mode = call.layer.mode
     if call.is_plain:
         return run_stack(call, call.data, call.states)
-    if call.lengths is not None and call.data.dim() == 3 and call.form.steps == 1 and not call.context.traced:
+    if call.lengths is not None and _has_one_step(call):
         return _run_one_step(call, call.states, to_device(call.lengths == 0, call.data.device))
     x, lengths, restore = call.padded_last()
-    padding = None if lengths is None else find_padding(lengths, x.size(0), call.directions)
-    output, last = stack_layers(
-        x, call.states, call.weights, lambda x, states, w: run_padded(mode, x, padding, states, w), call.dropout
-    )
+    padding = None if lengths is None else find_padding(lengths, x.size(0), call.spec.bidirectional)
+
+    def run_one(spec: Spec, x: Tensor, initial: States, weights: LayerWeights) -> tuple[Tensor, States]:
+        return run_padded(spec, x, padding, initial, weights)
+
+    output, last = stack_layers(call.spec, x, call.states, call.parameters, run_one, call.dropout)
     return restore(output), last
+
+
+def _has_one_step(call: Call) -> bool:
+    return not call.form.is_rows and call.form.steps == 1 and not call.context.traced
 
 
 class Padding(NamedTuple):
@@ -63,17 +68,17 @@ class Padding(NamedTuple):
     """(T, N, 1), for each step the step in its place in the backward direction. None: there is none"""
 
 
-def find_padding(lengths: Tensor, steps: int, directions: int) -> Padding:
+def find_padding(lengths: Tensor, steps: int, bidirectional: bool) -> Padding:
     return Padding(
         real=real_mask(lengths, steps),
         runs=(lengths > 0).view(1, -1, 1),
         last=(lengths - 1).clamp(min=0).view(1, -1, 1),
-        reverse=reverse_index(lengths, steps) if directions == 2 else None,
+        reverse=reverse_index(lengths, steps) if bidirectional else None,
     )
 
 
 def run_padded(
-    mode: str,
+    spec: Spec,
     x: Tensor,  # (T, N, I)
     padding: Padding | None,
     initial: States,  # each (D, N, P or H)
@@ -81,20 +86,21 @@ def run_padded(
 ) -> tuple[Tensor, States]:
     """Run one layer; return its output (T, N, D·P) and last states (D, N, P or H)."""
     if padding is None:
-        return run_layer(mode, x, initial, weights)
+        return run_layer(spec, x, initial, weights)
     real, runs, at_last, reverse = padding
     zero = torch.zeros((), dtype=x.dtype, device=x.device)
     x = torch.where(real, x, zero)
+    is_driven = spec.mode == "LSTM" or (spec.mode == "RNN_RELU" and x.is_floating_point())
+    one_direction = spec.changed(bidirectional=False, input_size=spec.input_size + is_driven)
     outputs, lasts = [], []
     for d, w in enumerate(weights):
-        own = x if d == 0 or reverse is None else x.gather(0, reverse.expand_as(x))
+        steps = x if d == 0 or reverse is None else x.gather(0, reverse.expand_as(x))
         before = tuple(h[d : d + 1] for h in initial)
         state = tuple(torch.where(runs, h, zero) for h in before)
-        if mode == "LSTM":
-            own, w = _with_cell_states_held(own, real, w)
-        elif mode == "RNN_RELU" and x.is_floating_point():
-            own, w = _with_states_at_zero(own, real, w)
-        output, (_, *cells) = run_layer(mode, own, state, (w,))
+        if is_driven:
+            hold = _with_cell_states_held if spec.has_cell_state else _with_states_at_zero
+            steps, w = hold(steps, real, w)
+        output, (_, *cells) = run_layer(one_direction, steps, state, (w,))
         last = (output.gather(0, at_last.expand(1, -1, output.size(-1))), *cells)
         if d == 1 and reverse is not None:
             output = output.gather(0, reverse.expand_as(output))

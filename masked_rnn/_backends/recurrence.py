@@ -1,6 +1,6 @@
 """Reference recurrence in plain ops. `scan` runs it, and higher derivatives of `bptt` and cuDNN.
 
-T time, N batch, I input, P the state that is fed back, D directions, R rows of a packed batch.
+T time, N batch, I input, H hidden, P the state that is fed back, D directions, L layers, R rows of a packed batch.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._cells import STEPS, LayerWeights, States, Weights, stack_layers
+from .._cells import STEPS, stack_layers
 from .._plan import Plan, restore_states, sort_states
 from .._segments import resets_at_real_steps, resets_backward
+from .._spec import LayerWeights, Spec, States, Weights
 
 Marks = tuple[bool, bool]
 """Whether it is given which steps are real, and before which ones the state is reset."""
@@ -125,10 +126,10 @@ def scan_rows(
 
 
 def scan_layers(
-    mode: str,
+    spec: Spec,
     x: Tensor,  # (T, N, I), or (N, T, I) with batch_first; packed rows (R, I) with batch_sizes
     initial: States,  # each (L·D, N, P or H)
-    layers: Sequence[LayerWeights],
+    weights: Sequence[Tensor],
     batch_sizes: Tensor | None,  # (T,)
     batch_first: bool,
 ) -> tuple[Tensor, States]:
@@ -136,7 +137,26 @@ def scan_layers(
     if batch_sizes is not None:
         sizes = batch_sizes.tolist()
         plan = Plan(sizes, sizes[0], x.size(0), x.device)
-        return stack_layers(x, initial, layers, lambda x, states, w: scan_rows(mode, plan, x, states, w))
+        return scan_planned(spec, plan, x, initial, weights)
+
+    def run_one(spec: Spec, x: Tensor, initial: States, weights: LayerWeights) -> tuple[Tensor, States]:
+        return scan(spec.mode, x, None, initial, weights)
+
     x = x.transpose(0, 1) if batch_first else x
-    x, last = stack_layers(x, initial, layers, lambda x, states, w: scan(mode, x, None, states, w))
+    x, last = stack_layers(spec, x, initial, weights, run_one)
     return x.transpose(0, 1) if batch_first else x, last
+
+
+def scan_planned(
+    spec: Spec,
+    plan: Plan,
+    x: Tensor,  # (R, I)
+    initial: States,  # each (L·D, N, P or H)
+    weights: Sequence[Tensor],
+) -> tuple[Tensor, States]:
+    """Run all layers without dropout, over rows in the plan's order."""
+
+    def run_one(spec: Spec, x: Tensor, initial: States, weights: LayerWeights) -> tuple[Tensor, States]:
+        return scan_rows(spec.mode, plan, x, initial, weights)
+
+    return stack_layers(spec, x, initial, weights, run_one)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .._call import Call
 from .._call.lengths import assert_range
-from .._cells import States, stack_layers
+from .._cells import stack_layers
+from .._spec import LayerWeights, Spec, States
 from .._torch import graph_scan, is_transformed, to_device
 from .graph_loop import in_graph
 from .recurrence import scan, unrolled
@@ -17,7 +18,7 @@ def why_not(call: Call) -> str | None:
     """Return the reason why this backend can't run a call. None: it can."""
     if call.context.traced and call.resets is None:
         return "torch.jit.trace would record the number of steps of this call as a constant"
-    return call.why_unreadable(reads_plan=call.data.dim() == 2, reads_resets=call.context.traced)
+    return call.why_unreadable(reads_plan=call.form.is_rows, reads_resets=call.context.traced)
 
 
 def run(call: Call) -> tuple[Tensor, States]:
@@ -28,13 +29,11 @@ def run(call: Call) -> tuple[Tensor, States]:
     # A copy, because autograd saves it, and the caller may change the original.
     resets = None if call.resets is None else to_device(call.resets.unsqueeze(-1).clone(), x.device)
     loop = in_graph if _makes_loop(call) else unrolled
-    output, last = stack_layers(
-        x,
-        call.states,
-        call.weights,
-        lambda x, states, w: scan(call.layer.mode, x, real, states, w, resets, loop),
-        call.dropout,
-    )
+
+    def run_one(spec: Spec, x: Tensor, initial: States, weights: LayerWeights) -> tuple[Tensor, States]:
+        return scan(spec.mode, x, real, initial, weights, resets, loop)
+
+    output, last = stack_layers(call.spec, x, call.states, call.parameters, run_one, call.dropout)
     return restore(output), last
 
 
@@ -43,4 +42,4 @@ def _makes_loop(call: Call) -> bool:
     if call.context.captured_as != "operator" or graph_scan is None or is_transformed():
         return False
     # Inductor computes wrong gradients of a loop. An exported program computes them without inductor.
-    return call.form.steps > 0 and (torch.compiler.is_exporting() or not call.wants_gradient())
+    return call.form.steps > 0 and (torch.compiler.is_exporting() or not call.records_gradients())

@@ -1,6 +1,6 @@
 """One call in canonical form: opened from a layer's arguments, read by the backends, closed into the caller's form.
 
-T time, N batch, I input, H hidden, P the state that is fed back (H, or proj_size), D directions, L layers.
+T time, N batch, I input, R rows, H hidden, P the state that is fed back (H, or proj_size), D directions, L layers.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._cells import Layer, LayerWeights, States, group_weights, read_weights
+from .._cells import BackendName, Layer, read_weights
 from .._plan import Plan, move_back, move_to_front, real_mask
 from .._segments import Segments
+from .._spec import Spec, States, spec_of
 from .._torch import to_device, unsafe_view
-from .context import Context, find_context
-from .inputs import Cut, Form, check_input, open_input, open_lengths, open_resets, refuse_second_lengths
+from .context import Context, find_context, records_gradients
+from .inputs import Cut, Form, Packed, check_input, open_input, open_lengths, open_resets, refuse_second_lengths
 from .lengths import check_sorted, is_on_host
 from .states import close_states, forget, open_states
 
@@ -33,7 +34,13 @@ class Call:
     Backends take the input as `rows()` with a `plan`, as `padded_last()` or as `padded_in_place()`.
     """
 
-    layer: Layer
+    spec: Spec
+    backend: BackendName
+    """The one that was asked for"""
+    dropout: float
+    """The probability of dropout between layers. 0 if none is drawn"""
+    is_sorted: bool
+    """Whether lengths decrease, as `enforce_sorted=True` promises"""
     context: Context
     form: Form
     parameters: list[Tensor]
@@ -59,29 +66,14 @@ class Call:
         if self.initial is not None:
             return self.initial
         if self.zeros is None:
-            layer, shape = self.layer, (self.layer.num_layers * self.directions, self.form.batch)
-            h = self.data.new_zeros((*shape, layer.proj_size or layer.hidden_size))
-            self.zeros = (h, self.data.new_zeros((*shape, layer.hidden_size))) if layer.mode == "LSTM" else (h,)
+            shape = (self.spec.stacked, self.form.batch)
+            self.zeros = tuple([self.data.new_zeros((*shape, width)) for width in self.spec.state_widths])
         return self.zeros
-
-    @property
-    def directions(self) -> int:
-        return 2 if self.layer.bidirectional else 1
-
-    @property
-    def weights(self) -> list[LayerWeights]:
-        return group_weights(self.parameters, self.layer.num_layers, self.directions)
-
-    @property
-    def dropout(self) -> float:
-        """The probability of dropout between layers. 0 if none is drawn."""
-        layer = self.layer
-        return float(layer.dropout) if layer.training and layer.num_layers > 1 else 0.0
 
     @property
     def is_plain(self) -> bool:
         """Whether this is a padded batch in which every step is real and no state is reset."""
-        return self.lengths is None and self.mask is None and self.resets is None and self.data.dim() == 3
+        return not self.form.is_rows and self.lengths is None and self.mask is None and self.resets is None
 
     def is_empty(self) -> bool:
         """Return whether no sequence has a step. False if the answer would need a wait for a device."""
@@ -90,14 +82,8 @@ class Call:
         real = self.real
         return real is not None and is_on_host(real) and self.context.readable and not bool(real.any())
 
-    def wants_gradient(self) -> bool:
-        if not torch.is_grad_enabled():
-            return False
-        for tensors in (self.parameters, (self.data,), self.initial or ()):  # most often a parameter
-            for tensor in tensors:
-                if tensor.requires_grad:
-                    return True
-        return False
+    def records_gradients(self) -> bool:
+        return records_gradients(self.parameters, (self.data,), self.initial or ())
 
     def why_unreadable(self, reads_plan: bool, reads_resets: bool = True) -> str | None:
         """Return why a backend can't read the values that it needs. None: it can, or needs none.
@@ -114,7 +100,7 @@ class Call:
         if not context.readable:
             what = "resets" if has_resets else "lengths"
             why = f"it reads {what}, which have no values here (FakeTensorMode, make_fx or the meta device)"
-            return why if has_resets or reads_plan or self.data.dim() == 2 else None
+            return why if has_resets or reads_plan or self.form.is_rows else None
         if has_resets:
             return "it reads resets, and a CUDA graph is being recorded, which can't wait for them"
         if reads_plan:
@@ -137,7 +123,7 @@ class Call:
         """Return the call whose sequences are the segments between `resets` (T, N). Reads them on the host."""
         form = self.form
         lengths, mask = (None if t is None else t.cpu() for t in (self.lengths, self.mask))
-        segments = Segments(resets.cpu(), lengths, mask, self.directions, form.batch_first, self.data.device)
+        segments = Segments(resets.cpu(), lengths, mask, self.spec.directions, form.batch_first, self.data.device)
         rows = self.rows()
         call = self._with(
             context=self.context.seen_with(rows, rows, None),
@@ -154,22 +140,22 @@ class Call:
     @cached_property
     def plan(self) -> Plan:
         """The rows that run at each step. Reads the lengths on the host."""
-        return self.form.plan(self.lengths, self.mask, self.layer.enforce_sorted)
+        return self.form.plan(self.lengths, self.mask, self.is_sorted)
 
     def rows(self) -> Tensor:
         """Return the input as rows (R, I), numbered as in the plan's index."""
-        return self.data if self.data.dim() == 2 else self.data.flatten(0, 1)
+        return self.data if self.form.is_rows else self.data.flatten(0, 1)
 
     def from_rows(
         self,
         output: Tensor,  # (R, D·P), one row for each of `rows()`
     ) -> Tensor:
         """Return the output in the layout of `data`, not as a view: the caller may change it in place."""
-        return output if self.data.dim() == 2 else unsafe_view(output, [*self.data.shape[:2], output.size(-1)])
+        return output if self.form.is_rows else unsafe_view(output, [*self.data.shape[:2], output.size(-1)])
 
     def padded_last(self) -> tuple[Tensor, Tensor | None, Restore]:
         """Return the input (T, N, I), padding last; the lengths (N,), None if all are T; how to restore an output."""
-        if self.data.dim() == 2:
+        if self.form.is_rows:
             return self._padded_rows()
         x, restore = self._time_first()
         if self.mask is None:
@@ -179,7 +165,7 @@ class Call:
 
     def padded_in_place(self) -> tuple[Tensor, Tensor | None, Restore]:
         """Return the input (T, N, I), padding where it was; a mask (T, N, 1), None if all are real; how to restore."""
-        if self.mask is None or self.data.dim() == 2:
+        if self.mask is None or self.form.is_rows:
             x, lengths, restore = self.padded_last()
             return x, None if lengths is None else real_mask(lengths, x.size(0)), restore
         x, restore = self._time_first()
@@ -213,20 +199,20 @@ FIELDS = tuple(field.name for field in fields(Call))
 def open_call(layer: Layer, input: Any, hx: Any, lengths: Any, mask: Any, resets: Any) -> Call:
     """Check a layer's arguments and bring them into one form."""
     context = find_context()
-    form = open_input(context, layer, input)
-    parameters = read_weights(layer, context.traced)
-    check_input(context, layer, form.data, parameters)
-    if form.takes_lengths:
-        lengths, mask = open_lengths(context, form, lengths, mask)
-        resets = None if resets is None else open_resets(context, form, resets)
-    else:
+    spec, form = spec_of(layer), open_input(context, layer, input)
+    parameters = read_weights(layer, spec, context.traced)
+    check_input(context, layer, spec, form, parameters)
+    if form.is_rows:
         refuse_second_lengths(form, lengths, mask, resets)
         lengths = form.own_lengths
-    if layer.enforce_sorted and form.name != "packed":
+    else:
+        lengths, mask = open_lengths(context, form, lengths, mask)
+        resets = None if resets is None else open_resets(context, form, resets)
+    if layer.enforce_sorted and not isinstance(form, Packed):
         counts = lengths if mask is None else mask.sum(0)
         if counts is not None:
             check_sorted(context, counts)
-    initial = None if hx is None else open_states(context, layer, form, hx)
+    initial = None if hx is None else open_states(context, layer, spec, form, hx)
     if resets is not None and form.steps == 1 and not context.traced:
         # With one step, a reset only drops the initial state. Every backend can do that.
         if initial is not None:
@@ -234,13 +220,29 @@ def open_call(layer: Layer, input: Any, hx: Any, lengths: Any, mask: Any, resets
         resets = None
     real = form.batch_sizes if mask is None and lengths is None else lengths if mask is None else mask
     context = context.seen_with(form.data, form.data if real is None else real, resets)
-    return Call(layer, context, form, parameters, form.data, lengths, mask, resets, real, initial)
+    dropout = float(layer.dropout) if layer.training and spec.num_layers > 1 else 0.0
+    return Call(
+        spec=spec,
+        backend=layer.backend,
+        dropout=dropout,
+        is_sorted=layer.enforce_sorted,
+        context=context,
+        form=form,
+        parameters=parameters,
+        data=form.data,
+        lengths=lengths,
+        mask=mask,
+        resets=resets,
+        real=real,
+        initial=initial,
+    )
 
 
 def close_call(
+    layer: Layer,
     call: Call,
     output: Tensor,  # (N, T, D·P), (T, N, D·P) or (R, D·P), in the layout of the call's data
     states: States,  # each (L·D, N, P or H)
 ) -> tuple[Any, Any]:
     """Return the output in the form of the input, and the last states as the layer returns them."""
-    return call.form.restore(output), close_states(call.layer, states, call.form.name == "unbatched")
+    return call.form.restore(output), close_states(layer.flatten_hidden, states, call.form.is_unbatched)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
@@ -53,6 +54,16 @@ class Context(NamedTuple):
         if not data.is_cpu and is_capturing(data.device):
             return self._replace(cuda_graph=True)
         return self
+
+
+def records_gradients(*groups: Iterable[Tensor]) -> bool:
+    """Return whether autograd records what is computed from these tensors."""
+    if torch.is_grad_enabled():
+        for tensors in groups:
+            for tensor in tensors:
+                if tensor.requires_grad:
+                    return True
+    return False
 
 
 PLAIN = Context()

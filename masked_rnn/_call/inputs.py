@@ -19,6 +19,7 @@ from .._memory import as_array
 from .._plan import Plan, plan_full, plan_masked, plan_padded, plan_rows
 from .._probe import ALWAYS, check_dtype
 from .._segments import Segments
+from .._spec import Spec
 from .._torch import is_autocast_on, jagged_like, ragged_dim, to_device
 from .context import Context
 from .lengths import check_lengths, check_marks, check_nested, check_packed, is_on_host
@@ -34,11 +35,11 @@ class Form:
     batch: int
     steps: int
     batch_first: bool
-    name: ClassVar[str]
-    takes_lengths: ClassVar[bool] = False
-    """Whether the call may have lengths, a mask or resets. A form that does not take them has its own lengths."""
-    is_strided: ClassVar[bool] = False
-    """Whether the rows of `data` are a batch's steps at equal strides"""
+    kind: ClassVar[str] = ""
+    """The input in words"""
+    is_rows: ClassVar[bool] = True
+    """Whether `data` is rows (R, I). Such a form has lengths of its own, so the call may not give any."""
+    is_unbatched: ClassVar[bool] = False
     own_lengths: ClassVar[Tensor | None] = None
     """(N,), of a nested tensor"""
     batch_sizes: ClassVar[Tensor | None] = None
@@ -55,9 +56,7 @@ class Form:
 
 @dataclass(eq=False, repr=False)
 class Padded(Form):
-    name = "padded"
-    takes_lengths = True
-    is_strided = True
+    is_rows = False
 
     def plan(self, lengths: Tensor | None, mask: Tensor | None, is_sorted: bool) -> Plan:
         device = self.data.device
@@ -72,7 +71,7 @@ class Padded(Form):
 class Unbatched(Padded):
     """One sequence (T, I). Its data has a batch dimension of size 1."""
 
-    name = "unbatched"
+    is_unbatched = True
 
     def restore(self, output: Tensor) -> Tensor:
         return output.squeeze(0 if self.batch_first else 1)
@@ -81,7 +80,7 @@ class Unbatched(Padded):
 @dataclass(eq=False, repr=False)
 class Packed(Form):
     packed: PackedSequence
-    name = "packed"
+    kind = "a PackedSequence"
 
     @property
     def batch_sizes(self) -> Tensor:  # type: ignore[override]
@@ -112,7 +111,7 @@ class Nested(Form):
     nested: Any
     counts: Tensor
     """(N,)"""
-    name = "nested"
+    kind = "a nested tensor"
 
     @property
     def own_lengths(self) -> Tensor:  # type: ignore[override]
@@ -131,7 +130,6 @@ class Cut(Form):
     """A padded batch cut at its resets. Each segment is a sequence."""
 
     segments: Segments
-    name = "cut"
 
     def plan(self, lengths: Tensor | None, mask: Tensor | None, is_sorted: bool) -> Plan:
         return self.segments.plan
@@ -189,11 +187,12 @@ def _open_nested(context: Context, input: Any) -> Nested:
 def check_input(
     context: Context,
     layer: Layer,
-    data: Tensor,  # (N, T, I), (T, N, I) or (R, I)
+    spec: Spec,
+    form: Form,
     weights: Sequence[Tensor],
 ) -> None:
     """Refuse the input that torch.nn or its kernel refuses."""
-    device, dtype = data.device, weights[0].dtype
+    data, device, dtype = form.data, form.data.device, weights[0].dtype
     for weight in weights:
         if weight.device != device:
             # PyTorch's words. Its kernels check this for a padded batch only.
@@ -205,10 +204,10 @@ def check_input(
     wrong_dtype = data.dtype != dtype and not is_autocast_on(device.type)
     if not wrong_dtype and data.size(-1) == layer.input_size:
         if dtype not in ALWAYS and not context.compiling:  # the operator checks when it runs
-            check_dtype(layer.mode, dtype, device, layer.bias, layer.proj_size > 0)
+            check_dtype(spec, dtype, device)
         return
     # torch only tests whether batch sizes are None, so () stands for any.
-    batch_sizes = None if data.dim() == 3 else ()
+    batch_sizes = () if form.is_rows else None
 
     def probe(theirs: Any) -> None:
         theirs.check_input(data, batch_sizes)
@@ -224,16 +223,15 @@ def check_input(
 
 def refuse_second_lengths(form: Form, lengths: Any, mask: Any, resets: Any) -> None:
     """Refuse lengths, mask and resets for a form that has its own lengths."""
-    kind = "a PackedSequence" if form.name == "packed" else "a nested tensor"
     if resets is not None:
         raise ValueError(
-            f"resets mark steps of a padded batch, but the input is {kind}. Give padded input with lengths, or give "
-            "each segment between resets as a sequence of its own."
+            f"resets mark steps of a padded batch, but the input is {form.kind}. Give padded input with lengths, or "
+            "give each segment between resets as a sequence of its own."
         )
     for name, given in (("lengths", lengths), ("mask", mask)):
         if given is not None:
             raise ValueError(
-                f"{kind} carries its own lengths: {name} must be None, but {name} was given too. Leave it out."
+                f"{form.kind} carries its own lengths: {name} must be None, but {name} was given too. Leave it out."
             )
 
 
@@ -265,8 +263,7 @@ def open_resets(context: Context, form: Form, given: Any) -> Tensor | None:
 
 def _open_marks(context: Context, name: str, marks: Any, form: Form) -> Tensor:
     """Return a mask or resets, checked, (T, N)."""
-    unbatched = form.name == "unbatched"
-    shape = (form.steps,) if unbatched else tuple(form.data.shape[:2])
+    shape = (form.steps,) if form.is_unbatched else tuple(form.data.shape[:2])
     checked = check_marks(context, name, marks, shape, form.data.device, form.batch_first)
-    time_first: Tensor = checked.unsqueeze(-1) if unbatched else checked.t() if form.batch_first else checked
+    time_first: Tensor = checked.unsqueeze(-1) if form.is_unbatched else checked.t() if form.batch_first else checked
     return time_first

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._memory import with_memory
 from .._torch import assert_async
-from .context import Context, find_context
+from .context import Context
 
 EXPECTED = "Expected whole numbers: a list, a tuple, an array or a tensor of any integer dtype."
 
@@ -37,7 +37,7 @@ def check_lengths(
         if device.type != "meta":
             check_values(given, "lengths")
         given = with_memory(given) if context.can_read(given) else given
-    lengths = _int64(given, steps)
+    lengths = _int64(context, given, steps)
     if lengths.dim() == 0 and batch == 1:
         lengths = lengths.unsqueeze(0)
     if lengths.dim() != 1:
@@ -159,9 +159,8 @@ def check_marks(
         cure = f" Use torch.as_tensor({name})." if converts else ""
         raise TypeError(f"{name} must be a bool tensor, got {type(marks).__name__}.{cure}")
     if marks.dtype != torch.bool:
-        raise TypeError(
-            f"{name} must be a bool tensor, {MARKS[name]}, but its dtype is {marks.dtype}.{_marks_cure(name, marks)}"
-        )
+        cure = _marks_cure(context, name, marks)
+        raise TypeError(f"{name} must be a bool tensor, {MARKS[name]}, but its dtype is {marks.dtype}.{cure}")
     if tuple(marks.shape) != shape:
         cure = f" Use {name}.squeeze(-1)." if tuple(marks.shape) == (*shape, 1) else ""
         if tuple(marks.shape) == shape[::-1]:
@@ -176,8 +175,8 @@ def check_marks(
     return with_memory(marks) if context.can_read(marks) else marks
 
 
-def _marks_cure(name: str, marks: Tensor) -> str:
-    if not find_context().can_read(marks):
+def _marks_cure(context: Context, name: str, marks: Tensor) -> str:
+    if not context.can_read(marks):
         return ""
     if name == "mask" and marks.is_floating_point() and not bool(marks.any()):
         return ""  # all 0: no step is real; in an additive attention mask, every step is
@@ -204,34 +203,33 @@ def check_sorted(context: Context, lengths: Tensor) -> None:
             )
 
 
-def _int64(given: Any, steps: int) -> Tensor:
+def _int64(context: Context, given: Any, steps: int) -> Tensor:
     if isinstance(given, Tensor):
-        return _whole(given, steps)
+        return _whole(context, given, steps)
     if isinstance(given, (bool, float, str, bytes)) or given is None:
         raise TypeError(f"lengths must be integers, got {given!r} of type {type(given).__name__}. {EXPECTED}")
     if isinstance(given, int):
-        return _from_list([given], steps).squeeze(0)
+        return _from_list(context, [given], steps).squeeze(0)
     if isinstance(given, Sequence):
-        return _from_list(given, steps)
+        return _from_list(context, given, steps)
     array = np.asarray(given)
     if array.dtype.kind in "iu" and array.dtype != np.uint64:
         # A copy, because torch takes no negative strides and no foreign byte order, and warns about read-only memory.
         return torch.from_numpy(np.array(array, dtype=np.int64))
     if array.ndim and array.dtype.kind in "uO":
-        return _from_list(array.tolist(), steps)
+        return _from_list(context, array.tolist(), steps)
     if array.dtype.kind in "bf":
         values = torch.from_numpy(array.astype(bool if array.dtype.kind == "b" else float))
-        raise TypeError(
-            f"lengths must be integers, but its dtype is {array.dtype}. {EXPECTED}{_cure(values, steps, array)}"
-        )
+        cure = _cure(context, values, steps, array)
+        raise TypeError(f"lengths must be integers, but its dtype is {array.dtype}. {EXPECTED}{cure}")
     if array.ndim == 0 and hasattr(given, "__index__"):
-        return _from_list([given], steps).squeeze(0)
+        return _from_list(context, [given], steps).squeeze(0)
     cure = " Use list(lengths)." if isinstance(given, (Iterator, ValuesView)) else ""
     raise TypeError(f"lengths can't be read as integers, got {type(given).__name__}. {EXPECTED}{cure}")
 
 
-def _from_list(given: Sequence[Any], steps: int) -> Tensor:
-    if torch.compiler.is_compiling():
+def _from_list(context: Context, given: Sequence[Any], steps: int) -> Tensor:
+    if context.compiling:
         # isinstance is the only type check that Dynamo can do on a number that changes from call to call.
         for n, length in enumerate(given):
             if not isinstance(length, (int, Tensor)) or isinstance(length, bool):
@@ -251,28 +249,27 @@ def _from_list(given: Sequence[Any], steps: int) -> Tensor:
             if not integral:
                 _refuse_element(given, n, steps)
         given = [operator.index(length) for length in given]
-    if not torch.compiler.is_compiling() and given and (min(given) < -(1 << 63) or max(given) >= 1 << 63):
+    if not context.compiling and given and (min(given) < -(1 << 63) or max(given) >= 1 << 63):
         n, length = next((n, length) for n, length in enumerate(given) if not -(1 << 63) <= length < 1 << 63)
         raise ValueError(f"lengths[{n}] = {length} is out of range. Expected 0 <= length <= {steps}.")
     return torch.tensor(given, dtype=torch.int64, device="cpu")
 
 
-def _whole(lengths: Tensor, steps: int) -> Tensor:
+def _whole(context: Context, lengths: Tensor, steps: int) -> Tensor:
     if not _is_integral(lengths.dtype):
-        raise TypeError(
-            f"lengths must be integers, but its dtype is {lengths.dtype}. {EXPECTED}{_cure(lengths, steps, lengths)}"
-        )
+        cure = _cure(context, lengths, steps, lengths)
+        raise TypeError(f"lengths must be integers, but its dtype is {lengths.dtype}. {EXPECTED}{cure}")
     whole: Tensor = lengths.to(torch.int64)
     return whole
 
 
-def _cure(values: Tensor, steps: int, given: Tensor | np.ndarray[Any, Any]) -> str:
+def _cure(context: Context, values: Tensor, steps: int, given: Tensor | np.ndarray[Any, Any]) -> str:
     """Return what to write instead of the given tensor or array of these values, if that is sure to be right."""
     is_tensor = isinstance(given, Tensor)
     if values.dtype == torch.bool:
         marks = "it" if is_tensor else "torch.as_tensor(lengths)"
         return f" If it marks real steps, give {marks} as mask; if it marks where the state starts anew, as resets."
-    if values.is_complex() or not find_context().can_read(values) or not values.numel():
+    if values.is_complex() or not context.can_read(values) or not values.numel():
         return ""
     are_whole = bool((values == values.round()).all())
     are_fractions = bool(((values >= 0) & (values <= 1)).all())

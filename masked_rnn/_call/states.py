@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._cells import Layer, States
+from .._cells import Layer
+from .._spec import Spec, States
 from .._torch import is_autocast_on, is_zero_tensor, to_device
 from .context import Context
 from .inputs import Form
@@ -18,10 +19,9 @@ from .lengths import look_like_lengths
 from .refusals import refusal
 
 
-def open_states(context: Context, layer: Layer, form: Form, hx: Any) -> States:
+def open_states(context: Context, layer: Layer, spec: Spec, form: Form, hx: Any) -> States:
     """Return the given initial states, each (L·D, N, P or H)."""
-    widths = _state_widths(layer)
-    stacked = layer.num_layers * (2 if layer.bidirectional else 1)
+    widths = spec.state_widths
     _refuse_lengths_as_hx(form, hx)
     given = (hx,) if len(widths) == 1 else hx
     if not isinstance(given, (tuple, list)) or len(given) != len(widths):
@@ -33,22 +33,22 @@ def open_states(context: Context, layer: Layer, form: Form, hx: Any) -> States:
         _check_state(form, h, name)
         if not context.compiling and is_zero_tensor(h):
             h = h.clone()  # it has no memory, which PyTorch's LSTM kernel would read
-        state = _whole_state(form, h, stacked, width)
+        state = _whole_state(form, h, spec.stacked, width)
         if state is None:
-            raise _refused_shape(layer, form, given, k, name)
+            raise _refused_shape(layer, spec, form, given, k, name)
         states.append(state)
     return tuple(states)
 
 
 def close_states(
-    layer: Layer,
+    flatten_hidden: bool,
     states: States,  # each (L·D, N, P or H)
-    unbatched: bool,
+    is_unbatched: bool,
 ) -> Tensor | States:
     """Return the last states as the layer returns them."""
-    if layer.flatten_hidden:
+    if flatten_hidden:
         states = tuple([torch.cat(h.unbind(0), -1) if h.size(0) > 1 else h.squeeze(0) for h in states])
-    if unbatched:
+    if is_unbatched:
         states = tuple([h.squeeze(-2) for h in states])
     return states[0] if len(states) == 1 else states
 
@@ -76,20 +76,15 @@ def _refuse_lengths_as_hx(form: Form, hx: Any) -> None:
     given = hx[0] if isinstance(hx, (tuple, list)) and hx else hx
     if isinstance(given, Tensor) and given.dtype == torch.bool:
         marks = "mask=... if it marks real steps, resets=... if it marks where the state starts anew"
-        cure = "Pass" if form.takes_lengths else "Padded input takes marks of its steps"
+        cure = "Padded input takes marks of its steps" if form.is_rows else "Pass"
         raise TypeError(f"the second argument, hx, is the initial state, but got a bool tensor. {cure}: {marks}.")
     if look_like_lengths(hx):
-        cure = f"{form.name} input carries its lengths: leave them out"
-        if form.takes_lengths:
+        cure = f"{form.kind} carries its own: leave them out"
+        if not form.is_rows:
             cure = "pass lengths=..., as in layer(input, lengths=[4, 2])"
         raise TypeError(
             f"the second argument, hx, is the initial state, but got whole numbers. If they are lengths, {cure}."
         )
-
-
-def _state_widths(layer: Layer) -> tuple[int, ...]:
-    fed_back = layer.proj_size or layer.hidden_size
-    return (fed_back, layer.hidden_size) if layer.mode == "LSTM" else (fed_back,)
 
 
 def _check_state(form: Form, h: Any, name: str) -> None:
@@ -104,7 +99,7 @@ def _check_state(form: Form, h: Any, name: str) -> None:
 
 def _state_shapes(form: Form, stacked: int, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shapes of a state as `nn.GRU` takes it, and flattened as the layer returns it."""
-    if form.name == "unbatched":
+    if form.is_unbatched:
         return (stacked, width), (stacked * width,)
     return (stacked, form.batch, width), (form.batch, stacked * width)
 
@@ -114,17 +109,16 @@ def _whole_state(form: Form, h: Tensor, stacked: int, width: int) -> Tensor | No
     whole, flat = _state_shapes(form, stacked, width)
     # The number of dimensions first: a compiler adds a guard for each size that is compared.
     if h.dim() == len(whole) and tuple(h.shape) == whole:
-        return h.unsqueeze(1) if form.name == "unbatched" else h
+        return h.unsqueeze(1) if form.is_unbatched else h
     if h.dim() == len(flat) and tuple(h.shape) == flat:
         batch = form.batch
         return h.reshape(1, batch, width) if stacked == 1 else h.reshape(batch, stacked, width).transpose(0, 1)
     return None
 
 
-def _refused_shape(layer: Layer, form: Form, given: Any, k: int, name: str) -> Exception:
+def _refused_shape(layer: Layer, spec: Spec, form: Form, given: Any, k: int, name: str) -> Exception:
     """Return the error for the state `given[k]`: in torch's words, unless it may have been meant as a flattened one."""
-    stacked = layer.num_layers * (2 if layer.bidirectional else 1)
-    sizes = [_state_shapes(form, stacked, width) for width in _state_widths(layer)]
+    sizes = [_state_shapes(form, spec.stacked, width) for width in spec.state_widths]
     # torch does not know flattened states: one of the right shape is replaced by one that torch takes.
     seen = tuple(
         h.new_empty(whole) if isinstance(h, Tensor) and tuple(h.shape) == flat else h
@@ -133,17 +127,17 @@ def _refused_shape(layer: Layer, form: Form, given: Any, k: int, name: str) -> E
     whole, flat = sizes[k]
     found = tuple(given[k].shape)
     cure = f" Use {name}.transpose(0, 1)." if len(found) == 3 and (found[1], found[0], found[2]) == whole else ""
-    if form.name == "unbatched" and found == (stacked, 1, whole[1]):
+    if form.is_unbatched and found == (spec.stacked, 1, whole[1]):
         cure = f" Use {name}.squeeze(1)."
     if len(found) != len(whole):
         return RuntimeError(f"Expected {name} of size {whole}, or flattened {flat}, got {list(found)}.{cure}")
 
     def probe(theirs: Any) -> None:
         hx = seen if len(seen) > 1 else seen[0]
-        if form.takes_lengths:
-            theirs.forward(form.restore(form.data), hx)
-        else:
+        if form.is_rows:
             theirs.check_forward_args(form.data, hx, [form.batch])
+        else:
+            theirs.forward(form.restore(form.data), hx)
 
     fallback = f"Expected {name} of size {whole}, got {list(found)}"
     hint = f"{name} may also be flattened, {flat}.{cure}"

@@ -6,7 +6,6 @@ T time, N batch, I input, H hidden, P the state that is fed back, D directions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -16,26 +15,7 @@ from .._call.context import PLAIN
 from .._call.inputs import Padded
 from .._call.lengths import assert_range, check_range
 from .._cells import BackendName
-from .._spec import expected_weights
-
-
-@dataclass(eq=False, repr=False)
-class OneLayer:
-    """The configuration of one layer of a stack."""
-
-    mode: str
-    input_size: int
-    hidden_size: int
-    bias: bool
-    batch_first: bool
-    bidirectional: bool
-    proj_size: int
-    num_layers: int = 1
-    dropout: float = 0.0
-    training: bool = False
-    enforce_sorted: bool = False
-    flatten_hidden: bool = False
-    backend: BackendName = "auto"
+from .._spec import Spec
 
 
 class Arguments(NamedTuple):
@@ -56,22 +36,17 @@ class Arguments(NamedTuple):
     backend: BackendName
     """"auto", or "bptt" if the layer was told to run it"""
 
-    @property
-    def directions(self) -> int:
-        return self.initial[0].size(0)
-
-    def layer(self) -> OneLayer:
-        each = len(self.weights) // max(self.directions, 1)
-        projects = self.mode == "LSTM" and each % 2 == 1
-        return OneLayer(
-            mode=self.mode,
+    def spec(self) -> Spec:
+        """Return the configuration of this one layer, as the shapes and the number of tensors imply it."""
+        directions = self.initial[0].size(0)
+        count = len(self.weights) // max(directions, 1)  # 2, with biases 4; with a projection one more
+        return Spec(
+            self.mode,
             input_size=self.x.size(-1),
             hidden_size=self.initial[-1].size(-1),
-            bias=each > 3,
-            batch_first=self.batch_first,
-            bidirectional=self.directions == 2,
-            proj_size=self.initial[0].size(-1) if projects else 0,
-            backend=self.backend,
+            bias=count >= 4,
+            bidirectional=directions == 2,
+            proj_size=self.initial[0].size(-1) if self.mode == "LSTM" and count in (3, 5) else 0,
         )
 
     def open(self) -> Call:
@@ -82,10 +57,10 @@ class Arguments(NamedTuple):
         if self.backend not in ("auto", "bptt"):
             raise RuntimeError(f"Expected backend 'auto' or 'bptt', got {self.backend!r}.")
         _check_count("initial states", self.initial, 2 if self.mode == "LSTM" else 1)
-        layer, (batch, steps) = self.layer(), self.x.shape[:2]
+        spec, (batch, steps) = self.spec(), self.x.shape[:2]
         if not self.batch_first:
             batch, steps = steps, batch
-        self._check_shapes(layer, batch, steps)
+        self._check_shapes(spec, batch, steps)
         lengths, resets = self.lengths, self.resets
         layout = f"batch_first={self.batch_first}"
         if lengths is not None and lengths.is_cpu:
@@ -95,7 +70,10 @@ class Arguments(NamedTuple):
         if resets is not None and resets.is_cpu and not bool(resets.any()):
             resets = None
         return Call(
-            layer=layer,
+            spec=spec,
+            backend=self.backend,
+            dropout=0.0,
+            is_sorted=False,
             context=PLAIN,
             form=Padded(self.x, batch, steps, self.batch_first),
             parameters=list(self.weights),
@@ -107,18 +85,14 @@ class Arguments(NamedTuple):
             initial=tuple(self.initial),
         )
 
-    def _check_shapes(self, layer: OneLayer, batch: int, steps: int) -> None:
+    def _check_shapes(self, spec: Spec, batch: int, steps: int) -> None:
         """Refuse shapes that don't fit each other, because the loops would read beyond a tensor's memory."""
-        D, proj = self.directions, layer.proj_size
-        if D not in (1, 2):
-            raise RuntimeError(f"Expected initial states of 1 or 2 directions, got {D}.")
-        for h, width in zip(self.initial, (proj or layer.hidden_size, layer.hidden_size), strict=False):
-            _check_shape("an initial state", h, (D, batch, width))
-        names, shapes = expected_weights(
-            self.mode, layer.input_size, layer.hidden_size, 1, layer.bias, layer.bidirectional, proj
-        )
-        _check_count("weights", self.weights, len(names))
-        for weight, name, shape in zip(self.weights, names, shapes, strict=True):
+        if self.initial[0].size(0) not in (1, 2):
+            raise RuntimeError(f"Expected initial states of 1 or 2 directions, got {self.initial[0].size(0)}.")
+        for h, width in zip(self.initial, spec.state_widths, strict=True):
+            _check_shape("an initial state", h, (spec.directions, batch, width))
+        _check_count("weights", self.weights, len(spec.names))
+        for weight, name, shape in zip(self.weights, spec.names, spec.shapes, strict=True):
             _check_shape(name, weight, shape)
         if self.lengths is not None:
             _check_shape("lengths", self.lengths, (batch,))
@@ -129,8 +103,7 @@ class Arguments(NamedTuple):
         """Refuse `saved` if it is not of shape (size,), and gradients that do not have the results' shapes."""
         _check_shape("saved", saved, (size,))
         _check_count("gradients", grads, 1 + len(self.initial))
-        width = self.directions * self.initial[0].size(-1)
-        _check_shape("the output's gradient", grads[0], (*self.x.shape[:2], width))
+        _check_shape("the output's gradient", grads[0], (*self.x.shape[:2], self.spec().output_width))
         for h, grad in zip(self.initial, grads[1:], strict=True):
             _check_shape("a last state's gradient", grad, h.shape)
 

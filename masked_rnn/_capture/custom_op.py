@@ -16,58 +16,59 @@ import torch
 from torch import Tensor
 
 from .._backends import bptt, padded, scan
-from .._backends.bptt import library, native
+from .._backends.bptt import library, passes
 from .._backends.bptt.autograd import job_of
 from .._backends.bptt.job import Job, saved_size
-from .._backends.kernels import kernel_is_faster
+from .._backends.measured import kernel_is_faster
 from .._call import Call
 from .._call.context import PLAIN
-from .._cells import LayerWeights, States, flatten_weights, stack_layers
+from .._cells import stack_layers
 from .._plan import move_to_front
 from .._probe import check_dtype
 from .._segments import Segments, resets_at_real_steps
-from .._spec import Spec, configuration, spec_of
+from .._spec import LayerWeights, Spec, States, flatten_weights
 from .._torch import with_autograd
 from .arguments import Arguments
 
 
 def why_not(call: Call) -> str | None:
     """Return the reason why the operator can't run a call. None: it can."""
-    if call.layer.backend == "bptt":
+    if call.backend == "bptt":
         return bptt.why_not(call._with(context=PLAIN))  # values are read when the operator runs
     return None
 
 
 def run(call: Call) -> tuple[Tensor, States]:
-    if call.data.dim() == 3 and call.mask is None:
-        x, lengths, batch_first, restore = call.data, call.lengths, call.form.batch_first, None
-    else:
+    if call.form.is_rows or call.mask is not None:
         x, lengths, restore = call.padded_last()
         batch_first = False
-    mode, backend, S, resets = call.layer.mode, call.layer.backend, len(call.states), call.resets
+    else:
+        x, lengths, batch_first, restore = call.data, call.lengths, call.form.batch_first, None
+    S, resets = len(call.states), call.resets
     if resets is not None and call.mask is not None:
         resets, _ = move_to_front(resets_at_real_steps(resets, call.mask).unsqueeze(-1), call.mask)
         resets = resets.squeeze(-1)
 
-    def run_one(x: Tensor, initial: States, weights: LayerWeights) -> tuple[Tensor, States]:
+    def run_one(spec: Spec, x: Tensor, initial: States, weights: LayerWeights) -> tuple[Tensor, States]:
         tensors, save = flatten_weights([weights]), torch.is_grad_enabled()
         results = torch.ops.masked_rnn.layer(
-            x, lengths, resets, list(initial), tensors, mode, batch_first, backend, save
+            x, lengths, resets, list(initial), tensors, spec.mode, batch_first, call.backend, save
         )
         return results[0], tuple(results[1 : 1 + S])
 
-    output, last = stack_layers(x, call.states, call.weights, run_one, call.dropout)
+    output, last = stack_layers(call.spec, x, call.states, call.parameters, run_one, call.dropout)
     return output if restore is None else restore(output), last
 
 
 def _forward(*given: Any) -> list[Tensor]:
     """Return the output, the last states, what backward needs, and whether PyTorch's kernel ran."""
-    arguments, (save,) = Arguments(*given[:8]), given[8:]
+    *common, save = given
+    arguments = Arguments(*common)
     call, x, initial = arguments.open(), arguments.x, arguments.initial
-    check_dtype(arguments.mode, x.dtype, x.device, call.layer.bias, call.layer.proj_size > 0)
+    check_dtype(call.spec, x.dtype, x.device)
     reason = why_not(call)
     if reason:
-        raise RuntimeError(f"backend={call.layer.backend!r} can't run this layer: {reason}.")
+        raise RuntimeError(f"backend={call.backend!r} can't run this layer: {reason}.")
     kernel_ran = _always_runs_kernel(arguments) or _runs_kernel(call, save)
     saved = x.new_empty(_saved_bytes(arguments, save), dtype=torch.uint8)
     if kernel_ran:
@@ -78,7 +79,7 @@ def _forward(*given: Any) -> list[Tensor]:
     else:
         job, states, segments = _plan_layer(call)
         into = saved.view(x.dtype) if save else None
-        output, last, _ = native.forward(job, x, states, call.parameters, save, into)
+        output, last, _ = passes.forward(job, x, states, call.parameters, save, into)
         if segments is not None:
             last = tuple(map(segments.last, last, initial))
     return [output, *last, saved, x.new_full((), kernel_ran, dtype=torch.bool)]
@@ -86,7 +87,8 @@ def _forward(*given: Any) -> list[Tensor]:
 
 def _backward(*given: Any) -> list[Tensor]:
     """Return the gradients of the initial states, then of x and of the weights if they are wanted."""
-    arguments, (saved, kernel_ran, grads, want_x, want_weights) = Arguments(*given[:8]), given[8:]
+    *common, saved, kernel_ran, grads, want_x, want_weights = given
+    arguments = Arguments(*common)
     call = arguments.open()
     arguments.check_saved(saved, _saved_bytes(arguments, True), grads)
     if _always_runs_kernel(arguments) or bool(kernel_ran):
@@ -94,7 +96,7 @@ def _backward(*given: Any) -> list[Tensor]:
     job, states, segments = _plan_layer(call)
     d_last = list(grads[1:])
     d_results = [grads[0], *(d_last if segments is None else map(segments.last_gradient, d_last))]
-    dx, d_initial, d_weights = native.backward(
+    dx, d_initial, d_weights = passes.backward(
         job, call.data, states, call.parameters, saved.view(call.data.dtype), d_results, want_x, want_weights
     )
     result = list(d_initial if segments is None else map(segments.initial_gradient, d_initial, d_last))
@@ -107,11 +109,11 @@ def _always_runs_kernel(arguments: Arguments) -> bool:
     return arguments.backend == "auto" and arguments.x.device.type != "cpu"
 
 
-def _runs_kernel(call: Call, learns: bool) -> bool:
+def _runs_kernel(call: Call, in_training: bool) -> bool:
     """Return whether `_run_kernel` runs a call on a CPU, by the choice of `auto`. For the gradient it runs again."""
-    if call.layer.backend == "bptt" or call.is_empty():
+    if call.backend == "bptt" or call.is_empty():
         return False
-    return call.data.is_complex() or kernel_is_faster(call, learns, library.runs(call.data.dtype))
+    return call.data.is_complex() or kernel_is_faster(call, in_training, library.runs(call.data.dtype))
 
 
 def _run_kernel(call: Call) -> tuple[Tensor, States]:
@@ -127,8 +129,8 @@ def _run_kernel_again(arguments: Arguments, grads: Sequence[Tensor], want_x: boo
     def run() -> list[Tensor]:
         inputs = [t.detach().requires_grad_() for t in (*arguments.initial, arguments.x, *arguments.weights)]
         with torch.enable_grad():
-            own = arguments._replace(initial=inputs[:S], x=inputs[S], weights=inputs[S + 1 :])
-            output, last = _run_kernel(own.open())
+            again = arguments._replace(initial=inputs[:S], x=inputs[S], weights=inputs[S + 1 :])
+            output, last = _run_kernel(again.open())
         wanted = inputs[:S] + (inputs[S : S + 1] if want_x else []) + (inputs[S + 1 :] if want_weights else [])
         found = torch.autograd.grad((output, *last), wanted, list(grads), allow_unused=True, materialize_grads=True)
         return [g.clone(memory_format=torch.contiguous_format) for g in found]
@@ -156,7 +158,7 @@ def _plan_layer(call: Call) -> tuple[Job, States, Segments | None]:
     form, planned = call.form, _latest
     if call.resets is None:
         return job_of(call), call.states, None
-    layout = (form.batch, form.steps, call.directions, form.batch_first, call.data.device)
+    layout = (form.batch, form.steps, call.spec.directions, form.batch_first, call.data.device)
     if (
         planned is None
         or planned.layout != layout
@@ -168,7 +170,7 @@ def _plan_layer(call: Call) -> tuple[Job, States, Segments | None]:
         lengths = None if call.lengths is None else call.lengths.clone()
         planned = _latest = Planned(layout, lengths, call.resets.clone(), segments)
     segments = planned.segments
-    job = Job(spec_of(call.layer), segments.plan.batch, form.steps, False, plan=segments.plan)
+    job = Job(call.spec, segments.plan.batch, form.steps, False, plan=segments.plan)
     return job, tuple(map(segments.initial, call.states)), segments
 
 
@@ -186,20 +188,22 @@ def _saved_bytes(arguments: Arguments, save: bool) -> Any:
         return 0
     rows = x.shape[0] * x.shape[1]
     sequences = initial[0].shape[1] if resets is None else rows  # at most one segment for each row
-    return saved_size(Spec(*configuration(arguments.layer())), sequences, rows) * x.element_size()
+    return saved_size(arguments.spec(), sequences, rows) * x.element_size()
 
 
 def _fake_forward(*given: Any) -> list[Tensor]:
-    arguments, (save,) = Arguments(*given[:8]), given[8:]
+    *common, save = given
+    arguments = Arguments(*common)
     x, initial = arguments.x, arguments.initial
-    output = x.new_empty(x.shape[0], x.shape[1], arguments.directions * initial[0].shape[-1])
+    output = x.new_empty(x.shape[0], x.shape[1], initial[0].shape[0] * initial[0].shape[-1])
     last = [torch.empty_like(h, memory_format=torch.contiguous_format) for h in initial]
     saved = x.new_empty(_saved_bytes(arguments, save), dtype=torch.uint8)
     return [output, *last, saved, x.new_empty((), dtype=torch.bool)]
 
 
 def _fake_backward(*given: Any) -> list[Tensor]:
-    arguments, (*_, want_x, want_weights) = Arguments(*given[:8]), given[8:]
+    *common, _saved, _kernel_ran, _grads, want_x, want_weights = given
+    arguments = Arguments(*common)
     like = [*arguments.initial, *([arguments.x] if want_x else []), *(arguments.weights if want_weights else [])]
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in like]
 

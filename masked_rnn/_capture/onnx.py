@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .._call import Call
-from .._cells import LayerWeights, States, stack_layers
+from .._cells import stack_layers
+from .._spec import LayerWeights, Spec, States
 from .._torch import symbolic_node
 
 GATE_ORDER = {"GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2), "RNN_TANH": (0,), "RNN_RELU": (0,)}
@@ -22,19 +23,21 @@ GATE_ORDER = {"GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2), "RNN_TANH": (0,), "RNN_REL
 def why_not(call: Call) -> str | None:
     if call.resets is not None:
         return "ONNX's nodes know no resets within a sequence"
-    return "ONNX's LSTM node has no projection (proj_size)" if call.layer.proj_size else None
+    return "ONNX's LSTM node has no projection (proj_size)" if call.spec.proj_size else None
 
 
 def run(call: Call) -> tuple[Tensor, States]:
     x, lengths, restore = call.padded_last()
-    output, last = stack_layers(
-        x, call.states, call.weights, lambda x, states, w: _node(call.layer.mode, x, lengths, states, w), call.dropout
-    )
+
+    def run_one(spec: Spec, x: Tensor, initial: States, weights: LayerWeights) -> tuple[Tensor, States]:
+        return _node(spec, x, lengths, initial, weights)
+
+    output, last = stack_layers(call.spec, x, call.states, call.parameters, run_one, call.dropout)
     return restore(output), last
 
 
 def _node(
-    mode: str,
+    spec: Spec,
     x: Tensor,  # (T, N, I)
     lengths: Tensor | None,  # (N,)
     initial: States,  # each (D, N, H)
@@ -42,19 +45,18 @@ def _node(
 ) -> tuple[Tensor, States]:
     """Add a layer's node; return its output (T, N, D·H) and last states (D, N, H)."""
     steps, batch, _ = x.shape
-    D, hidden = len(weights), weights[0].w_hh.size(-1)
+    mode, D, H = spec.mode, spec.directions, spec.hidden_size
     order = GATE_ORDER[mode]
 
     def ordered(t: Tensor) -> Tensor:
-        size = t.size(0) // len(order)
-        return torch.cat([t[k * size : (k + 1) * size] for k in order])
+        return torch.cat([t[k * H : (k + 1) * H] for k in order])
 
     W = torch.stack([ordered(w.w_ih) for w in weights])
     R = torch.stack([ordered(w.w_hh) for w in weights])
     B = None
-    if weights[0].b_ih is not None:
+    if spec.bias:
         B = torch.stack([torch.cat([ordered(b) for b in (w.b_ih, w.b_hh) if b is not None]) for w in weights])
-    attributes: dict[str, Any] = {"hidden_size": hidden, "direction": "bidirectional" if D == 2 else "forward"}
+    attributes: dict[str, Any] = {"hidden_size": H, "direction": "bidirectional" if D == 2 else "forward"}
     if mode == "GRU":
         attributes["linear_before_reset"] = 1
     if mode.startswith("RNN"):
@@ -64,7 +66,7 @@ def _node(
         [x, W, R, B, None if lengths is None else lengths.to(torch.int32), *initial],
         attributes,
         dtypes=[x.dtype] * (1 + len(initial)),
-        shapes=[(steps, D, batch, hidden), *[(D, batch, hidden)] * len(initial)],
+        shapes=[(steps, D, batch, H), *[(D, batch, H)] * len(initial)],
     )
     output = Y.transpose(1, 2).flatten(2)
     if lengths is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,16 +12,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..._call import Call
-from ..._call.context import PLAIN
-from ..._cells import SHAPE_OF, LayerWeights, States, group_weights, stack_layers
-from ..._spec import spec_of
+from ..._call.context import PLAIN, records_gradients
+from ..._cells import SHAPE_OF
+from ..._spec import States, flatten_weights
 from ..double_backward import gradient_of, needs_another_backward
 from ..gather import gather_rows, scatter_rows
-from ..recurrence import scan_rows
-from . import native
-from .job import Job, first_states, flatten
-
-REQUIRES_GRAD = attrgetter("requires_grad")
+from ..recurrence import scan_planned
+from . import passes
+from .job import Job, flatten
+from .ops import first_states
 
 
 def why_not(call: Call) -> str | None:
@@ -45,8 +43,8 @@ def run(call: Call) -> tuple[Tensor, States]:
 
 def job_of(call: Call) -> Job:
     """Return how a call runs. A padded batch's lengths are planned where it runs; other forms have an index."""
-    form, spec = call.form, spec_of(call.layer)
-    if not form.is_strided or call.mask is not None or not call.data.is_cpu:
+    form, spec = call.form, call.spec
+    if form.is_rows or call.mask is not None or not call.data.is_cpu:
         plan = call.plan
         padded = plan.index is not None
         return Job(spec, plan.batch, form.steps, False, plan=plan, input_is_padded=padded, output_is_padded=padded)
@@ -64,26 +62,22 @@ def run_job(
     weights: Sequence[Tensor],
 ) -> tuple[Tensor, States]:
     """Return the output and the last states, and record a gradient if one is wanted."""
-    if wants_gradient(x, first, weights):
+    if records_gradients(weights, (x,), first):
         output, *last = ThroughTime.apply(job, len(first), x, *first, *weights)
         return output, tuple(last)
-    output, last, _ = native.forward(job, x, first, weights, save=False)
+    output, last, _ = passes.forward(job, x, first, weights, save=False)
     return output, last
-
-
-def wants_gradient(x: Tensor, first: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
-    return torch.is_grad_enabled() and (x.requires_grad or any(map(REQUIRES_GRAD, (*weights, *first))))
 
 
 def _run_with_dropout(call: Call, job: Job) -> tuple[Tensor, States]:
     """Run each layer as a job of its own, with dropout over the rows that run in between."""
     spec, D = job.spec, job.spec.directions
     x, lasts = call.data, []
-    for k, own in enumerate(group_weights(call.parameters, spec.num_layers, D)):
+    for k, weights in enumerate(spec.group(call.parameters)):
         if k:
             x = F.dropout(x, call.dropout)
         initial = [h[k * D : (k + 1) * D] for h in call.initial or ()]
-        x, last = run_job(job.of_layer(k), x, initial, [t for w in own for t in w if t is not None])
+        x, last = run_job(job.of_layer(k), x, initial, flatten_weights([weights]))
         lasts.append(last)
     return call.from_rows(x), tuple([torch.cat(states) for states in zip(*lasts, strict=True)])
 
@@ -94,7 +88,7 @@ class ThroughTime(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, job: Job, n_states: int, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         first, weights = tensors[:n_states], tensors[n_states:]
-        output, last, saved = native.forward(job, x, first, weights, save=True)
+        output, last, saved = passes.forward(job, x, first, weights, save=True)
         ctx.job, ctx.n_states = job, n_states
         kept = (x, *tensors, saved)
         ctx.save_for_backward(*kept)
@@ -117,7 +111,7 @@ class ThroughTime(torch.autograd.Function):
             return None, None, *gradient_of(plain, (x, *tensors), ctx.needs_input_grad[2:], grads)
         first, weights = tensors[:n_states], tensors[n_states:]
         want_x, want_weights = ctx.needs_input_grad[2], any(ctx.needs_input_grad[3 + n_states :])
-        dx, d_first, d_weights = native.backward(job, x, first, weights, saved, grads, want_x, want_weights)
+        dx, d_first, d_weights = passes.backward(job, x, first, weights, saved, grads, want_x, want_weights)
         nothing: list[Tensor | None] = [None] * len(weights)
         return None, None, dx, *d_first, *(nothing if d_weights is None else d_weights)
 
@@ -127,11 +121,7 @@ def _recurrence(job: Job, n_states: int, x: Tensor, *tensors: Tensor) -> Sequenc
     spec, plan = job.spec, job.plan
     initial = first_states(job, tensors[:n_states], x)
 
-    def run_one(x: Tensor, states: States, weights: LayerWeights) -> tuple[Tensor, States]:
-        return scan_rows(spec.mode, plan, x, states, weights)
-
     rows = gather_rows(x.flatten(0, -2), plan.index if job.input_is_padded else None)
-    layers = group_weights(tensors[n_states:], spec.num_layers, spec.directions)
-    rows, last = stack_layers(rows, initial, layers, run_one)
+    rows, last = scan_planned(spec, plan, rows, initial, tensors[n_states:])
     output = scatter_rows(rows, plan.index if job.output_is_padded else None, plan.size)
     return output.view(job.output_shape(x)), *(map(flatten, last) if job.last_is_flat else last)

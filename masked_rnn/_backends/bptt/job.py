@@ -6,7 +6,6 @@ T steps, N sequences, B that have a step, R rows that run, H hidden, P state tha
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
 from functools import cached_property
 from math import prod
 from typing import NamedTuple
@@ -15,11 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..._cells import States
 from ..._plan import Plan, plan_full, plan_padded
-from ..._spec import Spec
+from ..._spec import Spec, States
 from .ops_cells import CELLS
-from .ops_states import LayerRun, Saved, Shape
+
+Shape = tuple[int, ...]
+Gradients = tuple[Tensor | None, States, list[Tensor] | None]
+"""Those of x, of the given initial states and of the weights. None: not wanted"""
 
 
 class Job:
@@ -71,7 +72,7 @@ class Job:
         lengths = torch.from_numpy(np.array(self.lengths, np.int64))
         return plan_padded(lengths, self.steps, self.batch_first, device)
 
-    def of_layer(self, k: int) -> Job:
+    def of_layer(self, k: int, plan: Plan | None = None) -> Job:
         """Return the job of one layer, if each runs alone. Between layers there are only the rows that run."""
         return Job(
             self.spec.layer(k),
@@ -80,16 +81,10 @@ class Job:
             self.batch_first,
             self.lengths,
             (self.sequences, self.rows),
-            self.given_plan,
+            plan or self.given_plan,
             self.input_is_padded and k == 0,
             self.output_is_padded and k == self.spec.num_layers - 1,
         )
-
-    def layer_run(self, k: int) -> LayerRun:
-        """Return how one layer of the stack runs in the loops of PyTorch's ops."""
-        input_is_padded = k == 0 and self.input_is_padded
-        output_is_padded = k == self.spec.num_layers - 1 and self.output_is_padded
-        return LayerRun(self.spec.mode, self.spec.directions, self.plan, input_is_padded, output_is_padded)
 
     def output_shape(self, x: Tensor) -> Shape:
         width = self.spec.output_width
@@ -104,6 +99,15 @@ class Job:
 
     def saved_size(self) -> int:
         return saved_size(self.spec, self.sequences, self.rows)
+
+
+class Saved(NamedTuple):
+    """What one layer's backward needs: the states, initial ones first, then after every row; each row's activations."""
+
+    history: States
+    """Each (D, B + R, P), the LSTM's c (D, B + R, H). With one direction, there is no dimension D."""
+    buffer: Tensor | None
+    """(D, R, width · H)"""
 
 
 class Parts(NamedTuple):
@@ -150,31 +154,9 @@ def saved_views(
         return saved.narrow(0, place - prod(shape), prod(shape)).view(shape)
 
     for history, buffer, output in saved_parts(job.spec, job.sequences, job.rows):
-        own = Saved(tuple([take(shape) for shape in history]), None if buffer is None else take(buffer))
-        views.append((own, None if output is None else take(output)))
+        layer_saved = Saved(tuple([take(shape) for shape in history]), None if buffer is None else take(buffer))
+        views.append((layer_saved, None if output is None else take(output)))
     return views
-
-
-def first_states(job: Job, given: Sequence[Tensor], like: Tensor) -> States:
-    """Return a job's initial states, each (L·D, N, P or H): the given ones without the dropped ones, or zeros."""
-    spec = job.spec
-    if not given:
-        return tuple([like.new_zeros(spec.stacked, job.batch, width) for width in spec.state_widths])
-    states = [unflatten(job, h) if job.first_is_flat else h for h in given]
-    anew = dropped_states(job)
-    return tuple(states if anew is None else [torch.where(anew, torch.zeros_like(h), h) for h in states])
-
-
-def dropped_states(job: Job) -> Tensor | None:
-    """Return a mask (L·D, N, 1) of the states that are dropped. None: none is."""
-    if job.dropped is None:
-        return None
-    dropped = torch.tensor(list(job.dropped), dtype=torch.bool)
-    if job.lengths is not None:
-        dropped &= torch.tensor(job.lengths) > 0
-    anew = torch.zeros(job.spec.stacked, job.batch, 1, dtype=torch.bool)
-    anew[:: job.spec.directions, :, 0] = dropped
-    return anew
 
 
 def unflatten(job: Job, states: Tensor) -> Tensor:

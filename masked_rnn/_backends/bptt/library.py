@@ -146,6 +146,11 @@ def count(place: int, batch: int, steps: int) -> Counts:
     return Counts(*counts)
 
 
+def computes_in(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which our loops compute: float32 for half precision, whose results are then rounded."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
 def runs(dtype: torch.dtype) -> bool:
     """Return whether the native loops run for a dtype. Warn once a process if they would, but can't be used."""
     if dtype not in (torch.float32, torch.float64):
@@ -166,8 +171,3 @@ def _warn_of_slow_loops(reason: str) -> None:
             SlowLoopsWarning,
             stacklevel=2,
         )
-
-
-def widens(dtype: torch.dtype) -> bool:
-    """Return whether a dtype of half precision is computed in float32, by the native loops."""
-    return dtype in (torch.bfloat16, torch.float16) and runs(torch.float32)

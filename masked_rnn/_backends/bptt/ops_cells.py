@@ -1,8 +1,8 @@
 """One step of each cell, and its derivative, in place on rows of a buffer.
 
-A buffer's row has `width` blocks of H columns: the input product fills the last `gates` of them, the recurrent product
-adds to the first `gates`. `local_derivatives` computes all factors that do not depend on the incoming gradient, for a
-whole chunk.
+A buffer's row has `width` blocks of H columns: the input product fills the last ones, one for each gate, the recurrent
+product adds to the first ones. `local_derivatives` computes all factors that do not depend on the incoming gradient,
+for a whole chunk.
 
 tanh is ATen's own. 2 sigmoid(2a) - 1 is several times faster, and loses the digits of small values: the difference of
 two numbers near 1 has their absolute error.
@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..._cells import LayerWeights, States
+from ..._spec import LayerWeights, Spec, States
 
 Steps = Sequence[Sequence[Tensor]]
 """For each of several tensors, its rows at each step, in the order in which the steps run."""
@@ -30,17 +30,18 @@ AddProduct = Callable[[Tensor, Tensor], Any]
 class Cell:
     """A cell over the weights of one direction, or of two that run as a batch of two."""
 
-    gates: ClassVar[int]
     width: ClassVar[int]
+    """How many blocks of H columns a buffer's row has"""
     saves_buffer: ClassVar[bool] = True
     """Whether the derivative needs the buffer, or only the states."""
 
-    def __init__(self, weights: LayerWeights) -> None:
-        w_hh = weights[0].w_hh
+    def __init__(self, spec: Spec, weights: LayerWeights) -> None:
+        self.spec = spec
         self.weights = weights
-        self.hidden = w_hh.size(0) // self.gates
-        self.is_paired = len(weights) == 2
-        self.mm: Callable[..., Any] = torch.bmm if self.is_paired else torch.mm
+        self.hidden = spec.hidden_size
+        self.recurrent_only = (self.width - spec.gates) * spec.hidden_size
+        """How many columns of a buffer's row, the first ones, only the recurrent product fills: the GRU's g"""
+        self.mm: Callable[..., Any] = torch.bmm if spec.bidirectional else torch.mm
         self.w_hr = None if weights[0].w_hr is None else self.join(*(w.w_hr for w in weights if w.w_hr is not None))
 
     @cached_property
@@ -48,7 +49,7 @@ class Cell:
         return self.weights[0].w_hh.new_ones(())
 
     def join(self, *tensors: Tensor) -> Tensor:
-        return torch.stack(tensors) if self.is_paired else tensors[0]
+        return torch.stack(tensors) if self.spec.bidirectional else tensors[0]
 
     def order_gates(self, weight: Tensor) -> Tensor:
         """Return a recurrent weight or bias with its gates in the buffer's order."""
@@ -102,7 +103,7 @@ class GRU(Cell):
     Buffer: g, r, z, n.
     """
 
-    gates, width = 3, 4
+    width = 4
 
     def order_gates(self, weight: Tensor) -> Tensor:
         return weight.roll(self.hidden, 0)
@@ -135,8 +136,8 @@ class GRU(Cell):
         return derivatives[0], derivatives[0].unflatten(-1, (3, H)), grads[0].unsqueeze(-2), buffer[..., 2 * H : 3 * H]
 
     def run_back_(self, parts: Steps, grads: Steps, before: Steps, add_: AddProduct) -> None:
-        for rzg, each, dh_for_each, z, dh, dh_before in zip(*parts, *grads, *before, strict=True):
-            each.mul_(dh_for_each)
+        for rzg, gates, dh_for_gates, z, dh, dh_before in zip(*parts, *grads, *before, strict=True):
+            gates.mul_(dh_for_gates)
             add_(dh_before, rzg)
             dh_before.addcmul_(dh, z)
 
@@ -151,7 +152,7 @@ class LSTM(Cell):
     Buffer: i, f, g, o.
     """
 
-    gates, width = 4, 4
+    width = 4
 
     def parts(self, buffer: Tensor) -> States:
         return buffer, buffer[..., : 2 * self.hidden], *buffer.split(self.hidden, -1)
@@ -198,7 +199,7 @@ class LSTM(Cell):
 class RNNTanh(Cell):
     """h' = tanh(W_i x + b_i + W_h h + b_h). Buffer: the argument."""
 
-    gates, width, saves_buffer = 1, 1, False
+    width, saves_buffer = 1, False
 
     def parts(self, buffer: Tensor) -> States:
         return (buffer,)

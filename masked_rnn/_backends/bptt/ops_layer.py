@@ -4,7 +4,8 @@ Rows run packed (see `Plan`). The second direction runs over sequences reversed 
 in chunks of steps that stay in the cache: a chunk's input product comes just before its steps, its share of the
 weights' gradients just after. docs/bptt.md has the equations.
 
-P input rows with padding, R rows that run, B sequences that have one, N all, I input, H hidden, D directions.
+M input rows with padding, R rows that run, B sequences that have one, N all, I input, H hidden, P the state that is fed
+back, D directions.
 """
 
 from __future__ import annotations
@@ -15,83 +16,91 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._cells import LayerWeights, States
 from ..._plan import Chunk, Plan
+from ..._spec import LayerWeights, States
 from ..._torch import below_autograd
-from .ops_cells import AddProduct, Cell
+from .job import Job, Saved
+from .ops_cells import CELLS, AddProduct, Cell
 from .ops_products import InputProduct, WeightGradients, recurrent_product
-from .ops_states import LayerRun, Saved, final_states, initial_gradient, new_history, packed_states
+from .ops_states import final_states, initial_gradient, output_is_history, packed_states, rows_at, shape_of_both
 
 CHUNK_BYTES = 2 << 20
 """The size of a chunk's activations, for each direction. About what stays in a core's caches."""
 
 
-def _chunks(layer_run: LayerRun, cell: Cell, itemsize: int) -> list[Chunk]:
-    return layer_run.plan.chunks(max(1, CHUNK_BYTES // (cell.width * cell.hidden * itemsize)))
+def _chunks(job: Job, cell: Cell, itemsize: int) -> list[Chunk]:
+    return job.plan.chunks(max(1, CHUNK_BYTES // (cell.width * cell.hidden * itemsize)))
 
 
 @below_autograd
 def forward(
-    layer_run: LayerRun,
-    x: Tensor,  # (P, I) or (R, I)
-    initial: States,  # each (D, N, H)
+    job: Job,
+    x: Tensor,  # (M, I) or (R, I)
+    initial: States,  # each (D, N, P or H)
     weights: LayerWeights,
     saved: Saved | None,
 ) -> tuple[Tensor, States]:
-    """Return the output (P, D·H) or (R, D·H), and the last states (D, N, H). Fill `saved` with what backward needs."""
-    plan, cell, axis = layer_run.plan, layer_run.cell(weights), int(layer_run.is_paired)
-    chunks = _chunks(layer_run, cell, x.element_size())
-    history, buffer = (new_history(layer_run, x, initial), None) if saved is None else saved
+    """Return the output (M, D·P) or (R, D·P), and the last states (D, N, P or H).
+
+    Fill `saved` with what backward needs.
+    """
+    plan, cell, axis = job.plan, CELLS[job.spec.mode](job.spec, weights), int(job.spec.bidirectional)
+    chunks = _chunks(job, cell, x.element_size())
+    if saved is None:
+        history = tuple([x.new_empty(shape_of_both(job, plan.sequences + plan.rows, h.size(-1))) for h in initial])
+        buffer = None
+    else:
+        history, buffer = saved
     if buffer is None:
         most = max((chunk.rows for chunk in chunks), default=0)
-        shared = x.new_empty(layer_run.shape(most, cell.width * cell.hidden))
+        shared = x.new_empty(shape_of_both(job, most, cell.width * cell.hidden))
     for states, first in zip(history, initial, strict=True):
-        states.narrow(-2, 0, plan.sequences).copy_(packed_states(layer_run, first))
+        states.narrow(-2, 0, plan.sequences).copy_(packed_states(job, first))
 
     add_ = recurrent_product(cell.join(*(cell.order_gates(d.w_hh) for d in weights)).mT)
     products = [InputProduct(cell, d) for d in weights]
-    rows_in = layer_run.rows_at(layer_run.input_is_padded)
+    rows_in = rows_at(job, job.input_is_padded)
     states_at = [torch.split_with_sizes(h, [plan.sequences, *plan.batch_sizes], axis) for h in history]
     for chunk in chunks:
-        own = shared.narrow(-2, 0, chunk.rows) if buffer is None else buffer.narrow(-2, chunk.start, chunk.rows)
+        rows = shared.narrow(-2, 0, chunk.rows) if buffer is None else buffer.narrow(-2, chunk.start, chunk.rows)
         for d, product in enumerate(products):
-            product(_rows(x, rows_in[d], chunk), own[d] if layer_run.is_paired else own)
-        parts = [torch.split_with_sizes(part, chunk.sizes, axis) for part in cell.parts(own)]
+            product(_rows(x, rows_in[d], chunk), rows[d] if job.spec.bidirectional else rows)
+        parts = [torch.split_with_sizes(part, chunk.sizes, axis) for part in cell.parts(rows)]
         stop = chunk.first + len(chunk.sizes)
         before = [_first_rows(views[chunk.first : stop], chunk) for views in states_at]
         cell.run_(parts, before, [views[chunk.first + 1 : stop + 1] for views in states_at], add_)
 
-    output = _place_output(layer_run, history[0].narrow(-2, plan.sequences, plan.rows))
-    if saved is not None and layer_run.output_is_history:
+    output = _place_output(job, history[0].narrow(-2, plan.sequences, plan.rows))
+    if saved is not None and output_is_history(job):
         output = output.clone()  # the caller may change it in place; the history must not change
-    return output, tuple(final_states(layer_run, h, first) for h, first in zip(history, initial, strict=True))
+    return output, tuple(final_states(job, h, first) for h, first in zip(history, initial, strict=True))
 
 
 @below_autograd
 def backward(
-    layer_run: LayerRun,
-    x: Tensor,  # (P, I) or (R, I)
-    initial: States,  # each (D, N, H)
+    job: Job,
+    x: Tensor,  # (M, I) or (R, I)
+    initial: States,  # each (D, N, P or H)
     weights: LayerWeights,
     saved: Saved,
-    grads: Sequence[Tensor | None],  # of the output (P, D·H) or (R, D·H), and of the last states (D, N, H)
+    grads: Sequence[Tensor | None],  # of the output (M, D·P) or (R, D·P), and of the last states (D, N, P or H)
     want_x: bool,
     want_weights: bool,
 ) -> tuple[Tensor | None, States, LayerWeights | None]:
     """Return the gradients of x, of the initial states and of the weights."""
     d_output, *d_last = grads
-    plan, cell, (history, buffer) = layer_run.plan, layer_run.cell(weights), saved
-    chunks = _chunks(layer_run, cell, x.element_size())
+    plan, cell, (history, buffer) = job.plan, CELLS[job.spec.mode](job.spec, weights), saved
+    chunks = _chunks(job, cell, x.element_size())
     add_ = recurrent_product(cell.join(*(d.w_hh for d in weights)))
-    rows_in = layer_run.rows_at(layer_run.input_is_padded)
+    rows_in = rows_at(job, job.input_is_padded)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if want_x else None
     dw = WeightGradients(cell, weights) if want_weights else None
-    ends = [None if d is None else packed_states(layer_run, d) for d in d_last]
-    incoming = Incoming(d_output, layer_run.rows_at(layer_run.output_is_padded), ends)
+    ends = [None if d is None else packed_states(job, d) for d in d_last]
+    incoming = Incoming(d_output, rows_at(job, job.output_is_padded), ends)
     carried: list[Tensor] = []
     most = max((chunk.rows for chunk in chunks), default=0)
-    scratch = x.new_empty(layer_run.shape(most, cell.gates * cell.hidden))
-    gradients = [x.new_empty(layer_run.shape(plan.sequences + most, h.size(-1))) for h in history]
+    scratch = x.new_empty(shape_of_both(job, most, job.spec.gates * cell.hidden))
+    gradients = [x.new_empty(shape_of_both(job, plan.sequences + most, h.size(-1))) for h in history]
 
     for chunk in reversed(chunks):
         before = tuple(_before(plan, h, chunk) for h in history)
@@ -99,28 +108,27 @@ def backward(
         activations = after[0] if buffer is None else buffer.narrow(-2, chunk.start, chunk.rows)
         derivatives = cell.local_derivatives(activations, before, after, scratch.narrow(-2, 0, chunk.rows))
 
-        # The gradients of the states: those of the step before the chunk first, then `own`.
+        # The gradients of the states: those of the step before the chunk first, then those of its rows.
         d_states = [states.narrow(-2, 0, chunk.before + chunk.rows) for states in gradients]
-        own = [d.narrow(-2, chunk.before, chunk.rows) for d in d_states]
-        _read_incoming(layer_run, incoming, chunk, d_states, own)
-        for d, carry in zip(own, carried, strict=False):
+        d_rows = [d.narrow(-2, chunk.before, chunk.rows) for d in d_states]
+        _read_incoming(job, incoming, chunk, d_states, d_rows)
+        for d, carry in zip(d_rows, carried, strict=False):
             d.narrow(-2, chunk.rows - carry.size(-2), carry.size(-2)).add_(carry)
 
-        _run_back(layer_run, chunk, cell, cell.back_parts(derivatives, activations, own), d_states, add_)
+        _run_back(job, chunk, cell, cell.back_parts(derivatives, activations, d_rows), d_states, add_)
         carried = [d.narrow(-2, 0, chunk.before).clone() for d in d_states]
 
         if dw is not None:
-            dw.add_recurrent(derivatives, before[0], own[0])
-        cell.input_gradient_(derivatives, own)
-        for direction, d in enumerate(derivatives[0] if layer_run.is_paired else derivatives[:1]):
+            dw.add_recurrent(derivatives, before[0], d_rows[0])
+        cell.input_gradient_(derivatives, d_rows)
+        for direction, d in enumerate(derivatives[0] if job.spec.bidirectional else derivatives[:1]):
             if dx is not None:
                 _add_input_gradient(dx, rows_in[direction], chunk, d, weights[direction].w_ih)
             if dw is not None:
                 dw.add_input(direction, d, _rows(x, rows_in[direction], chunk))
 
     d_initial = [
-        initial_gradient(layer_run, carried[s] if carried else None, d_last[s], first)
-        for s, first in enumerate(initial)
+        initial_gradient(job, carried[s] if carried else None, d_last[s], first) for s, first in enumerate(initial)
     ]
     return dx, tuple(d_initial), None if dw is None else dw.result()
 
@@ -129,7 +137,7 @@ class Incoming(NamedTuple):
     """The gradients of a layer's output and last states."""
 
     d_output: Tensor | None
-    """(P, D·H) or (R, D·H)"""
+    """(M, D·P) or (R, D·P)"""
     rows: list[Tensor | None]
     """The index of each direction's rows in d_output. None: in order"""
     ends: list[Tensor | None]
@@ -137,21 +145,21 @@ class Incoming(NamedTuple):
 
 
 def _read_incoming(
-    layer_run: LayerRun, incoming: Incoming, chunk: Chunk, d_states: Sequence[Tensor], own: Sequence[Tensor]
+    job: Job, incoming: Incoming, chunk: Chunk, d_states: Sequence[Tensor], d_rows: Sequence[Tensor]
 ) -> None:
-    """Fill the states' gradients with the incoming ones. `own` are the rows of `d_states` in the chunk."""
+    """Fill the states' gradients with the incoming ones. `d_rows` are those of the chunk's rows."""
     d_output, rows, ends = incoming
     for d in d_states if d_output is None else d_states[1:]:
         d.zero_()
     if d_output is not None:
         d_states[0].narrow(-2, 0, chunk.before).zero_()
-        _read_output(layer_run, d_output, rows, chunk, own[0])
-    for d, end in zip(own, ends, strict=True):
-        _add_ends(layer_run.plan, end, chunk, d)
+        _read_output(job, d_output, rows, chunk, d_rows[0])
+    for d, end in zip(d_rows, ends, strict=True):
+        _add_ends(job.plan, end, chunk, d)
 
 
 def _run_back(
-    layer_run: LayerRun,
+    job: Job,
     chunk: Chunk,
     cell: Cell,
     parts: Sequence[Tensor],
@@ -159,7 +167,7 @@ def _run_back(
     add_: AddProduct,
 ) -> None:
     """Run the chunk's steps, the last one first."""
-    axis = int(layer_run.is_paired)
+    axis = int(job.spec.bidirectional)
     split_parts = [torch.split_with_sizes(part, chunk.sizes, axis)[::-1] for part in parts]
     views = [torch.split_with_sizes(d, [chunk.before, *chunk.sizes], axis) for d in d_states]
     earlier = [_first_rows(steps[:-1], chunk)[::-1] for steps in views]
@@ -187,26 +195,26 @@ def _before(plan: Plan, history: Tensor, chunk: Chunk) -> Tensor:
     return history.index_select(-2, plan.previous.narrow(0, chunk.start, chunk.rows))
 
 
-def _place_output(layer_run: LayerRun, rows: Tensor) -> Tensor:
-    plan, index = layer_run.plan, layer_run.rows_at(layer_run.output_is_padded)
-    size = plan.size if layer_run.output_is_padded else plan.rows
+def _place_output(job: Job, rows: Tensor) -> Tensor:
+    plan, index = job.plan, rows_at(job, job.output_is_padded)
+    size = plan.size if job.output_is_padded else plan.rows
     new = rows.new_zeros if size > plan.rows else rows.new_empty
-    if not layer_run.is_paired:
+    if not job.spec.bidirectional:
         return rows if index[0] is None else new(size, rows.size(-1)).index_copy_(0, index[0], rows)
     output = new(size, 2, rows.size(-1))
-    for own, at, part in zip(output.unbind(1), index, rows, strict=True):
+    for half, at, part in zip(output.unbind(1), index, rows, strict=True):
         if at is None:
-            own.copy_(part)
+            half.copy_(part)
         else:
-            own.index_copy_(0, at, part)
+            half.index_copy_(0, at, part)
     return output.flatten(1)
 
 
-def _read_output(layer_run: LayerRun, d_output: Tensor, index: list[Tensor | None], chunk: Chunk, into: Tensor) -> None:
+def _read_output(job: Job, d_output: Tensor, index: list[Tensor | None], chunk: Chunk, into: Tensor) -> None:
     """Copy the output's gradient at the chunk's rows into `into`."""
-    halves = d_output.unflatten(1, (2, -1)).unbind(1) if layer_run.is_paired else (d_output,)
-    for own, at, half in zip(into if layer_run.is_paired else (into,), index, halves, strict=True):
-        own.copy_(_rows(half, at, chunk))
+    halves = d_output.unflatten(1, (2, -1)).unbind(1) if job.spec.bidirectional else (d_output,)
+    for target, at, half in zip(into if job.spec.bidirectional else (into,), index, halves, strict=True):
+        target.copy_(_rows(half, at, chunk))
 
 
 def _add_ends(plan: Plan, ends: Tensor | None, chunk: Chunk, grad: Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._cells import LayerWeights, States, Weights
+from ..._spec import LayerWeights, States, Weights
 from .ops_cells import AddProduct, Cell
 
 
@@ -21,11 +21,10 @@ def input_biases(cell: Cell, weights: Weights) -> tuple[Tensor | None, Tensor | 
     """Return `b_ih + b_hh`, except for the GRU's n gate, where `b_hn` is multiplied by r; and the bias of that gate."""
     if weights.b_ih is None or weights.b_hh is None:
         return None, None
-    free = (cell.width - cell.gates) * cell.hidden
     b_hh = cell.order_gates(weights.b_hh)
     bias = weights.b_ih.clone()
-    bias[: bias.size(0) - free].add_(b_hh[free:])
-    return bias, b_hh[:free]
+    bias[: bias.size(0) - cell.recurrent_only].add_(b_hh[cell.recurrent_only :])
+    return bias, b_hh[: cell.recurrent_only]
 
 
 class InputProduct:
@@ -33,19 +32,19 @@ class InputProduct:
 
     def __init__(self, cell: Cell, weights: Weights) -> None:
         self.w = weights.w_ih.t()
-        self.gates = cell.gates * cell.hidden
-        self.free = (cell.width - cell.gates) * cell.hidden
-        self.bias, self.free_bias = input_biases(cell, weights)
+        self.gates = cell.spec.gates * cell.hidden
+        self.before = cell.recurrent_only
+        self.bias, self.bias_before = input_biases(cell, weights)
 
     def __call__(self, x: Tensor, buffer: Tensor) -> None:
-        product = buffer.narrow(-1, self.free, self.gates)
+        product = buffer.narrow(-1, self.before, self.gates)
         if self.bias is None:
             torch.mm(x, self.w, out=product)
         else:
             torch.addmm(self.bias, x, self.w, out=product)
-        if self.free:
-            free = buffer.narrow(-1, 0, self.free)
-            free.zero_() if self.free_bias is None else free.copy_(self.free_bias)
+        if self.before:
+            before = buffer.narrow(-1, 0, self.before)
+            before.zero_() if self.bias_before is None else before.copy_(self.bias_before)
 
 
 class WeightGradients:
@@ -86,7 +85,7 @@ class WeightGradients:
         grads = []
         for direction, weights in enumerate(self.weights):
             sums = self.input[direction] | {
-                name: total[direction] if self.cell.is_paired else total for name, total in self.recurrent.items()
+                name: total[direction] if len(self.weights) == 2 else total for name, total in self.recurrent.items()
             }
             if not sums:  # no row ran
                 sums = {name: torch.zeros_like(w) for name, w in weights._asdict().items() if w is not None}

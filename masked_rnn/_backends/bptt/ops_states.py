@@ -1,98 +1,56 @@
-"""What both kinds of loops share: how one layer runs, what it saves for backward, how states are laid out.
+"""Rows and states of one layer in the loops of PyTorch's ops, where two directions run as a batch of two.
 
 B sequences that have a step, N all, R rows that run, P state that is fed back, H hidden, D directions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from ..._cells import LayerWeights, States
 from ..._memory import copied
-from ..._plan import Plan, restore_states, sort_states
-from .ops_cells import CELLS, Cell
-
-Shape = tuple[int, ...]
+from ..._plan import restore_states, sort_states
+from .job import Job, Shape
 
 
-class LayerRun(NamedTuple):
-    """How one layer runs: everything but its tensors."""
+def rows_at(job: Job, is_padded: bool) -> list[Tensor | None]:
+    """Return the index of each direction's rows: in the caller's layout if `is_padded`, else in the rows that run.
 
-    mode: str
-    directions: int
-    plan: Plan
-    input_is_padded: bool
-    """True: the input is the caller's, with padding. False: it holds only the rows that run, in the plan's order."""
-    output_is_padded: bool
-    """True: the output must have the layout of the caller's input. False: that of the rows that run."""
-
-    def cell(self, weights: LayerWeights) -> Cell:
-        return CELLS[self.mode](weights)
-
-    def rows_at(self, is_padded: bool) -> list[Tensor | None]:
-        """Return the index of each direction's rows: in the caller's layout if `is_padded`, else in the rows that run.
-
-        None: in order.
-        """
-        index = self.plan.index if is_padded else None
-        if self.directions == 1:
-            return [index]
-        return [index, self.plan.reversed_rows if index is None else index[self.plan.reversed_rows]]
-
-    @property
-    def output_is_history(self) -> bool:
-        """Whether the caller's output has the same rows as the saved states."""
-        return self.output_is_padded and self.directions == 1 and self.plan.index is None
-
-    @property
-    def is_paired(self) -> bool:
-        """Whether two directions run as a batch of two."""
-        return self.directions == 2
-
-    def shape(self, *sizes: int) -> Shape:
-        """Return the shape of a tensor that all directions share: (2, *sizes) for two."""
-        return (2, *sizes) if self.directions == 2 else sizes
+    None: in order.
+    """
+    index = job.plan.index if is_padded else None
+    if not job.spec.bidirectional:
+        return [index]
+    return [index, job.plan.reversed_rows if index is None else index[job.plan.reversed_rows]]
 
 
-class Saved(NamedTuple):
-    """What backward needs: the states, initial ones first, then after every row; and each row's activations."""
-
-    history: States
-    """Each (D, B + R, P), the LSTM's c (D, B + R, H). With one direction, there is no dimension D."""
-    buffer: Tensor | None
-    """(D, R, width · H)"""
+def output_is_history(job: Job) -> bool:
+    """Return whether the caller's output has the same rows as the saved states."""
+    return job.output_is_padded and not job.spec.bidirectional and job.plan.index is None
 
 
-def new_history(
-    layer_run: LayerRun,
-    x: Tensor,  # (P, I) or (R, I), for its dtype and device
-    initial: Sequence[Tensor],  # each (D, N, P or H)
-) -> States:
-    plan = layer_run.plan
-    return tuple([x.new_empty(layer_run.shape(plan.sequences + plan.rows, h.size(-1))) for h in initial])
+def shape_of_both(job: Job, *sizes: int) -> Shape:
+    """Return the shape of a tensor that both directions share: (2, *sizes). With one direction, `sizes`."""
+    return (2, *sizes) if job.spec.bidirectional else sizes
 
 
 def packed_states(
-    layer_run: LayerRun,
+    job: Job,
     states: Tensor,  # (D, N, H)
 ) -> Tensor:
     """Return the states of the sequences that run, in the plan's order: (D, B, H); (B, H) for one direction."""
-    states = sort_states(states, layer_run.plan)
-    return states if layer_run.is_paired else states[0]
+    states = sort_states(states, job.plan)
+    return states if job.spec.bidirectional else states[0]
 
 
 def final_states(
-    layer_run: LayerRun,
+    job: Job,
     history: Tensor,  # (D, B + R, H)
     initial: Tensor,  # (D, N, H)
 ) -> Tensor:
     """Return each sequence's last state, (D, N, H). A sequence without steps keeps its initial one."""
-    last = history.index_select(-2, layer_run.plan.sequences + layer_run.plan.last)
-    return restore_states(last if layer_run.is_paired else last.unsqueeze(0), initial, layer_run.plan)
+    last = history.index_select(-2, job.plan.sequences + job.plan.last)
+    return restore_states(last if job.spec.bidirectional else last.unsqueeze(0), initial, job.plan)
 
 
 def last_gradient(
@@ -106,7 +64,7 @@ def last_gradient(
 
 
 def initial_gradient(
-    layer_run: LayerRun,
+    job: Job,
     carried: Tensor | None,  # (D, B, H), None if no step ran
     d_last: Tensor | None,  # (D, N, H)
     initial: Tensor,  # (D, N, H)
@@ -115,4 +73,4 @@ def initial_gradient(
     grad = last_gradient(initial, d_last)
     if carried is None:
         return grad
-    return restore_states(carried if layer_run.is_paired else carried.unsqueeze(0), grad, layer_run.plan)
+    return restore_states(carried if job.spec.bidirectional else carried.unsqueeze(0), grad, job.plan)

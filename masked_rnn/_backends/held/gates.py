@@ -30,24 +30,25 @@ from torch.nn import functional as F
 from ..._call import Call
 from ..._call.call import Restore
 from ..._call.lengths import is_on_host
-from ..._cells import LayerWeights, States, flatten_weights, group_weights, stack_layers
+from ..._cells import stack_layers
 from ..._plan import real_mask
+from ..._spec import LayerWeights, Spec, States, flatten_weights
 from .. import cudnn
 from ..double_backward import gradient_of, needs_another_backward
 from ..kernels import run_stack
 from ..recurrence import scan
 from . import operators
-from .marks import flatten, marks_for, narrow
-from .operators import Kernel, Memory
+from .marks import flatten, marks_for, narrowed
+from .operators import Memory
 
 
 def why_not(call: Call) -> str | None:
     """Return the reason why this backend can't run a call. None: it can."""
-    reason = call.context.only_scan or call.why_unreadable(reads_plan=call.data.dim() == 2)
+    reason = call.context.only_scan or call.why_unreadable(reads_plan=call.form.is_rows)
     if not reason and not call.context.readable:
         reason = "torch.jit.trace, make_fx and FakeTensorMode can't follow it into cuDNN's operators"
     reason = reason or operators.why_not(call.data)
-    if reason or call.is_plain or call.layer.mode == "GRU" or call.initial is None or call.directions == 1:
+    if reason or call.is_plain or call.spec.mode == "GRU" or call.initial is None or not call.spec.bidirectional:
         return reason
     return "padding comes first in the backward direction, and the gates of an LSTM or RNN can't hold hx over it"
 
@@ -76,35 +77,33 @@ class Marked:
 class Held(NamedTuple):
     """The configuration of one layer, and the padding of the call."""
 
-    kernel: Kernel
+    spec: Spec
     marked: Marked
     is_top: bool
     """True: the output is zeroed at padding. False: the next layer ignores it there."""
     has_states: bool
     """True: the caller gave initial states. False: they are zeros."""
-    learns: bool
-    """Whether gradients are recorded"""
+    grad_enabled: bool
 
 
 def run(call: Call) -> tuple[Tensor, States]:
     if call.is_plain:
         return run_stack(call, call.data, call.states)
-    layer, number, learns = call.layer, count(), torch.is_grad_enabled()
+    number, grad_enabled = count(), torch.is_grad_enabled()
     x, real, lengths, restore = _padded(call)
     steps = x.size(0)
     if call.lengths is not None and is_on_host(call.lengths):
         longest = max(int(call.lengths.max()), 1)  # beyond it all is padding
         x, real = x[:longest], real[:longest]
     marked, wide, states = _open(call, x, real, lengths)
-    kernel = Kernel(layer.mode, layer.hidden_size, layer.proj_size, call.directions)
 
-    def run_one(x: Tensor, states: States, weights: LayerWeights) -> tuple[Tensor, States]:
+    def run_one(spec: Spec, x: Tensor, states: States, weights: LayerWeights) -> tuple[Tensor, States]:
         k = next(number)
-        held = Held(kernel, marked, k == layer.num_layers - 1, call.initial is not None, learns)
+        held = Held(spec, marked, k == call.spec.num_layers - 1, call.initial is not None, grad_enabled)
         output, *last = HeldLayer.apply(held, wide if k == 0 else None, x, *states, *flatten_weights([weights]))
         return output, tuple(last)
 
-    output, last = stack_layers(x, states, call.weights, run_one, call.dropout)
+    output, last = stack_layers(call.spec, x, states, call.parameters, run_one, call.dropout)
     if output.size(0) < steps:
         output = F.pad(output, (0, 0, 0, 0, 0, steps - output.size(0)))
     return restore(output), last
@@ -112,7 +111,7 @@ def run(call: Call) -> tuple[Tensor, States]:
 
 def _padded(call: Call) -> tuple[Tensor, Tensor, Tensor | None, Restore]:
     """Return the input (T, N, I), the mask (T, N, 1), the lengths (N,), None for a GRU; how to restore an output."""
-    if call.layer.mode == "GRU":
+    if call.spec.mode == "GRU":
         x, real, restore = call.padded_in_place()
         lengths = None
     else:
@@ -132,24 +131,21 @@ def _open(
 
     One buffer holds everything that starts as zeros, so that one kernel fills it.
     """
-    layer, mode = call.layer, call.layer.mode
-    dtype = cudnn.running_dtype(x)
+    spec, dtype = call.spec, cudnn.running_dtype(x)
     T, N, inputs = x.shape
-    D, W = call.directions, inputs + marks_for(mode, inputs, layer.hidden_size, call.directions, dtype)
-    P = layer.proj_size or layer.hidden_size
-    widths = () if call.initial is not None else (P, layer.hidden_size) if mode == "LSTM" else (P,)
-    shapes = [(layer.num_layers * D, N, width) for width in widths]
+    W = inputs + marks_for(spec.layer(0), dtype)
+    shapes = [(spec.stacked, N, width) for width in (spec.state_widths if call.initial is None else ())]
     sizes = [T * N * W, *map(prod, shapes), 1]
     wide, *zeros, zero = x.new_zeros(sum(sizes), dtype=dtype).split(sizes)
     wide, zero = wide.view(T, N, W), zero.view(())
     torch.where(real, x.detach().to(dtype), zero, out=wide[..., :inputs])
     marks = wide[..., inputs : inputs + 1]
-    marks.copy_(real) if mode == "RNN_TANH" else torch.logical_not(real, out=marks)
+    marks.copy_(real) if spec.mode == "RNN_TANH" else torch.logical_not(real, out=marks)
     states = call.initial or tuple(h.view(shape) for h, shape in zip(zeros, shapes, strict=True))
     last = runs = None
     if lengths is not None:
         runs = (lengths > 0).view(1, N, 1)
-        last = (lengths - 1).clamp(min=0).view(1, N, 1).expand(1, N, P)
+        last = (lengths - 1).clamp(min=0).view(1, N, 1).expand(1, N, spec.fed_back)
     return Marked(real, marks, zero, last, runs), wide, states
 
 
@@ -164,10 +160,10 @@ def forward(
     """Run a layer. Return its output, the last states, and for backward memory, cuDNN's output and reserve."""
     last = held.marked.last
     memory = _memory(held, wide, x, given, weights)
-    raw, states, reserve = operators.run(held.kernel, memory, train)
+    raw, states, reserve = operators.run(held.spec, memory, train)
     if last is not None:  # the forward direction's h has not stayed
         h = raw.gather(0, last)
-        states = (h if held.kernel.directions == 1 else torch.cat([h, states[0][1:]]), *states[1:])
+        states = (torch.cat([h, states[0][1:]]) if held.spec.bidirectional else h, *states[1:])
     if held.has_states:
         runs = held.marked.find_runs()
         states = tuple([torch.where(runs, new, h.to(new.dtype)) for new, h in zip(states, given, strict=True)])
@@ -177,15 +173,15 @@ def forward(
 
 def _memory(held: Held, wide: Tensor | None, x: Tensor, given: States, weights: LayerWeights) -> Memory:
     """Return what the kernel reads. The arguments are those of `forward`."""
-    kernel, marked, zero = held.kernel, held.marked, held.marked.zero
+    spec, marked, zero = held.spec, held.marked, held.marked.zero
     if wide is None:
-        more = marks_for(kernel.mode, x.size(-1), kernel.hidden, kernel.directions, zero.dtype)
-        wide = torch.cat([torch.where(marked.real, x, zero), marked.marks.expand(-1, -1, more)], -1)
+        marks = marked.marks.expand(-1, -1, marks_for(spec, zero.dtype))
+        wide = torch.cat([torch.where(marked.real, x, zero), marks], -1)
     states = given
     if held.has_states:
         runs = marked.find_runs()
         states = tuple([torch.where(runs, h.to(zero.dtype), zero).contiguous() for h in given])
-    flat, views = flatten(kernel, weights, wide.size(-1), zero.dtype)
+    flat, views = flatten(spec, weights, wide.size(-1), zero.dtype)
     return Memory(wide, flat, views, states)
 
 
@@ -194,7 +190,6 @@ def backward(
     saved: tuple[Memory, Tensor, Tensor],
     d_output: Tensor | None,  # (T, N, D·P)
     d_last: Sequence[Tensor | None],  # each (D, N, P or H)
-    inputs: int,
     want_weights: bool,
 ) -> tuple[Tensor, Sequence[Tensor | None], LayerWeights | None]:
     """Return the gradients of x (T, N, I), of the initial states if the caller gave them, and of the weights.
@@ -211,13 +206,13 @@ def backward(
         d_raw = torch.zeros_like(raw) if d_raw is None else d_raw if held.is_top else d_raw.clone()
         d_raw.scatter_add_(0, last, d_h[:1])
         d_h[0].zero_()
-    dx, d_states, d_weights = operators.run_back(held.kernel, memory, raw, reserve, d_raw, (d_h, *d_c), want_weights)
+    dx, d_states, d_weights = operators.run_back(held.spec, memory, raw, reserve, d_raw, (d_h, *d_c), want_weights)
     d_initial: Sequence[Tensor | None] = [None] * len(d_states)
     if held.has_states:
         runs = held.marked.find_runs()
         d_initial = [torch.where(runs, d, zero if e is None else e) for d, e in zip(d_states, d_last, strict=True)]
-    dx = torch.where(real, dx[..., :inputs], zero)
-    return dx, d_initial, narrow(held.kernel, d_weights, inputs) if want_weights else None
+    dx = torch.where(real, dx[..., : held.spec.input_size], zero)
+    return dx, d_initial, narrowed(held.spec, d_weights) if want_weights else None
 
 
 class HeldLayer(torch.autograd.Function):
@@ -225,12 +220,12 @@ class HeldLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, held: Held, wide: Tensor | None, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        S = 2 if held.kernel.mode == "LSTM" else 1
-        (weights,) = group_weights(tensors[S:], 1, held.kernel.directions)
-        learns = held.learns and any(ctx.needs_input_grad)
-        output, last, (memory, raw, reserve) = forward(held, wide, x, tensors[:S], weights, learns)
+        S = len(held.spec.state_widths)
+        (weights,) = held.spec.group(tensors[S:])
+        saves = held.grad_enabled and any(ctx.needs_input_grad)
+        output, last, (memory, raw, reserve) = forward(held, wide, x, tensors[:S], weights, saves)
         ctx.held, ctx.n_states, ctx.shapes = held, S, [w.shape for w in memory.weights]
-        if learns:
+        if saves:
             ctx.save_for_backward(x, *tensors, memory.x, memory.flat, *memory.states, raw, reserve)
         ctx.set_materialize_grads(False)
         return output, *last
@@ -248,16 +243,16 @@ class HeldLayer(torch.autograd.Function):
         wide, flat, *rest = rest
         memory = Memory(wide, flat, cudnn.views_of(flat, ctx.shapes), tuple(rest[:S]))
         saved = (memory, *rest[S:])
-        dx, d_initial, d_weights = backward(held, saved, grads[0], grads[1:], x.size(-1), any(needs[1 + S :]))
+        dx, d_initial, d_weights = backward(held, saved, grads[0], grads[1:], any(needs[1 + S :]))
         found = [None] * (len(needs) - 1 - S) if d_weights is None else flatten_weights([d_weights])
         return None, None, dx if needs[0] else None, *d_initial, *found
 
 
 def _recurrence(held: Held, x: Tensor, *tensors: Tensor) -> Sequence[Tensor]:
     """Run one layer in plain ops. Arguments and results are those of `HeldLayer.forward`."""
-    S = 2 if held.kernel.mode == "LSTM" else 1
-    (weights,) = group_weights(tensors[S:], 1, held.kernel.directions)
+    S = len(held.spec.state_widths)
+    (weights,) = held.spec.group(tensors[S:])
     dtype = weights[0].w_ih.dtype  # under autocast, x and the states may have other dtypes
     x, *states = (t.to(dtype) for t in (x, *tensors[:S]))
-    output, last = scan(held.kernel.mode, x, held.marked.real, tuple(states), weights)
+    output, last = scan(held.spec.mode, x, held.marked.real, tuple(states), weights)
     return output, *last

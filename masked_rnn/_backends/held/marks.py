@@ -12,73 +12,73 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._cells import HOLD, LayerWeights, Weights, group_weights
-from ..._spec import GATES
+from ..._cells import HOLD
+from ..._spec import GATES, LayerWeights, Spec, Weights
 from ..._torch import current_stream, is_capturing
 from ..cudnn import views_of
-from .operators import Kernel
 
 DRIVES: dict[str, dict[int, float]] = {"GRU": {1: HOLD}, "LSTM": {0: -HOLD, 1: HOLD}, "RNN_RELU": {0: -torch.inf}}
 """The value that a mark adds to each gate, by the gate's index. -inf: a quarter of the dtype's least number"""
 
 
-def marks_for(mode: str, inputs: int, hidden: int, directions: int, dtype: torch.dtype) -> int:
+def marks_for(spec: Spec, dtype: torch.dtype) -> int:
     """Return how many features mark padding. With them, a row's size is a multiple of 8, which makes products faster.
 
     For float16, PyTorch's rule for the persistent kernel of LSTM and RNN (`use_persist_common_heuristics`) asks for a
     multiple of 128.
     """
-    is_persistent = mode != "GRU" and dtype == torch.float16 and directions == 1 and inputs % 128 == hidden % 128 == 0
+    is_persistent = (
+        spec.mode != "GRU"
+        and dtype == torch.float16
+        and not spec.bidirectional
+        and spec.input_size % 128 == spec.hidden_size % 128 == 0
+    )
     multiple = 128 if is_persistent else 8
-    return multiple - inputs % multiple
+    return multiple - spec.input_size % multiple
 
 
-def flatten(kernel: Kernel, weights: LayerWeights, width: int, dtype: torch.dtype) -> tuple[Tensor, Sequence[Tensor]]:
+def flatten(spec: Spec, weights: LayerWeights, width: int, dtype: torch.dtype) -> tuple[Tensor, Sequence[Tensor]]:
     """Return all weights of a layer as one chunk, with those of the marks, and as views of it in `torch.nn`'s order."""
     matrices: list[Tensor] = []
     biases: list[Tensor] = []
     for w in weights:
-        matrices += [_widened(kernel, w, width, dtype), w.w_hh, *(() if w.w_hr is None else (w.w_hr,))]
+        matrices += [_widened(spec, w, width, dtype), w.w_hh, *(() if w.w_hr is None else (w.w_hr,))]
         if w.b_ih is not None and w.b_hh is not None:
             biases += [w.b_ih, w.b_hh]
-    rows = GATES[kernel.mode] * kernel.hidden
+    rows = spec.gates * spec.hidden_size
     tail = biases
-    if not biases or kernel.mode == "RNN_TANH":  # whose biases are weights of the marks
+    if not biases or spec.mode == "RNN_TANH":  # whose biases are weights of the marks
         tail = [_zeros(2 * len(weights) * rows, 1, dtype, weights[0].w_hh.device)]
     flat = torch.cat([t.reshape(-1).to(dtype) for t in (*matrices, *tail)])
-    shapes: list[torch.Size] = []
-    each = len(matrices) // len(weights)
-    for d in range(len(weights)):
-        own = [t.shape for t in matrices[d * each : (d + 1) * each]]
-        shapes += [*own[:2], *(b.shape for b in biases[2 * d : 2 * d + 2]), *own[2:]]
-    return flat, views_of(flat, shapes)
+    wide = spec.changed(input_size=width, bias=bool(biases))
+    return flat, views_of(flat, wide.shapes)
 
 
-def _widened(kernel: Kernel, w: Weights, width: int, dtype: torch.dtype) -> Tensor:
+def _widened(spec: Spec, w: Weights, width: int, dtype: torch.dtype) -> Tensor:
     """Return w_ih with the weights of the marks, (G·H, W)."""
     marks, device = width - w.w_ih.size(1), w.w_ih.device
-    if kernel.mode != "RNN_TANH":
-        return torch.cat([w.w_ih.to(dtype), _drive(kernel.mode, kernel.hidden, marks, dtype, device)], 1)
-    zeros = _zeros(kernel.hidden, marks, dtype, device)
+    if spec.mode != "RNN_TANH":
+        return torch.cat([w.w_ih.to(dtype), _drive(spec.mode, spec.hidden_size, marks, dtype, device)], 1)
+    zeros = _zeros(spec.hidden_size, marks, dtype, device)
     if w.b_ih is None or w.b_hh is None:
         return torch.cat([w.w_ih.to(dtype), zeros], 1)
     return torch.cat([w.w_ih.to(dtype), (w.b_ih + w.b_hh).to(dtype).unsqueeze(1), zeros[:, 1:]], 1)
 
 
-def narrow(kernel: Kernel, d_weights: Sequence[Tensor], inputs: int) -> LayerWeights:
+def narrowed(spec: Spec, d_weights: Sequence[Tensor]) -> LayerWeights:
     """Return the gradients of the weights from those of the widened ones."""
 
     def copied(part: Tensor) -> Tensor:  # with its own strides, also where its size is 1
         return part.clone(memory_format=torch.contiguous_format)
 
-    own_weights = []
-    for w in group_weights(d_weights, 1, kernel.directions)[0]:
-        own = w._replace(w_ih=copied(w.w_ih[:, :inputs]))
-        if kernel.mode == "RNN_TANH" and w.b_ih is not None:
-            bias = w.w_ih[:, inputs]
-            own = own._replace(b_ih=copied(bias), b_hh=copied(bias))
-        own_weights.append(own)
-    return tuple(own_weights)
+    found = []
+    for wide in spec.group(d_weights)[0]:
+        narrow = wide._replace(w_ih=copied(wide.w_ih[:, : spec.input_size]))
+        if spec.mode == "RNN_TANH" and spec.bias:
+            bias = wide.w_ih[:, spec.input_size]
+            narrow = narrow._replace(b_ih=copied(bias), b_hh=copied(bias))
+        found.append(narrow)
+    return tuple(found)
 
 
 def _kept(make: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._cells import States
+from ..._spec import Spec, States
 from ..._torch import cudnn_backward, cudnn_forward, graph_is_kept
 from .. import cudnn
 
@@ -37,17 +37,10 @@ def why_not(x: Tensor) -> str | None:
     return None
 
 
-class Kernel(NamedTuple):
-    """The configuration of a layer."""
-
-    mode: str
-    hidden: int
-    proj: int
-    directions: int
-
-    def arguments(self, train: bool) -> tuple[Any, ...]:
-        """Return the arguments that both operators end with: one layer, time first, no dropout, not packed."""
-        return MODES[self.mode], self.hidden, self.proj, 1, False, 0.0, train, self.directions == 2, (), None
+def _arguments(spec: Spec, train: bool) -> tuple[Any, ...]:
+    """Return the arguments that both operators end with: one layer, time first, no dropout, not packed."""
+    sizes = (spec.hidden_size, spec.proj_size, 1)
+    return MODES[spec.mode], *sizes, False, 0.0, train, spec.bidirectional, (), None
 
 
 class Memory(NamedTuple):
@@ -63,18 +56,18 @@ class Memory(NamedTuple):
     """Each (D, N, P or H), contiguous"""
 
 
-def run(kernel: Kernel, memory: Memory, train: bool) -> tuple[Tensor, States, Tensor]:
+def run(spec: Spec, memory: Memory, train: bool) -> tuple[Tensor, States, Tensor]:
     """Return the output, the last states, and the reserve, which backward needs and `train` makes."""
-    h, c = memory.states if kernel.mode == "LSTM" else (memory.states[0], None)
-    each = len(memory.weights) // kernel.directions
+    h, c = memory.states if spec.has_cell_state else (memory.states[0], None)
+    count = len(memory.weights) // spec.directions
     output, h_n, c_n, reserve, _ = cudnn_forward(
-        memory.x, memory.weights, each, memory.flat, h, c, *kernel.arguments(train)
+        memory.x, memory.weights, count, memory.flat, h, c, *_arguments(spec, train)
     )
     return output, (h_n,) if c is None else (h_n, c_n), reserve
 
 
 def run_back(
-    kernel: Kernel,
+    spec: Spec,
     memory: Memory,
     output: Tensor,  # (T, N, D·P)
     reserve: Tensor,
@@ -86,15 +79,15 @@ def run_back(
 
     At least one of the given gradients must not be None.
     """
-    h, c = memory.states if kernel.mode == "LSTM" else (memory.states[0], None)
-    d_h, d_c = d_last if kernel.mode == "LSTM" else (d_last[0], None)
-    each = len(memory.weights) // kernel.directions
+    h, c = memory.states if spec.has_cell_state else (memory.states[0], None)
+    d_h, d_c = d_last if spec.has_cell_state else (d_last[0], None)
+    count = len(memory.weights) // spec.directions
     if graph_is_kept():
         reserve = reserve.clone()  # cuDNN writes to it, and another backward will need it
     dx, dh, dc, d_weights = cudnn_backward(
         memory.x,
         memory.weights,
-        each,
+        count,
         memory.flat,
         h,
         c,
@@ -102,7 +95,7 @@ def run_back(
         d_output,
         d_h,
         d_c,
-        *kernel.arguments(True),
+        *_arguments(spec, True),
         reserve,
         [True, True, c is not None, want_weights],
     )
