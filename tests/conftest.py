@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import combinations
 
 import pytest
 import torch
@@ -17,11 +19,28 @@ settings.load_profile("suite")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks as slow the cases of a test marked `slow_but(word)`, except those whose names contain the word."""
+    """Marks as slow the cases that `slow_but` and `slow_but_each` name."""
+    cases: dict[tuple[str, int], list[pytest.Item]] = defaultdict(list)
     for item in items:
-        mark = item.get_closest_marker("slow_but")
-        if mark and mark.args[0] not in item.name:
+        word, each = item.get_closest_marker("slow_but"), item.get_closest_marker("slow_but_each")
+        if word and word.args[0] not in item.name:
             item.add_marker("slow")
+        elif each:
+            cases[item.nodeid.partition("[")[0], each.args[0]].append(item)
+    for (_, n), own in cases.items():
+        for item in set(own).difference(covering(own, n)):
+            item.add_marker("slow")
+
+
+def covering(items: list[pytest.Item], n: int) -> Iterable[pytest.Item]:
+    """Yields cases, few and always the same, in which each combination of n parameters' values occurs."""
+    values = {item: [(name, id(value)) for name, value in item.callspec.params.items()] for item in items}
+    left = {item: set(combinations(own, n)) for item, own in values.items()}
+    while left:
+        best = max(left, key=lambda item: len(left[item]))
+        yield best
+        met = left.pop(best)
+        left = {item: new for item, all_of in left.items() if (new := all_of - met)}
 
 
 def pytest_collection_finish() -> None:

@@ -179,6 +179,7 @@ def test_auto_picks_faster_backend_without_native_loops(
     assert ran == [expected]
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("form", CALLS)
 def test_forced_backend_runs(cell: str, backend: str, form: str, ran: list[str]) -> None:
     x, given = CALLS[form]
@@ -316,6 +317,7 @@ def played_lstm(inference: bool, training: bool) -> Any:
     return run
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.usefixtures("_asks_anew")
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="without oneDNN")
 @pytest.mark.parametrize(("inference", "training"), [(True, True), (True, False), (False, False)])

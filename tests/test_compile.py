@@ -374,6 +374,7 @@ def test_operator_runs_same_kernel_as_eager(
     close(list(gradients), list(torch.autograd.grad([output, *last], weights, pulled)))
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("steps", [1, 3, 9])
 @pytest.mark.parametrize("given", ["neither", "full", "lengths", "resets", "no reset"])
 def test_operator_matches_eager_bit_for_bit(cell: str, steps: int, given: str) -> None:
@@ -531,6 +532,7 @@ def test_same_lengths_compile_in_both_layouts(cell: str) -> None:
             close([compiled(x, lengths=lengths)[0]], [layer(x, lengths=lengths)[0]])
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("lengths", [None, [4, 2, 2], [0, 0, 0]], ids=str)
 @pytest.mark.parametrize("anew", [False, True])

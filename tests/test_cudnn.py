@@ -119,6 +119,7 @@ def run(layer: Any, form: str, kind: str, x: Tensor, states: tuple[Tensor, ...],
     return [t.detach().cpu() for t in (*results, *found)]
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 2, 2), (3, 1, 2)], ids=str)
 def test_gradient_has_strides_of_its_parameter(cell: str, bidirectional: bool, sizes: tuple[int, int, int]) -> None:
@@ -161,6 +162,7 @@ def test_hx_of_any_layout_is_accepted(cell: str, form: str, options: dict[str, A
             assert bool(operators) == (there.backend == "held" and form not in WITHOUT_PADDING)
 
 
+@pytest.mark.slow_but_each(1)
 @pytest.mark.parametrize(("batch_first", "bias"), [(True, False), (False, True)])
 def test_streamed_state_matches_cpu_for_every_cell(cell: str, batch_first: bool, bias: bool) -> None:
     """Covers stacked layers in both layouts. The returned state is fed back unchanged."""
@@ -186,6 +188,7 @@ def test_streamed_state_matches_cpu_for_every_cell(cell: str, batch_first: bool,
                 torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow_but_each(1)
 @pytest.mark.parametrize("given", [{}, {"lengths": LENGTHS}, {"mask": HOLES}], ids=str)
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 def test_dropout_is_redrawn_alike_with_flattened_hx(cell: str, given: dict[str, Any]) -> None:
@@ -254,6 +257,7 @@ def without_strides(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format).copy_(t)
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize(
     ("backend", "given"),
     [("padded", {}), ("padded", {"lengths": LENGTHS}), ("held", {"lengths": LENGTHS})],

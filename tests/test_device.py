@@ -127,6 +127,7 @@ def waits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> di
     return {**WAITS, "held": WAITS["padded"]}
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("case", CALLS, ids=lambda case: "-".join(map(str, case)))
 @pytest.mark.parametrize("cell", [*ONE_STATE_AND_TWO, "rnn-tanh"])
 def test_every_call_form_matches_oracle(cell: str, backend: str, case: Any) -> None:
@@ -204,6 +205,7 @@ def there(layer: Any, backend: str) -> Any:
     return moved
 
 
+@pytest.mark.slow_but_each(1)
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 def test_unbatched_and_empty_input_match_cpu(layer: Any, there: Any) -> None:
     for name, (shape, given) in EDGES.items():
@@ -216,6 +218,7 @@ def test_unbatched_and_empty_input_match_cpu(layer: Any, there: Any) -> None:
         assert_agree(found, expected, name)
 
 
+@pytest.mark.slow_but_each(1)
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 def test_packed_and_nested_input_match_cpu(layer: Any, there: Any) -> None:
     lengths, x = torch.tensor([3, 5, 1, 4]), torch.randn(4, STEPS, INPUT, dtype=torch.float64)
@@ -234,6 +237,7 @@ def test_packed_and_nested_input_match_cpu(layer: Any, there: Any) -> None:
         assert_agree(run(there, DEVICE, form), run(layer, "cpu", form), form)
 
 
+@pytest.mark.slow_but_each(1)
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 def test_second_derivatives_match_cpu(layer: Any, there: Any) -> None:
     x, lengths = torch.randn(2, 3, INPUT, dtype=torch.float64), torch.tensor([3, 1])
@@ -246,6 +250,7 @@ def test_second_derivatives_match_cpu(layer: Any, there: Any) -> None:
     assert_agree(run(there, DEVICE), run(layer, "cpu"))
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)  # test_sync_free.py has `padded` on each cell
 def test_device_ops_wait_only_where_documented(cell: str, form: str, waits: dict[str, Any]) -> None:
@@ -266,6 +271,7 @@ def test_device_ops_wait_only_where_documented(cell: str, form: str, waits: dict
         assert noted == (expected[place] if FORMS[form] else []), backend
 
 
+@pytest.mark.slow_but_each(1)
 @pytest.mark.parametrize("form", WITH_RESETS)
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 def test_resets_wait_only_where_documented(cell: str, form: str, ran: list[str]) -> None:
@@ -350,6 +356,7 @@ def _captured(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "is_capturing", lambda device: device.type == DEVICE.type)
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.usefixtures("_captured")
 @pytest.mark.parametrize("form", [*FORMS, *WITH_RESETS])
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
@@ -513,6 +520,7 @@ def test_simulated_device_refuses_mixing_and_notes_waits() -> None:
     assert waits == ["upload"]
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("steps", [1, 3, 4])
 @pytest.mark.parametrize("given", ["neither", "lengths", "resets"])
 def test_operator_runs_forced_bptt_on_device(

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.oracle import CELLS, INPUT, ONE_STATE_AND_TWO, masked, needs_torch
+from support.processes import FRESH, start_server
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -31,7 +32,10 @@ LENGTHS = [([5, 2, 0], [9, 1, 4]), ([3, 3, 1], [0, 0, 0]), ([0, 0, 0], [7, 7, 2]
 @pytest.mark.slow_but("ddp")
 @pytest.mark.parametrize("wrapper", ["ddp", pytest.param("fsdp", marks=needs_torch("2.9", "fully_shard on a CPU"))])
 def test_two_processes_learn_same_weights_as_one(wrapper: str, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, (wrapper, str(tmp_path / "meet")), nprocs=WORLD)
+    start_server()
+    torch.multiprocessing.start_processes(
+        work, (wrapper, str(tmp_path / "meet")), nprocs=WORLD, start_method=FRESH.get_start_method()
+    )
 
 
 def work(rank: int, wrapper: str, meet: str) -> None:

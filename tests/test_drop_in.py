@@ -295,6 +295,7 @@ def test_layer_is_found_by_initialising_code() -> None:
     assert len(found) == 1
 
 
+@pytest.mark.slow_but_each(1)
 def test_concurrent_threads_give_same_results(cell: str, backend: str) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, backend=backend)
     lengths = [[1 + (k + n) % 4 for n in range(6)] for k in range(8)]

@@ -132,6 +132,7 @@ def a_run(cell: str, dtype: torch.dtype, given: dict[str, Any], **options: Any) 
     return layer, x, mask, states, pulled
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize("dtype", [*FLOATING, *COMPLEX], ids=name_of)
 def test_floating_and_complex_dtypes_match_oracle(cell: str, dtype: torch.dtype, given: str) -> None:
@@ -156,6 +157,7 @@ def refuses_complex(layer: Any, dtype: torch.dtype, given: str) -> bool:
     return dtype.is_complex and (layer.backend == "bptt" or padded_lstm)
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=name_of)
 @pytest.mark.parametrize("given", ["neither", "lengths"])
 def test_integer_relu_rnn_matches_torch(backend: str, dtype: torch.dtype, given: str) -> None:

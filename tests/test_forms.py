@@ -73,6 +73,7 @@ def test_lengths_of_every_type_are_accepted(lengths: Any) -> None:
     assert list(lengths) == before
 
 
+@pytest.mark.slow_but_each(2)
 def test_lengths_are_third_positional_argument(layer: Any, x: Tensor) -> None:
     assert torch.equal(layer(x, None, LENGTHS)[0], layer(x, lengths=LENGTHS)[0])
 
@@ -105,6 +106,7 @@ def test_returned_state_continues_sequence(cell: str, backend: str, x: Tensor, f
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow_but_each(2)
 def test_hx_is_accepted_in_both_forms(layer: Any, x: Tensor) -> None:
     states = random_states(layer, 4)
     flat = as_hx([h.transpose(0, 1).reshape(4, -1) for h in states])
@@ -115,6 +117,7 @@ def test_hx_is_accepted_in_both_forms(layer: Any, x: Tensor) -> None:
         assert all(torch.equal(a, b) for a, b in zip(as_tuple(last), as_tuple(last_same), strict=True))
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize(
     "given",
     [
@@ -150,6 +153,7 @@ def test_unbatched_input_equals_batch_of_one(layer: Any, x: Tensor, given: dict[
         assert a.shape == h.squeeze(1).shape
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("enforce_sorted", [False, True])
 def test_packed_sequence_matches_oracle(layer: Any, x: Tensor, enforce_sorted: bool) -> None:
     lengths = [6, 4, 3, 1] if enforce_sorted else LENGTHS
@@ -174,6 +178,7 @@ def test_packed_sequence_matches_oracle(layer: Any, x: Tensor, enforce_sorted: b
         torch.testing.assert_close(gradient, expected.gradients[name])
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("lengths", [LENGTHS, [6, 0, 2, 0], [0, 0, 0, 0]], ids=str)
 def test_nested_tensor_matches_oracle(layer: Any, x: Tensor, lengths: list[int]) -> None:
     states, pulled = random_states(layer, 4), cotangents(layer, 4, 6)
@@ -198,6 +203,7 @@ def test_nested_tensor_matches_oracle(layer: Any, x: Tensor, lengths: list[int])
         torch.testing.assert_close(gradient, expected.gradients[name])
 
 
+@pytest.mark.slow_but_each(2)
 def test_nested_tensor_with_gaps_matches_each_row_alone(layer: Any) -> None:
     values = torch.randn(12, INPUT, dtype=torch.float64)
     lengths = torch.tensor([2, 0, 5])
@@ -218,6 +224,7 @@ def test_nested_output_works_in_further_ops(layer: Any) -> None:
     assert (output * 2 + output).shape == output.shape
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("given", ["lengths", "mask"])
 def test_enforce_sorted_skips_sorting(
     cell: str, backend: str, x: Tensor, given: str, monkeypatch: pytest.MonkeyPatch
@@ -255,6 +262,7 @@ def test_row_plan_matches_pack_sequence() -> None:
     assert torch.equal(x.flatten(0, 1)[plan.index], packed.data)
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("form", ["tensor", "list", "mask", "nested", "packed"])
 def test_default_device_changes_nothing(cell: str, backend: str, form: str) -> None:
     """Lengths, and tensors made from them, stay on their device."""
@@ -276,6 +284,7 @@ def test_default_device_changes_nothing(cell: str, backend: str, form: str) -> N
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("given", ["lengths", "mask", "resets"])
 def test_given_tensors_stay_resizable_after_call(cell: str, backend: str, given: str) -> None:
     """`Tensor.numpy` would prevent every later resize of the storage, which fully_shard needs for weights."""

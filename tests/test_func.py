@@ -28,6 +28,7 @@ def score(results: Any) -> Tensor:
     return output.square().sum() + sum(h.sin().sum() for h in as_tuple(last))
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("batched", [False, True])
 def test_per_sample_gradients_match_each_sample_alone(layer: Any, x: Tensor, batched: bool) -> None:
     """Lengths are vmapped too. Garbage in padding must not reach the gradients."""
@@ -47,6 +48,7 @@ def test_per_sample_gradients_match_each_sample_alone(layer: Any, x: Tensor, bat
             torch.testing.assert_close(found[name][n], parameter.grad, msg=name)
 
 
+@pytest.mark.slow_but_each(1)
 def test_per_sample_gradients_work_with_resets(layer: Any, x: Tensor) -> None:
     weights = dict(layer.named_parameters())
     resets, mask = torch.rand(4, 5) < 0.4, torch.rand(4, 5) < 0.7
@@ -99,6 +101,7 @@ def test_stacked_weights_run_as_ensemble(cell: str, x: Tensor) -> None:
             torch.testing.assert_close(a[k], b)
 
 
+@pytest.mark.slow_but_each(1)
 def test_jvp_agrees_with_gradient(layer: Any, x: Tensor) -> None:
     direction = torch.randn_like(x)
 

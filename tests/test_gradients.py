@@ -44,6 +44,7 @@ def functional(layer: Any, batch: int, steps: int, **given: Any) -> tuple[Any, l
     return run, inputs
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize(
     ("options", "given"), [({"bidirectional": True}, {"lengths": [2, 0, 3]}), ({"bias": False}, {})], ids=str
 )
@@ -131,6 +132,7 @@ def test_retained_graph_gives_same_gradients_twice(cell: str, backend: str) -> N
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("what", ["weight_ih_l0", "weight_hh_l0", "x"])
 def test_inplace_change_of_saved_tensor_is_refused(cell: str, backend: str, what: str) -> None:
     layer = masked(cell, backend=backend)
@@ -198,6 +200,7 @@ def test_checkpoint_gives_same_gradients(cell: str, backend: str) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize(
     ("backend", "sizes"),
     [(name, (4, 6, 3)) for name in ("auto", *BACKENDS)] + [("auto", (64, 6, 64)), ("auto", (100, 6, 64))],
@@ -235,6 +238,7 @@ def test_reentrant_checkpoint_draws_same_dropout(
         torch.testing.assert_close(found, own)
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("given", ["neither", "full", "lengths", "mask"])
 @pytest.mark.parametrize("options", every(bidirectional=[False, True], batch_first=[False, True]), ids=str)
 @pytest.mark.parametrize("cell", [*ONE_STATE_AND_TWO, "lstm"])  # each has kernels of its own
@@ -272,6 +276,7 @@ def assert_gradients_have_strides(layer: Any, leaves: Sequence[Tensor], given: d
         assert p.grad.stride() == p.stride(), (layer, name, list(given), tuple(p.shape), p.grad.stride())
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_gradient_has_strides_of_its_parameter(cell: str, backend: str, bidirectional: bool) -> None:
     """Sizes of 1 have strides too. DistributedDataParallel warns of other strides, and copies such gradients."""
@@ -296,6 +301,7 @@ def test_gradient_holds_under_allow_mutation_on_saved_tensors(cell: str, backend
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("kernel", ["packed", "padded"])
 @pytest.mark.parametrize("given", [{}, {"lengths": [3, 0, 4]}], ids=str)
 def test_kernel_without_double_backward_has_second_derivatives(
@@ -348,6 +354,7 @@ class Elements(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("backend", ["padded", "bptt", "scan"])  # the work of torch's packed kernel grows as the square
 @pytest.mark.parametrize("given", [{}, {"lengths": True}, {"mask": True}, {"resets": True}], ids=str)
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
@@ -396,6 +403,7 @@ def test_flattened_weights_form_one_chunk(cell: str, bias: bool) -> None:
         assert torch.equal(g, torch.ones_like(g))
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize(("batch_first", "dtype"), [(False, torch.float64), (True, torch.float32)])
 @pytest.mark.parametrize("given", [{}, {"lengths": [5, 2, 0]}, {"lengths": [5, 5, 5]}], ids=str)
 def test_inplace_output_change_is_right_or_refused(
@@ -420,6 +428,7 @@ def test_inplace_output_change_is_right_or_refused(
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("steps", [1, 4, 9])
 @pytest.mark.parametrize("given", [{}, {"lengths": [1, 1, 0]}, {"lengths": "full"}, {"mask": True}], ids=str)
@@ -435,6 +444,7 @@ def test_auto_returns_no_view_on_cpu(cell: str, batch_first: bool, steps: int, g
     assert output._is_view() <= (cell.startswith("lstm") and batch_first)
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
 @pytest.mark.parametrize("marks", ["lengths", "mask"])
 def test_state_of_empty_row_stays_isolated(cell: str, backend: str, marks: str, garbage: float) -> None:

@@ -69,6 +69,7 @@ def test_each_number_has_its_own_limit() -> None:
             assert_within(found, (16, 6))
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("layers", [1, 2, 3])

@@ -60,6 +60,7 @@ def results_and_gradients(layer: Any, x: Tensor, states: tuple[Tensor, ...] | No
     return [*results, *torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True)]
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("has_state", [False, True])
@@ -183,6 +184,7 @@ def test_ordinary_call_goes_lean_way_and_gives_same_bits(cell: str, form: str, m
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.skipif(not NATIVE, reason="without the native loops no call goes the lean way")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("shape", ["flat", "stacked", "strided"])

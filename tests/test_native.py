@@ -83,6 +83,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.slow_but_each(2)
 @needs_native
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("bidirectional", "dtype"), [(False, torch.float32), (True, torch.float64)])
@@ -98,6 +99,7 @@ def test_native_loops_match_loops_of_ops(cell: str, bidirectional: bool, shape: 
 EDGES = (*range(1, 18), 31, 32, 33, 63, 64, 65)
 
 
+@pytest.mark.slow_but_each(2)
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("level")
@@ -112,6 +114,7 @@ def test_sizes_at_tile_edges_match_loops_of_ops(cell: str, dtype: torch.dtype) -
         compare(layer, x, lengths=[3, *torch.randint(0, 4, (N - 1,)).tolist()])
 
 
+@pytest.mark.slow_but_each(2)
 @needs_native
 @pytest.mark.parametrize(("hidden", "fed_back"), [(2, 1), (9, 8), (33, 1), (40, 39), (150, 99)])
 @pytest.mark.parametrize("bidirectional", [False, True])
@@ -134,6 +137,7 @@ LENGTHS = {
 }
 
 
+@pytest.mark.slow_but_each(2)
 @needs_native
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("given", [*LENGTHS, "mask", "resets", "packed", "packed, sorted"])
@@ -155,6 +159,7 @@ def test_lengths_and_order_match_loops_of_ops(cell: str, given: str, bidirection
     compare(layer, x, **more)
 
 
+@pytest.mark.slow_but_each(2)
 @needs_native
 @pytest.mark.parametrize("wanted", ["input", "weights", "states alone"])
 @pytest.mark.parametrize("pulls", ["output", "last", "output and last"])
@@ -183,6 +188,7 @@ def test_native_loops_run(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not library.runs(torch.bfloat16)
 
 
+@pytest.mark.slow_but_each(2)
 @needs_native
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("own", [False, True], ids=["openmp", "own_threads"])
@@ -238,6 +244,7 @@ def test_concurrent_python_threads_give_same_results(own: bool, monkeypatch: pyt
             assert_close(each, once)
 
 
+@pytest.mark.slow_but_each(2)
 @needs_native
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES)

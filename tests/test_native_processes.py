@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from typing import Any
 
 import pytest
 import torch
-from support.native_loops import found, needs_native, run_python
+from support.native_loops import found, needs_native
+from support.processes import FRESH, run_code, start_server
 from torch import Tensor
 
 import masked_rnn
@@ -24,7 +26,7 @@ def test_expected_loops_run() -> None:
 @needs_native
 @forks
 def test_layer_runs_after_fork() -> None:
-    run_python("""
+    run_code("""
 import os, signal, torch
 torch.set_num_threads(2)
 import masked_rnn
@@ -44,7 +46,7 @@ assert os.waitpid(child, 0)[1] == 0
 @forks
 def test_layer_first_used_after_fork_runs() -> None:
     """The child has none of the parent's OpenMP threads, and the library was not loaded before."""
-    run_python("""
+    run_code("""
 import os, signal, torch
 torch.set_num_threads(2)
 import masked_rnn
@@ -65,7 +67,7 @@ assert os.waitpid(child, 0)[1] == 0
 @pytest.mark.parametrize("own", [False, True])
 def test_interrupts_leave_process_healthy(own: bool) -> None:
     """Interrupts come at any time: before a call, within it, after it."""
-    run_python(f"""
+    run_code(f"""
 import random, signal, torch
 import pytest
 from support.native_loops import make, train, use_own_threads
@@ -81,7 +83,7 @@ caught = 0
 signal.signal(signal.SIGALRM, signal.default_int_handler)
 for _ in range(100):
     try:
-        signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-4, 2e-2))
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-4, 1e-2))
         while True:
             train(layer, x, states)
     except KeyboardInterrupt:
@@ -95,13 +97,14 @@ for a, b in zip(train(layer, x, states), expected, strict=True):
 
 
 @needs_native
-@pytest.mark.parametrize("start", ["spawn", pytest.param("fork", marks=forks)])  # forkserver's are like spawn's
-def test_layer_runs_in_data_loader_worker(start: str) -> None:
+@pytest.mark.parametrize("start", [FRESH, pytest.param("fork", marks=forks)])
+def test_layer_runs_in_data_loader_worker(start: Any) -> None:
     """Features are computed there, while the layer trains here."""
     layer = masked_rnn.MaskedGRU(4, 8, backend="bptt", batch_first=True)
     features = Features(layer)
     expected = [features[k] for k in range(4)]
     layer(torch.randn(9, 40, 4))[0].sum().backward()
+    start_server()
     loader = torch.utils.data.DataLoader(features, 2, num_workers=1, multiprocessing_context=start, timeout=120)
     torch.testing.assert_close(torch.cat(list(loader)), torch.stack(expected))
 

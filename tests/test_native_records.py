@@ -101,6 +101,7 @@ def test_fields_are_those_of_the_header() -> None:
     assert [name for _, name in fields] == [*NUMBERS, *ARRAYS]
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("planned", PLANNED)
 @pytest.mark.parametrize("stack", [(1, False), (2, True)])
 def test_short_or_missing_array_is_refused(

@@ -28,6 +28,7 @@ LENGTHS = {
 }
 
 
+@pytest.mark.slow_but_each(3)
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize(("bias", "with_hx"), [(True, True), (False, False)])
@@ -57,6 +58,7 @@ MASKS = {
 }
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize(
     ("layers", "bidirectional", "batch_first"), [(1, False, True), (1, True, False), (2, False, False), (2, True, True)]
 )
@@ -75,6 +77,7 @@ def test_masks_match_each_sequence_alone(
         assert ran.pop() == ("bptt" if name == "nothing" else backend)
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("garbage", [float("nan"), -float("inf"), 1e38])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_padding_is_never_read(cell: str, backend: str, garbage: float, bidirectional: bool) -> None:
@@ -114,6 +117,7 @@ def test_long_sequence_runs_in_chunks(cell: str, monkeypatch: pytest.MonkeyPatch
             assert_same(call(layer, x, states, pulled, lengths=lengths), expected)
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize(("batch", "steps"), [(0, 5), (3, 0), (0, 0)])
 @pytest.mark.parametrize("given", ["lengths", "mask"])
 def test_call_without_steps_returns_hx(cell: str, backend: str, batch: int, steps: int, given: str) -> None:

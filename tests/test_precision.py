@@ -38,6 +38,7 @@ def errors(run: Any, truth: Any) -> tuple[float, float]:
     return forward, worst((g, truth.gradients[name]) for name, g in run.gradients.items())
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # test_oracle.py and test_scale.py have float64
 @pytest.mark.parametrize(
     ("backends", "bidirectional"), [(BACKENDS, True), (("bptt",), False)]
@@ -66,6 +67,7 @@ def test_error_stays_near_torchs_own(
         assert backward <= max(3 * their_worst[1], floor), backend
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_lengths_in_float32_match_oracle(cell: str, backend: str, bidirectional: bool) -> None:
     """float32 has other kernels than float64, oneDNN's among them."""
@@ -97,6 +99,7 @@ def test_second_derivatives_in_float32_match_scan(cell: str, backend: str) -> No
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_results_keep_input_dtype(cell: str, backend: str, dtype: torch.dtype) -> None:
     layer = masked(cell, backend=backend, num_layers=2, bidirectional=True).to(dtype)
@@ -110,6 +113,7 @@ def test_results_keep_input_dtype(cell: str, backend: str, dtype: torch.dtype) -
     assert output.isfinite().all()
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize(
     "case",
     every(
@@ -148,6 +152,7 @@ def test_autocast_matches_torch_dtypes(cell: str, backend: str, case: dict[str, 
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in ours.parameters())
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("kind", ["native", "ops"])
 def test_backward_under_autocast_is_unchanged(

@@ -7,18 +7,14 @@ import importlib.util
 import os
 import pydoc
 import re
-import sys
-import traceback
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
-from types import ModuleType
 from typing import Any, get_type_hints
 
 import pytest
 import torch
 from support.native_loops import SOURCES
 from support.oracle import torch_before
+from support.processes import run_code
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import masked_rnn
@@ -34,8 +30,6 @@ BLOCKS = [  # those that compile or export are slow, and most recipes
     for page in PAGES
     for k, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 ]
-FRESH: Any = get_context("forkserver" if hasattr(os, "fork") else "spawn")
-FRESH.set_forkserver_preload(["torch", "masked_rnn"])
 NEEDS = {
     "keras": (("tensorflow", "tf_keras"), "'.[reference]'", "MASKED_RNN_REQUIRE_TENSORFLOW"),
     "tensorflow": (("tensorflow", "tf_keras"), "'.[reference]'", "MASKED_RNN_REQUIRE_TENSORFLOW"),
@@ -63,29 +57,7 @@ def test_code_blocks_run(code: str, tmp_path: Path) -> None:
         missing = [package for package in packages if importlib.util.find_spec(package) is None]
         if missing and os.environ.get(required) != "1":
             pytest.skip(f"needs {' and '.join(missing)}: pip install {installed_by}")
-    result, sent = FRESH.Pipe(duplex=False)
-    process = FRESH.Process(target=run_as_main, args=(code, sent, tmp_path))
-    process.start()
-    sent.close()
-    try:
-        assert result.recv() == ""
-    finally:
-        process.join(240)
-        process.kill()
-
-
-def run_as_main(code: str, sent: Connection, folder: Path) -> None:
-    """Runs code as `python block.py` does, in `folder`, in a process that has torch and the package loaded."""
-    try:
-        os.chdir(folder)
-        main, path = ModuleType("__main__"), folder / "block.py"
-        path.write_text(code)
-        main.__file__ = str(path)  # a DataLoader's workers may import it
-        sys.modules["__main__"] = main
-        exec(compile(code, path, "exec"), vars(main))
-        sent.send("")
-    except BaseException:
-        sent.send(traceback.format_exc())
+    run_code(code, tmp_path)
 
 
 LAYERS = [masked_rnn.MaskedGRU, masked_rnn.MaskedLSTM, masked_rnn.MaskedRNN]

@@ -119,6 +119,7 @@ def test_nan_state_is_dropped_at_reset(cell: str, backend: str) -> None:
     assert not any(h.isnan().any() for h in as_tuple(last))
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("form", ["int", "mask", "none"])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_unbatched_resets_equal_batch_of_one(cell: str, backend: str, form: str, bidirectional: bool) -> None:
@@ -135,6 +136,7 @@ def test_unbatched_resets_equal_batch_of_one(cell: str, backend: str, form: str,
         torch.testing.assert_close(a, b[0])
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize(("batch", "steps"), [(0, 5), (3, 0), (0, 0)])
 def test_resets_without_steps_return_hx(cell: str, backend: str, batch: int, steps: int) -> None:
     layer = masked(cell, backend=backend, num_layers=2, bidirectional=True, batch_first=True).double()
@@ -148,6 +150,7 @@ def test_resets_without_steps_return_hx(cell: str, backend: str, batch: int, ste
         assert torch.equal(run.gradients[f"hx[{s}]"], pulled[1 + s])
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("options", [GRID[0], GRID[-1]], ids=str)
 def test_one_step_with_resets_matches_oracle(cell: str, backend: str, options: dict[str, Any]) -> None:
@@ -162,6 +165,7 @@ def test_one_step_with_resets_matches_oracle(cell: str, backend: str, options: d
         assert_same(call(layer, x, states, pulled, **arguments, resets=resets), expected, note=arguments)
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("flatten_hidden", [False, True])
 def test_stepwise_rollout_equals_whole_sequence(cell: str, backend: str, flatten_hidden: bool) -> None:
     layer = masked(cell, num_layers=2, backend=backend, batch_first=True, flatten_hidden=flatten_hidden).double()
@@ -176,6 +180,7 @@ def test_stepwise_rollout_equals_whole_sequence(cell: str, backend: str, flatten
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_resets_match_oracle_in_each_dtype(cell: str, backend: str, dtype: torch.dtype) -> None:
     layer = masked(cell, backend=backend, num_layers=2, bidirectional=True, batch_first=True).to(dtype)
@@ -343,6 +348,7 @@ def test_result_may_be_changed_in_place(cell: str, backend: str) -> None:
     (output.sum() + sum(h.sum() for h in as_tuple(last))).backward()
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_gradient_ignores_later_change_of_resets(cell: str, backend: str, steps: int) -> None:

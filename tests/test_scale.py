@@ -90,6 +90,7 @@ def their_run(layer: Any, x: Tensor, states: Any, pulled: Any, dtype: torch.dtyp
     return Run(output, as_tuple(last)).pull_back(pulled, wanted)
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("what", ["input and state", "weight", "gradient"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
@@ -109,6 +110,7 @@ def test_each_element_stays_near_torchs_error(
                 assert of(error) <= allowed(name, own[name], of, dtype), (ours.backend, scale, name)
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("scale", SCALES)
 def test_float64_matches_torch_at_every_scale(cell: str, backend: str, scale: float) -> None:
     """No wider type gives the truth, but two ways to compute it differ only by rounding."""
@@ -119,6 +121,7 @@ def test_float64_matches_torch_at_every_scale(cell: str, backend: str, scale: fl
         assert of(error) < 1e-13, name
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_decaying_state_keeps_its_digits(cell: str, backend: str, dtype: torch.dtype) -> None:
     """After the input has stopped, its remainder still has its digits after 60 steps."""
@@ -139,6 +142,7 @@ def test_decaying_state_keeps_its_digits(cell: str, backend: str, dtype: torch.d
     assert error.median().item() < (1e-5 if dtype == torch.float32 else 1e-13)
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_median_error_stays_near_torchs(cell: str, backend: str, dtype: torch.dtype) -> None:
     """If terms cancel, one element's error has no bound, but the errors of most elements have."""

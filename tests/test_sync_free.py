@@ -40,6 +40,7 @@ def _is_mask(index: Any) -> bool:
     return isinstance(index, Tensor) and index.dtype == torch.bool
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("given", ["lengths", "mask", "neither"])
 def test_padded_backend_never_waits(

@@ -88,6 +88,7 @@ def test_nested_input_is_refused_in_trace(backend: str) -> None:
         torch.jit.trace(lambda x: layer(nested)[0].values() + x, torch.zeros(()))
 
 
+@pytest.mark.slow_but_each(1)
 @pytest.mark.parametrize("given", ["lengths", "mask"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -153,6 +154,7 @@ def test_make_fx_keeps_no_lengths(cell: str, given: str) -> None:
             make_fx(lambda x, real: Model(layer, given)(x, real))(x, real)
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize(("batch", "steps"), [(0, 5), (3, 0), (0, 0)])
 @pytest.mark.parametrize("given", ["lengths", "mask"])
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
@@ -165,6 +167,7 @@ def test_fake_tensors_without_steps_run(cell: str, given: str, batch: int, steps
         output.sum().backward()
 
 
+@pytest.mark.slow_but_each(2)
 @pytest.mark.parametrize("given", ["lengths", "list", "mask", "packed", "neither", "unbatched"])
 @pytest.mark.parametrize(
     ("cell", "name"),

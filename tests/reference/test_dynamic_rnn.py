@@ -96,6 +96,7 @@ def random_cell(kind, rng):
     return cell(*(rng.normal(size=shape) for shape in shapes)), tuple(rng.normal(size=(N, H)) for _ in range(states))
 
 
+@pytest.mark.slow_but_each(3)
 @pytest.mark.parametrize("with_hx", [False, True], ids=["no hx", "hx"])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS)

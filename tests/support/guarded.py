@@ -1,9 +1,7 @@
 """Tensors whose memory ends, or begins, at a page that may not be touched, and layers run over them.
 
-    PYTHONPATH=tests python tests/support/guarded.py 0 < cases.json
-
-runs each case of a JSON list, forward and backward, and compares every result with `backend="scan"` over ordinary
-tensors. One access outside of a tensor ends the process: `run_cases` starts it, and says which case it died in.
+`check_case` runs a case forward and backward, and compares every result with `backend="scan"` over ordinary tensors.
+One access outside of a tensor ends the process: `processes.run_each` starts it, and says which case it died in.
 
 N batch, T time, I input, H hidden.
 """
@@ -11,19 +9,12 @@ N batch, T time, I input, H hidden.
 from __future__ import annotations
 
 import ctypes
-import json
 import mmap
-import os
 import random
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -32,7 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from support.oracle import CELLS, as_hx, as_tuple, masked, state_shapes
 
 Case = dict[str, Any]
-TESTS = Path(__file__).parent.parent
 PAGE = mmap.PAGESIZE
 FORMS = ("full", "lengths", "mask", "resets", "lengths and resets", "mask and resets", "packed", "nested", "unbatched")
 SIDES = ("end", "begin")
@@ -71,58 +61,6 @@ def random_cases(number: int, seed: int) -> list[Case]:
         }
         cases.append(case)
     return cases
-
-
-# In the parent process
-
-
-def run_cases(cases: Sequence[Case]) -> dict[int, str]:
-    return run_apart(__file__, cases)
-
-
-def run_apart(script: str, cases: Sequence[Any], deaths: int = 5) -> dict[int, str]:
-    """Runs a script that calls `run_each`. Returns its faults by the case's number.
-
-    A case that ends its process is one fault, and a new process runs the rest. After so many deaths the rest counts as
-    failed.
-    """
-    faults: dict[int, str] = {}
-    first = 0
-    while first < len(cases):
-        reached, ended = _run_child(script, cases, first, faults)
-        if ended == 0:
-            break
-        faults[reached] = f"the process ended with {ended}"
-        first = reached + 1
-        deaths -= 1
-        if not deaths:
-            faults.update(dict.fromkeys(range(first, len(cases)), "not run: too many processes have ended"))
-            break
-    return faults
-
-
-def _run_child(script: str, cases: Sequence[Any], first: int, faults: dict[int, str]) -> tuple[int, int]:
-    """Runs the cases from `first` on. Returns the last case that began, and the exit status."""
-    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    child = subprocess.run(
-        [sys.executable, script, str(first)],
-        input=json.dumps(list(cases)),
-        capture_output=True,
-        text=True,
-        # On a busy machine threads must not spin.
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"},
-    )
-    reached = first
-    for line in child.stdout.splitlines():
-        number, _, fault = line.partition(" ")
-        reached = int(number)
-        if fault:
-            faults[reached] = json.loads(fault)
-    assert child.returncode <= 0, f"case {cases[reached]}: {child.stderr}"
-    return reached, child.returncode
-
-
-# In the child process
 
 
 @cache
@@ -288,6 +226,8 @@ def run_case(case: Case, layer: Any, side: str | None) -> list[Tensor]:
 
 
 def check_case(case: Case) -> None:
+    import torch.fx.experimental.proxy_tensor  # needed to distinguish a recording from any other mode
+
     torch.manual_seed(case["seed"])
     layer = make_layer(case, "bptt")
     plain = make_layer(case, "scan")
@@ -313,22 +253,3 @@ def trespass(how: str, dtype: torch.dtype, side: str) -> None:
         number.value = b"1"
     else:
         assert number.value is not None
-
-
-def run_each(check: Callable[[Any], None]) -> None:
-    """Runs the cases in the child, and reports to `run_apart`."""
-    cases, first = json.load(sys.stdin), int(sys.argv[1])
-    for number in range(first, len(cases)):
-        print(number, end="", flush=True)
-        try:
-            check(cases[number])
-        except (Exception, pytest.fail.Exception) as error:
-            print("", json.dumps(f"{type(error).__name__}: {error}"[:2000]), flush=True)
-        else:
-            print(flush=True)
-
-
-if __name__ == "__main__":
-    import torch.fx.experimental.proxy_tensor  # needed to distinguish a recording from any other mode
-
-    run_each(check_case)
