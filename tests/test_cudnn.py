@@ -134,32 +134,30 @@ def test_gradient_has_strides_of_its_parameter(cell: str, bidirectional: bool, s
             assert p.grad.stride() == p.stride(), (layer.backend, name, tuple(p.shape), p.grad.stride())
 
 
-@pytest.mark.slow_but("lstm-proj")
+@pytest.mark.slow_but_each(1)
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", STATES)
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
-@pytest.mark.parametrize(
-    "options",
-    [{"num_layers": 2, "bidirectional": True}, pytest.param({"bias": False}, marks=pytest.mark.slow)],
-    ids=str,
-)
-def test_hx_of_any_layout_is_accepted(cell: str, form: str, options: dict[str, Any], operators: list[str]) -> None:
+@pytest.mark.parametrize("options", [{"num_layers": 2, "bidirectional": True}, {"bias": False}], ids=str)
+def test_hx_of_any_layout_is_accepted(
+    cell: str, form: str, kind: str, options: dict[str, Any], operators: list[str]
+) -> None:
     """Covers the flattened state that the layer returns, an expanded one, and others, in each form of a call."""
     batch_first = FORMS[form][0] == "padded"
     enforced = form == "empty-rows" and options.get("num_layers") == 2
     layer = masked(cell, backend="scan", batch_first=batch_first, enforce_sorted=enforced, **options).double()
     there, x = copy.deepcopy(layer).to(DEVICE), torch.randn(BATCH, STEPS, INPUT, dtype=torch.float64)
     states = random_states(layer, BATCH)
-    for k, kind in enumerate(STATES, list(FORMS).index(form)):
-        expected = run(layer, form, kind, x, states, "cpu")
-        for there.backend in ON_CUDNN[k % 2 :: 2]:  # each meets every form, and every kind in half of the forms
-            operators.clear()
-            if held_refuses_hx(there) and kind != "none" and form not in WITHOUT_PADDING:
-                with pytest.raises(ValueError, match=r"of an LSTM or RNN can't hold hx over it.*backend='auto'"):
-                    run(there, form, kind, x, states, DEVICE)
-                continue
-            for a, b in zip(run(there, form, kind, x, states, DEVICE), expected, strict=True):
-                torch.testing.assert_close(a, b, msg=lambda m, k=kind: f"{there.backend} {k}: {m}")
-            assert bool(operators) == (there.backend == "held" and form not in WITHOUT_PADDING)
+    expected = run(layer, form, kind, x, states, "cpu")
+    for there.backend in ON_CUDNN:
+        operators.clear()
+        if held_refuses_hx(there) and kind != "none" and form not in WITHOUT_PADDING:
+            with pytest.raises(ValueError, match=r"of an LSTM or RNN can't hold hx over it.*backend='auto'"):
+                run(there, form, kind, x, states, DEVICE)
+            continue
+        for a, b in zip(run(there, form, kind, x, states, DEVICE), expected, strict=True):
+            torch.testing.assert_close(a, b, msg=lambda m: f"{there.backend}: {m}")
+        assert bool(operators) == (there.backend == "held" and form not in WITHOUT_PADDING)
 
 
 @pytest.mark.slow_but_each(1)

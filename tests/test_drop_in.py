@@ -33,6 +33,7 @@ def test_layer_is_instance_of_torch_layer(cell: str) -> None:
     assert isinstance(masked(cell), type(plain(cell)))
 
 
+@pytest.mark.slow_but_each(1)
 @pytest.mark.parametrize(
     "options",
     every(num_layers=[1, 2], bias=[False, True], bidirectional=[False, True], batch_first=[False, True]),
@@ -162,6 +163,7 @@ def parametrized(layer: nn.Module, how: str) -> None:
         prune.random_unstructured(layer, "weight_ih_l0", 0.5)
 
 
+@pytest.mark.slow_but_each(1)
 @pytest.mark.parametrize("how", ["weight_norm", "all", "older weight_norm", "pruned"])
 def test_converted_layer_keeps_computed_weights(cell: str, how: str) -> None:
     theirs = plain(cell, num_layers=2, batch_first=True)
@@ -324,6 +326,7 @@ def test_call_changes_no_module_attribute(cell: str, backend: str) -> None:
     assert state() == before
 
 
+@pytest.mark.slow_but_each(1)
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 def test_meta_device_gives_shapes(cell: str, backend: str) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, device="meta", backend=backend)

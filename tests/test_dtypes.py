@@ -97,7 +97,9 @@ def test_cure_for_a_dtype_works(cell: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("cell", ["gru", "lstm-proj", "rnn-relu"])  # an RNN with relu takes integers
+@pytest.mark.parametrize(
+    "cell", ["gru", pytest.param("lstm-proj", marks=pytest.mark.slow), "rnn-relu"]
+)  # an RNN with relu takes integers
 def test_dtype_is_refused_as_torch_refuses_it(cell: str, dtype: torch.dtype, ran: list[str]) -> None:
     """Each backend and form raises torch.nn's type of error before anything runs, or takes what torch.nn takes."""
     x = cast(torch.randn(BATCH, STEPS, INPUT), dtype)
@@ -177,12 +179,16 @@ def test_integer_relu_rnn_matches_torch(backend: str, dtype: torch.dtype, given:
 
 @pytest.mark.parametrize(
     ("cell", "dtype"),
-    [("gru", torch.complex64), *((cell, torch.complex128) for cell in ("gru", "lstm", "lstm-proj"))],
+    [
+        ("gru", torch.complex64),
+        ("lstm-proj", torch.complex128),
+        *(pytest.param(cell, torch.complex128, marks=pytest.mark.slow) for cell in ("gru", "lstm")),
+    ],
 )
 def test_complex_layer_runs_in_every_form(cell: str, dtype: torch.dtype, ran: list[str]) -> None:
     """`auto` takes a backend that is right for one step, packed rows, no step, and a recorded graph."""
-    layer, x, _, states, _ = a_run(cell, dtype, {}, num_layers=2, bidirectional=True)
-    scan = masked(cell, batch_first=True, num_layers=2, bidirectional=True, backend="scan").to(dtype)
+    layer, x, _, states, _ = a_run(cell, dtype, {}, bidirectional=True)
+    scan = masked(cell, batch_first=True, bidirectional=True, backend="scan").to(dtype)
     scan.load_state_dict(layer.state_dict())
     one = {"lengths": [1, 0, 1, 1]}
     rows = [row[:n] for row, n in zip(x, [3, 5, 2, 1], strict=True)]

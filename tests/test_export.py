@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.oracle import INPUT, as_hx, as_tuple, masked, needs_torch, random_states, torch_before
+from support.oracle import INPUT, ONE_STATE_AND_TWO, as_hx, as_tuple, masked, needs_torch, random_states, torch_before
 from torch import Tensor, nn
 from torch.export import Dim, export
 
@@ -30,7 +30,9 @@ def flat(results: Any) -> list[Tensor]:
     return [results[0], *as_tuple(results[1])]
 
 
-@pytest.mark.parametrize(("cell", "strict"), [("gru", False), ("lstm-proj", False), ("lstm-proj", True)])
+@pytest.mark.parametrize(
+    ("cell", "strict"), [("gru", False), pytest.param("lstm-proj", False, marks=pytest.mark.slow), ("lstm-proj", True)]
+)
 def test_exported_layer_takes_other_sizes_and_lengths(cell: str, strict: bool, tmp_path: Any) -> None:
     layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True)
     x, lengths = torch.randn(3, 6, INPUT), torch.tensor([6, 0, 2])
@@ -47,6 +49,7 @@ def test_exported_layer_takes_other_sizes_and_lengths(cell: str, strict: bool, t
             exported(x, torch.tensor([1, 31, 0, 7, 2]))
 
 
+@pytest.mark.slow_but("lstm-proj")
 @pytest.mark.parametrize(("cell", "strict"), [("gru", True), ("lstm-proj", False)])
 def test_exported_layer_takes_masks_and_hx(cell: str, strict: bool) -> None:
     class WithMask(Model):
@@ -69,6 +72,7 @@ def test_exported_layer_takes_masks_and_hx(cell: str, strict: bool) -> None:
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow_but("lstm-proj")
 @pytest.mark.parametrize(("cell", "real"), [("gru", "lengths"), ("lstm-proj", "mask")])
 def test_exported_layer_takes_resets(cell: str, real: str) -> None:
     class WithResets(Model):
@@ -109,6 +113,7 @@ def test_exported_program_runs_in_fresh_process(tmp_path: Any) -> None:
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=600)
 
 
+@pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 def test_exported_layer_trains(cell: str) -> None:
     layer = masked(cell, bidirectional=True, batch_first=True)
     sizes = ({0: Dim("batch"), 1: Dim("time")}, {0: Dim("batch")})
@@ -165,14 +170,15 @@ def dynamic(arguments: tuple[Tensor, list[Tensor], Any]) -> Any:
 @pytest.mark.parametrize("given", ["lengths", "mask", "neither", "resets", "resets and lengths", "resets and mask"])
 @pytest.mark.parametrize(("strict", "with_hx"), [("strict", False), ("traced", True)], ids=["strict", "traced"])
 def test_scan_exports_one_loop_for_any_size(cell: str, strict: str, with_hx: bool, given: str) -> None:
-    layer = masked(cell, num_layers=2, bidirectional=True, batch_first=True, backend="scan")
+    layers = 2 if strict == "strict" else 1
+    layer = masked(cell, num_layers=layers, bidirectional=True, batch_first=True, backend="scan")
     model = WithAll(layer)
     first = everything(layer, 3, 6, given, with_hx)
     program = export(model, first, dynamic_shapes=dynamic(first), strict=strict == "strict")
     if given == "neither":
         program = program.run_decompositions()  # it refuses a loop whose results share memory
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    assert targets.count("scan") == 4
+    assert targets.count("scan") == 2 * layers
     assert not any("masked_rnn" in target or "sigmoid" in target for target in targets)
     exported = program.module()
     sizes_of_calls = [(1, 1), (1, 7), (5, 1), (4, 9), (0, 5)]
@@ -191,10 +197,10 @@ def test_scan_exports_one_loop_for_any_size(cell: str, strict: str, with_hx: boo
 
 
 @needs_torch("2.13", "a loop in a graph")
-@pytest.mark.slow_but("gru-True")
+@pytest.mark.slow_but("gru-False")
 @pytest.mark.parametrize("decomposed", [False, True])
 def test_exported_loop_trains(cell: str, decomposed: bool) -> None:
-    layer = masked(cell, bidirectional=True, batch_first=True, backend="scan")
+    layer = masked(cell, bidirectional=decomposed, batch_first=True, backend="scan")
     model = WithAll(layer)
     first = everything(layer, 3, 6, "resets and lengths", True)
     program = export(model, first, dynamic_shapes=dynamic(first))
@@ -212,6 +218,7 @@ def test_exported_loop_trains(cell: str, decomposed: bool) -> None:
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow_but("False")
 @pytest.mark.parametrize("strict", [False, True])
 def test_scan_without_loop_exports_steps(strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """So it is on releases of PyTorch without the loop."""

@@ -64,6 +64,7 @@ def _small(layer: Any, **given: Any) -> tuple[Any, list[Tensor]]:
     return run, inputs
 
 
+@pytest.mark.slow_but("bptt")
 @pytest.mark.parametrize(
     ("cell", "bidirectional", "given"),
     [*((cell, True, {"lengths": [2, 0, 3]}) for cell in CELLS), *((cell, False, {}) for cell in ONE_STATE_AND_TWO)],

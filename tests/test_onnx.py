@@ -14,10 +14,12 @@ from torch.export import Dim
 
 pytestmark = needs_torch("2.13", "torch.onnx.export(dynamo=True)")
 NODES = {"gru": "GRU", "lstm": "LSTM", "rnn-tanh": "RNN", "rnn-relu": "RNN"}
+STACKED = ((1, 2), (1, 0), (2, 0))
+"""How many layers of each kind, GRU, LSTM and RNN, a model has, and how many nodes of its stack come to them."""
 
 
 class Model(nn.Module):
-    """Several layers over the same input. The LSTM takes both states, the others the first."""
+    """Several layers over the same input. The LSTM takes both states, the others the first, and a stack none."""
 
     def __init__(self, layers: list[Any], given: str) -> None:
         super().__init__()
@@ -26,7 +28,8 @@ class Model(nn.Module):
     def forward(self, x: Tensor, real: Tensor | None, states: tuple[Tensor, ...] = ()) -> Any:
         results: list[Tensor] = []
         for layer in self.layers:
-            hx = as_hx(states if layer.mode == "LSTM" else states[:1]) if states else None
+            fits = len(states) > 0 and len(states[0]) == layer.num_layers * (2 if layer.bidirectional else 1)
+            hx = as_hx(states if layer.mode == "LSTM" else states[:1]) if fits else None
             output, last = layer(x, hx, **({} if real is None else {self.given: real}))
             results += [output, *as_tuple(last)]
         return tuple(results)
@@ -78,9 +81,10 @@ def compare(path: Any, layers: list[Any], given: str, arguments: tuple[Any, ...]
     ids=str,
 )
 def test_onnx_runtime_matches_layer(case: dict[str, Any], tmp_path: Any, ran: list[str]) -> None:
-    """One model has a layer of every cell."""
+    """One model has a layer of every cell, and a stack without biases."""
     options = {"num_layers": case["layers"], "bidirectional": case["bidirectional"], "batch_first": case["batch_first"]}
     layers = [masked(cell, **options) for cell in NODES]
+    layers.append(masked("gru", bias=False, num_layers=2, bidirectional=True, batch_first=case["batch_first"]))
 
     def arguments(batch: int, steps: int) -> tuple[Any, ...]:
         x = torch.randn(batch, steps, INPUT)
@@ -95,7 +99,7 @@ def test_onnx_runtime_matches_layer(case: dict[str, Any], tmp_path: Any, ran: li
     model = exported(layers, case["given"], arguments(3, 6), path)
     assert set(ran) == {"onnx"}
     kinds = [node.op_type for node in model.graph.node]
-    assert [kinds.count(kind) for kind in ("GRU", "LSTM", "RNN")] == [case["layers"] * k for k in (1, 1, 2)]
+    assert [kinds.count(kind) for kind in ("GRU", "LSTM", "RNN")] == [case["layers"] * k + of for k, of in STACKED]
     assert not {"Loop", "Scan", "If", "SequenceAt"} & set(kinds)
     for node in model.graph.node:
         if node.op_type in NODES.values():
@@ -104,13 +108,6 @@ def test_onnx_runtime_matches_layer(case: dict[str, Any], tmp_path: Any, ran: li
             assert {a.name: a.i for a in node.attribute}["linear_before_reset"] == 1
     for batch, steps in ((3, 6), (5, 4), (2, 11)):
         compare(path, layers, case["given"], arguments(batch, steps))
-
-
-def test_stacked_layer_without_bias_exports(tmp_path: Any) -> None:
-    layer = masked("gru", num_layers=2, bias=False, bidirectional=True, batch_first=True)
-    first = (torch.randn(3, 6, INPUT), torch.tensor([6, 0, 2]))
-    exported([layer], "lengths", first, tmp_path / "model.onnx")
-    compare(tmp_path / "model.onnx", [layer], "lengths", first)
 
 
 def test_resets_are_refused_with_reason() -> None:
@@ -129,6 +126,7 @@ def test_resets_are_refused_with_reason() -> None:
     assert "ONNX's nodes know no resets within a sequence" in str(refused.value)
 
 
+@pytest.mark.slow_but("held")
 @pytest.mark.parametrize("forced", ["padded", "bptt", "held"])
 def test_forced_backend_is_refused(forced: str) -> None:
     layer = masked("gru", backend=forced).eval()

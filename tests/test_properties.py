@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support.oracle import BACKENDS, CELLS, INPUT, as_tuple, masked
 from torch import Tensor
 
-SETTINGS = settings(max_examples=60, derandomize=True)
+SETTINGS = settings(max_examples=40, derandomize=True)
 
 
 @st.composite

@@ -69,6 +69,7 @@ def given_for(real: Any) -> tuple[dict[str, Any], Tensor]:
     return {"lengths": real}, prefix_mask(real, STEPS)
 
 
+@pytest.mark.slow_but_each(1)
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("options", [GRID[0], GRID[-1]], ids=str)
 def test_resets_match_each_segment_alone(cell: str, options: dict[str, Any], ran: list[str]) -> None:
@@ -227,6 +228,7 @@ def test_dropout_acts_between_layers_with_resets(cell: str, backend: str) -> Non
     torch.testing.assert_close(again, without)
 
 
+@pytest.mark.slow_but_each(1)
 @pytest.mark.parametrize("cell", CELLS)
 def test_second_derivatives_with_resets_pass_gradgradcheck(cell: str, backend: str) -> None:
     layer = masked(cell, backend=backend, batch_first=True, bidirectional=True).double()

@@ -64,7 +64,7 @@ def test_traced_layer_takes_other_lengths(cell: str, given: str, bidirectional: 
     layer = masked(cell, num_layers=2, bidirectional=bidirectional, batch_first=batch_first)
     model = Model(layer, given)
     for steps, full in ((5, True), (5, False), (1, True)):
-        traced = torch.jit.trace(model, arguments(layer, given, 3, steps, full))
+        traced = torch.jit.trace(model, arguments(layer, given, 3, steps, full), check_trace=False)
         for batch, steps in ((4, 7), (1, 3)):
             later = arguments(layer, given, batch, steps, False)
             same(traced(*later), model(*later))
@@ -138,6 +138,7 @@ def test_fx_treats_layer_as_leaf(cell: str) -> None:
         torch.fx.symbolic_trace(model.layer)
 
 
+@pytest.mark.slow_but_each(1)
 @pytest.mark.parametrize("given", ["lengths", "mask"])
 @pytest.mark.parametrize("cell", ONE_STATE_AND_TWO)
 def test_make_fx_keeps_no_lengths(cell: str, given: str) -> None:
@@ -182,16 +183,16 @@ def test_fake_tensors_give_shapes_or_reason(cell: str, given: str, name: str) ->
     """Forward and backward need shapes only. A backend that needs values is refused with the reason."""
     with FakeTensorMode():
         layer = masked(cell, bidirectional=True, batch_first=True, backend=name)
-        x = torch.randn(3, 5, INPUT, requires_grad=True)
-        lengths, mask = torch.tensor([5, 2, 1]), torch.ones(3, 5, dtype=torch.bool)
-        more: dict[str, Any] = {"lengths": {"lengths": lengths}, "list": {"lengths": [5, 2, 1]}}.get(given, {})
+        x = torch.randn(3, 3, INPUT, requires_grad=True)
+        lengths, mask = torch.tensor([3, 2, 1]), torch.ones(3, 3, dtype=torch.bool)
+        more: dict[str, Any] = {"lengths": {"lengths": lengths}, "list": {"lengths": [3, 2, 1]}}.get(given, {})
         input: Any = x[0] if given == "unbatched" else x
         if given == "mask":
             more = {"mask": mask}
         if given == "packed":
-            rows = torch.randn(8, INPUT, requires_grad=True)
+            rows = torch.randn(6, INPUT, requires_grad=True)
             order = torch.tensor([0, 1, 2])
-            input = PackedSequence(rows, torch.tensor([3, 2, 1, 1, 1]), order, order)
+            input = PackedSequence(rows, torch.tensor([3, 2, 1]), order, order)
         # torch.nn's own kernel reads the number of packed rows at each step.
         refuses = given == "packed" or (name in ("packed", "bptt") and given in ("lengths", "list", "mask"))
         if refuses:
