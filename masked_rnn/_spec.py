@@ -129,7 +129,12 @@ _make_once: Callable[..., Spec] = lru_cache(maxsize=256)(Spec)
 
 def make_spec(*configuration: Any) -> Spec:
     """Return the spec of these arguments: the same one each time, except while Dynamo compiles."""
-    return Spec(*configuration) if torch.compiler.is_compiling() else _make_once(*configuration)
+    if torch.compiler.is_compiling():
+        return Spec(*configuration)
+    try:
+        return _make_once(*configuration)
+    except TypeError:  # a fake tensor's size may be a symbol, which has no hash
+        return Spec(*configuration)
 
 
 def spec_of(layer: Configured) -> Spec:

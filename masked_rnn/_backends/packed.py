@@ -30,7 +30,7 @@ def run(call: Call) -> tuple[Tensor, States]:
         if order is not None:
             last = tuple(h.to(new.dtype).index_copy(1, order, new) for h, new in zip(call.states, last, strict=True))
         return output, last
-    if call.is_plain:
+    if call.is_full:
         return run_stack(call, call.data, call.states)
     plan = call.plan
     batch_sizes = torch.tensor(plan.batch_sizes, dtype=torch.int64, device="cpu")
@@ -44,4 +44,4 @@ def run(call: Call) -> tuple[Tensor, States]:
 
 def reads_input_directly(call: Call) -> bool:
     """Return whether the kernel reads the input directly: no row is gathered, and no value is read."""
-    return isinstance(call.form, Packed) or call.is_plain
+    return isinstance(call.form, Packed) or call.is_full

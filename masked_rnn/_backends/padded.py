@@ -31,13 +31,13 @@ def why_not(call: Call) -> str | None:
         return reason
     if not call.parameters[0].is_complex():
         return why_no_lstm_kernel(call, torch.is_grad_enabled())
-    if call.spec.mode == "LSTM" and not call.is_plain and not _has_one_step(call):
+    if call.spec.mode == "LSTM" and not call.is_full and not _has_one_step(call):
         return "it saturates an LSTM's gates over padding, where PyTorch's complex sigmoid is NaN"
     return None
 
 
 def run(call: Call) -> tuple[Tensor, States]:
-    if call.is_plain:
+    if call.is_full:
         return run_stack(call, call.data, call.states)
     if call.lengths is not None and _has_one_step(call):
         return _run_one_step(call, call.states, to_device(call.lengths == 0, call.data.device))

@@ -71,7 +71,7 @@ class Call:
         return self.zeros
 
     @property
-    def is_plain(self) -> bool:
+    def is_full(self) -> bool:
         """Whether this is a padded batch in which every step is real and no state is reset."""
         return not self.form.is_rows and self.lengths is None and self.mask is None and self.resets is None
 

@@ -15,7 +15,7 @@ from .._call.context import PLAIN
 from .._call.inputs import Padded
 from .._call.lengths import assert_range, check_range
 from .._cells import BackendName
-from .._spec import Spec
+from .._spec import Spec, make_spec
 
 
 class Arguments(NamedTuple):
@@ -40,14 +40,9 @@ class Arguments(NamedTuple):
         """Return the configuration of this one layer, as the shapes and the number of tensors imply it."""
         directions = self.initial[0].size(0)
         count = len(self.weights) // max(directions, 1)  # 2, with biases 4; with a projection one more
-        return Spec(
-            self.mode,
-            input_size=self.x.size(-1),
-            hidden_size=self.initial[-1].size(-1),
-            bias=count >= 4,
-            bidirectional=directions == 2,
-            proj_size=self.initial[0].size(-1) if self.mode == "LSTM" and count in (3, 5) else 0,
-        )
+        proj_size = self.initial[0].size(-1) if self.mode == "LSTM" and count in (3, 5) else 0
+        hidden_size = self.initial[-1].size(-1)
+        return make_spec(self.mode, self.x.size(-1), hidden_size, 1, count >= 4, directions == 2, proj_size)
 
     def open(self) -> Call:
         """Check the arguments, and return a call of this one layer.

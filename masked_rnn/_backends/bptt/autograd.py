@@ -28,7 +28,7 @@ def why_not(call: Call) -> str | None:
     context = call.context
     reason = context.only_scan
     if context is not PLAIN and not reason:
-        reason = call.why_unreadable(reads_plan=context.traced or context.cuda_graph or not call.is_plain)
+        reason = call.why_unreadable(reads_plan=context.traced or context.cuda_graph or not call.is_full)
     if reason or not call.parameters[0].is_complex():
         return reason
     return "its gradients are those of real numbers, and this layer is complex"

@@ -48,7 +48,7 @@ def why_not(call: Call) -> str | None:
     if not reason and not call.context.readable:
         reason = "torch.jit.trace, make_fx and FakeTensorMode can't follow it into cuDNN's operators"
     reason = reason or operators.why_not(call.data)
-    if reason or call.is_plain or call.spec.mode == "GRU" or call.initial is None or not call.spec.bidirectional:
+    if reason or call.is_full or call.spec.mode == "GRU" or call.initial is None or not call.spec.bidirectional:
         return reason
     return "padding comes first in the backward direction, and the gates of an LSTM or RNN can't hold hx over it"
 
@@ -87,7 +87,7 @@ class Held(NamedTuple):
 
 
 def run(call: Call) -> tuple[Tensor, States]:
-    if call.is_plain:
+    if call.is_full:
         return run_stack(call, call.data, call.states)
     number, grad_enabled = count(), torch.is_grad_enabled()
     x, real, lengths, restore = _padded(call)
