@@ -218,6 +218,17 @@ def test_exported_loop_trains(cell: str, decomposed: bool) -> None:
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+def test_complex_scan_exports_steps_with_gradients() -> None:
+    """PyTorch's loop has no gradients of complex numbers."""
+    layer = masked("gru", batch_first=True, backend="scan", dtype=torch.complex64)
+    x, lengths = torch.randn(3, 4, INPUT, dtype=torch.complex64), torch.tensor([4, 0, 2])
+    exported = export(Model(layer), (x, lengths)).module()
+    for a, b in zip(flat(exported(x, lengths)), flat(layer(x, lengths=lengths)), strict=True):
+        torch.testing.assert_close(a, b)
+    pulled = torch.autograd.grad(exported(x, lengths)[0].abs().sum(), list(exported.parameters()))
+    assert all(bool(d.abs().sum() > 0) for d in pulled)
+
+
 @pytest.mark.slow_but("False")
 @pytest.mark.parametrize("strict", [False, True])
 def test_scan_without_loop_exports_steps(strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
