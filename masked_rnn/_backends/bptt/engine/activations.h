@@ -1,5 +1,12 @@
 // sigmoid and tanh, with an error of at most two units in the last place at every size. Infinities and NaN give what
 // ATen gives. The code is plain arithmetic on one number; the compiler vectorizes the loops that call it.
+#pragma once
+
+#include <stdint.h>
+
+#include "level.h"
+
+LEVEL_BEGIN
 
 template <class T>
 struct Format;
@@ -7,7 +14,7 @@ template <>
 struct Format<float> {
     using Bits = uint32_t;
     static constexpr int fraction = 23, bias = 127, terms = 7;
-    static constexpr float least = -104.0f;  // exp of it is 0
+    static constexpr float zero_below = -104.0f;  // where exp is 0
     // ln 2 in two parts, the first of so few bits that its product with a whole number is exact.
     static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
 };
@@ -15,7 +22,7 @@ template <>
 struct Format<double> {
     using Bits = uint64_t;
     static constexpr int fraction = 52, bias = 1023, terms = 13;
-    static constexpr double least = -746.0;
+    static constexpr double zero_below = -746.0;
     static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
 };
 
@@ -57,7 +64,7 @@ ALWAYS_INLINE T exp_parts(T x, int added, T& power) {
 // e / (1 + e) or 1 / (1 + e), with e = exp(-|x|): neither form loses digits.
 template <class T>
 ALWAYS_INLINE T sigmoid(T x) {
-    constexpr T least = Format<T>::least;
+    constexpr T least = Format<T>::zero_below;
     const T down = -magnitude(x);
     T power;
     const T p = exp_parts(down <= least ? least : down, 64, power);
@@ -68,9 +75,12 @@ ALWAYS_INLINE T sigmoid(T x) {
 // -t / (2 + t), with t = exp(-2|x|) - 1, which loses no digits near 0.
 template <class T>
 ALWAYS_INLINE T tanh(T x) {
+    constexpr T least = -80;  // exp of it is a normal number, so small that t is -1 in both formats
     const T down = magnitude(x) * T(-2);
     T power;
-    const T p = exp_parts(down <= T(-80) ? T(-80) : down, 0, power);
+    const T p = exp_parts(down <= least ? least : down, 0, power);
     const T t = p * power + (power - 1);
     return with_sign(-t / (t + 2), x);
 }
+
+LEVEL_END

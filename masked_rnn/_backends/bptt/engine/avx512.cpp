@@ -7,6 +7,6 @@
 #define LEVEL_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"
 #endif
 #define REGISTER_BYTES 64
-#define TILE_ROWS_OF_THIS_CPU 8
-#include "level.h"
+#define TILE_ROWS 8
+#include "loops.h"
 #endif

@@ -1,12 +1,21 @@
 // One step of each cell and its derivative, for one row, in the letters of torch.nn's docs.
 //
-// `buffer` holds a row's activations in blocks of H numbers: before a step, the sums of its products and biases. The
-// recurrent product is in the first `gates` blocks, the input product in the last `gates`. A step may change states in
-// place. `delta` gets the gradients of these sums.
+// `activations` holds blocks of H numbers, in the order of the cell's table: before a step, the sums of products and
+// biases; after it, the gates. A step may change states in place. `delta` gets the gradients of these sums, in the same
+// blocks.
+#pragma once
+
+#include <stddef.h>
+
+#include "activations.h"
+#include "layer.h"
+#include "level.h"
+
+LEVEL_BEGIN
 
 template <class T>
 struct Row {
-    T* buffer;
+    T* activations;
     const T* h;  // before the step
     const T* c;
     T* h_after;
@@ -17,7 +26,7 @@ struct Row {
 // before the step that does not come through the recurrent product.
 template <class T>
 struct RowBack {
-    const T* buffer;
+    const T* activations;
     const T* h;
     const T* c;
     const T* h_after;
@@ -30,9 +39,22 @@ struct RowBack {
 
 // r, z = σ(W_i x + b_i + W_h h + b_h);  g = W_hn h + b_hn;  n = tanh(W_in x + b_in + r g);  h' = (1 - z) n + z h.
 struct Gru {
+    static constexpr CellTable TABLE = {
+        /* width */ 4,
+        {
+            {NONE, 2},  // g
+            {0, 0},     // r
+            {1, 1},     // z
+            {2, NONE},  // n
+        },
+        /* has_c */ false,
+        /* saves_activations */ true,
+        /* keeps_dh */ true,
+    };
+
     template <class T>
     static void step(ptrdiff_t H, const Row<T>& row) {
-        T *g = row.buffer, *r = g + H, *z = r + H, *n = z + H, *h_after = row.h_after;
+        T *g = row.activations, *r = g + H, *z = r + H, *n = z + H, *h_after = row.h_after;
         const T* h = row.h;
         SIMD
         for (ptrdiff_t j = 0; j < H; ++j) {
@@ -45,7 +67,7 @@ struct Gru {
 
     template <class T>
     static void step_back(ptrdiff_t H, const RowBack<T>& row) {
-        const T *g = row.buffer, *r = g + H, *z = r + H, *n = z + H, *h = row.h;
+        const T *g = row.activations, *r = g + H, *z = r + H, *n = z + H, *h = row.h;
         T *dg = row.delta, *dr = dg + H, *dz = dr + H, *dn = dz + H, *dh = row.dh;
         SIMD
         for (ptrdiff_t j = 0; j < H; ++j) {
@@ -61,10 +83,23 @@ struct Gru {
 
 // i, f, g, o = σ, σ, tanh, σ (W_i x + b_i + W_h h + b_h);  c' = f c + i g;  m = o tanh(c');  h' = m, or W_hr m.
 struct Lstm {
+    static constexpr CellTable TABLE = {
+        /* width */ 4,
+        {
+            {0, 0},  // i
+            {1, 1},  // f
+            {2, 2},  // g
+            {3, 3},  // o
+        },
+        /* has_c */ true,
+        /* saves_activations */ true,
+        /* keeps_dh */ false,
+    };
+
     // m goes to `h_after`.
     template <class T>
     static void step(ptrdiff_t H, const Row<T>& row) {
-        T *i = row.buffer, *f = i + H, *g = f + H, *o = g + H, *c_after = row.c_after, *m = row.h_after;
+        T *i = row.activations, *f = i + H, *g = f + H, *o = g + H, *c_after = row.c_after, *m = row.h_after;
         const T* c = row.c;
         SIMD
         for (ptrdiff_t j = 0; j < H; ++j) {
@@ -80,7 +115,8 @@ struct Lstm {
     // `dh` is the gradient of m.
     template <class T>
     static void step_back(ptrdiff_t H, const RowBack<T>& row) {
-        const T *i = row.buffer, *f = i + H, *g = f + H, *o = g + H, *c = row.c, *c_after = row.c_after, *dm = row.dh;
+        const T *i = row.activations, *f = i + H, *g = f + H, *o = g + H, *c = row.c, *c_after = row.c_after,
+                *dm = row.dh;
         T *di = row.delta, *df = di + H, *dg = df + H, *d_o = dg + H, *dc = row.dc, *m = row.m;
         SIMD
         for (ptrdiff_t j = 0; j < H; ++j) {
@@ -95,11 +131,22 @@ struct Lstm {
     }
 };
 
-// h' = tanh(W_i x + b_i + W_h h + b_h).
-struct RnnTanh {
+// The table of an RNN: one block, a = W_i x + b_i + W_h h + b_h.
+struct Rnn {
+    static constexpr CellTable TABLE = {
+        /* width */ 1,
+        {{0, 0}},
+        /* has_c */ false,
+        /* saves_activations */ false,
+        /* keeps_dh */ false,
+    };
+};
+
+// h' = tanh(a).
+struct RnnTanh : Rnn {
     template <class T>
     static void step(ptrdiff_t H, const Row<T>& row) {
-        const T* a = row.buffer;
+        const T* a = row.activations;
         T* h_after = row.h_after;
         SIMD
         for (ptrdiff_t j = 0; j < H; ++j) h_after[j] = tanh(a[j]);
@@ -114,11 +161,11 @@ struct RnnTanh {
     }
 };
 
-// h' = max(0, W_i x + b_i + W_h h + b_h). NaN stays NaN, and lets its gradient through, as in ATen.
-struct RnnRelu {
+// h' = max(0, a). NaN stays NaN, and lets its gradient through, as in ATen.
+struct RnnRelu : Rnn {
     template <class T>
     static void step(ptrdiff_t H, const Row<T>& row) {
-        const T* a = row.buffer;
+        const T* a = row.activations;
         T* h_after = row.h_after;
         SIMD
         for (ptrdiff_t j = 0; j < H; ++j) h_after[j] = a[j] <= 0 ? 0 : a[j];
@@ -133,19 +180,27 @@ struct RnnRelu {
     }
 };
 
-// What the loops know of a cell.
+inline CellTable table_of(int64_t cell) {
+    switch (cell) {
+        case GRU: return Gru::TABLE;
+        case LSTM: return Lstm::TABLE;
+        default: return Rnn::TABLE;
+    }
+}
+
 template <class T>
 struct Steps {
     void (*step)(ptrdiff_t H, const Row<T>&);
     void (*step_back)(ptrdiff_t H, const RowBack<T>&);
-    bool keeps_dh;  // whether h before a step has a share of the gradient that no product brings
 
     static Steps of(int64_t cell) {
         switch (cell) {
-            case GRU: return {Gru::step<T>, Gru::step_back<T>, true};
-            case LSTM: return {Lstm::step<T>, Lstm::step_back<T>, false};
-            case RNN_TANH: return {RnnTanh::step<T>, RnnTanh::step_back<T>, false};
-            default: return {RnnRelu::step<T>, RnnRelu::step_back<T>, false};
+            case GRU: return {Gru::step<T>, Gru::step_back<T>};
+            case LSTM: return {Lstm::step<T>, Lstm::step_back<T>};
+            case RNN_TANH: return {RnnTanh::step<T>, RnnTanh::step_back<T>};
+            default: return {RnnRelu::step<T>, RnnRelu::step_back<T>};
         }
     }
 };
+
+LEVEL_END

@@ -1,157 +1,153 @@
 // The forward loop through time: computes activations and states, first step first.
-//
-// B sequences, R rows that run, I input, H hidden, P state that is fed back, N = gates H.
+#pragma once
+
+#include <stddef.h>
+
+#include "basics.h"
+#include "cells.h"
+#include "gemm.h"
+#include "layer.h"
+#include "layout.h"
+#include "level.h"
+#include "pass.h"
+#include "threads.h"
+#include "weights.h"
+
+LEVEL_BEGIN
 
 template <class T>
-class ForwardPass {
+class ForwardPass : Pass {
   public:
     explicit ForwardPass(const Forward& run)
-        : run_(run),
-          layer_(run.layer),
-          sizes_(sizes_of(layer_.cell)),
-          steps_(Steps<T>::of(layer_.cell)),
-          division_(layer_),
-          H_(layer_.hidden),
-          P_(layer_.fed_back),
-          N_(sizes_.gates * H_),
-          free_((sizes_.width - sizes_.gates) * H_),
-          row_(sizes_.width * H_),
-          projects_(layer_.weights[0].w_hr.data),
-          saves_(layer_.history.data) {}
+        : Pass(run.layer), run_(run), steps_(Steps<T>::of(layer.cell)), saves_(layer.h_history.data) {}
 
     Fault operator()() {
-        take_memory();
-        if (!memory_.allocate()) return NO_MEMORY;
-        take_memory();
-        const ptrdiff_t tasks = layer_.directions * division_.sides;
-        const bool packs_any = w_ih_[0].is_packed || w_hh_[0].is_packed || (projects_ && w_hr_[0].is_packed);
-        const ptrdiff_t packs = packs_any ? layer_.directions * divide_up(N_, TILE_WIDTH<T>) : 0;
-        run_tasks(layer_, packs + 1, [&](ptrdiff_t k) {
-            if (k < packs)
-                pack(k % layer_.directions, k / layer_.directions);
-            else
-                clear_padding(layer_, in<T>(run_.output), rows_of_output(), run_.output_row, is_there_);
-        });
-        run_tasks(layer_, tasks, [&](ptrdiff_t k) {
-            const ptrdiff_t d = k % layer_.directions, side = k / layer_.directions, sides = division_.sides;
-            for (ptrdiff_t first = side; first < layer_.sequences; first += sides * division_.most)
-                run_block(Block{layer_, d, first, sides, division_.most}, k);
+        if (!memory_.allocate([&] { take_memory(); })) return NO_MEMORY;
+        pack(weights_, 1, [&](ptrdiff_t) { clear_padding(in<T>(run_.output), output_rows(), D * P, is_there_); });
+        run_tasks(layer, tasks, [&](ptrdiff_t task) {
+            run_blocks(task, [&](const SequenceBlock& block) { run_block(block, task); });
         });
         return nullptr;
     }
 
   private:
     const Forward& run_;
-    const Layer& layer_;
-    CellSizes sizes_;
-    Steps<T> steps_;
-    Division division_;
-    ptrdiff_t H_, P_, N_, free_, row_;
-    bool projects_, saves_;
-    Memory memory_;
-    Transposed<T> w_ih_[2], w_hh_[2], w_hr_[2];
-
-    // Of each task: activations that are not saved, the biases that each row starts from, and m.
-    T *buffers_, *biases_, *projected_;
+    const Steps<T> steps_;
+    const bool saves_;
+    LayerWeights<T, true> weights_;
+    // Of each task: activations that are not saved, the biases that each row starts from, and the LSTM's m.
+    T *scratch_, *biases_, *ms_;
     unsigned char* is_there_;
 
-    // The stride of these activations.
-    ptrdiff_t stride() const { return row_ + PADDING<T>; }
-    ptrdiff_t rows_of_output() const { return run_.output.size / run_.output_row; }
+    ptrdiff_t scratch_row() const { return width + PADDING<T>; }
+    ptrdiff_t output_rows() const { return run_.output.size / (D * P); }
 
     void take_memory() {
-        const ptrdiff_t products = products_in_steps(layer_);
-        for (ptrdiff_t d = 0; d < layer_.directions; ++d) {
-            const Weights& w = layer_.weights[d];
-            w_ih_[d].take(w.w_ih, N_, layer_.inputs, 0, products_at_once(layer_), memory_);
-            w_hh_[d].take(w.w_hh, N_, P_, (N_ - free_) % N_, products, memory_);
-            if (projects_) w_hr_[d].take(w.w_hr, P_, H_, 0, products, memory_);
+        weights_.take(layer, cell, true, memory_);
+        scratch_ = memory_.take<T>(tasks * MOST_ROWS * scratch_row());
+        biases_ = memory_.take<T>(tasks * width);
+        ms_ = memory_.take<T>(projects ? tasks * MOST_ROWS * H : 0);
+        is_there_ = memory_.take<unsigned char>(output_rows());
+    }
+
+    // The blocks' biases: b_ih + b_hh, except for the GRU's g and n, which are apart.
+    void write_biases(const Weights& w, T* row) const {
+        fill(width, row);
+        for (ptrdiff_t block = 0; w.b_ih.data && block < cell.width; ++block, row += H) {
+            const auto [in_w_ih, in_w_hh] = cell.blocks[block];
+            if (in_w_ih != NONE) add(H, in<const T>(w.b_ih) + in_w_ih * H, row);
+            if (in_w_hh != NONE) add(H, in<const T>(w.b_hh) + in_w_hh * H, row);
         }
-        const ptrdiff_t tasks = layer_.directions * division_.sides;
-        buffers_ = memory_.take<T>(tasks * MOST_ROWS * stride());
-        biases_ = memory_.take<T>(tasks * row_);
-        projected_ = memory_.take<T>(projects_ ? tasks * MOST_ROWS * H_ : 0);
-        is_there_ = memory_.take<unsigned char>(rows_of_output());
     }
 
-    void pack(ptrdiff_t d, ptrdiff_t p) {
-        w_ih_[d].pack(p);
-        w_hh_[d].pack(p);
-        if (projects_) w_hr_[d].pack(p);
-    }
-
-    // The initial value of a row's activations: b_ih + b_hh, except for the GRU's g, which starts from b_hn alone.
-    void write_biases(const Weights& w, T* begin) const {
-        const T *b_ih = in<const T>(w.b_ih), *b_hh = in<const T>(w.b_hh);
-        const ptrdiff_t joined = N_ - free_;
-        for (ptrdiff_t j = 0; j < free_; ++j) begin[j] = b_hh ? b_hh[joined + j] : T(0);
-        for (ptrdiff_t j = 0; j < N_; ++j) begin[free_ + j] = b_ih ? b_ih[j] + (j < joined ? b_hh[j] : T(0)) : T(0);
-    }
-
-    void run_block(const Block& block, ptrdiff_t task) const {
-        const ptrdiff_t d = block.direction, most = block.active(0);
-        T *buffer = buffers_ + task * MOST_ROWS * stride(), *biases = biases_ + task * row_;
-        T* projected = projects_ ? projected_ + task * MOST_ROWS * H_ : nullptr;
-        T *history = in<T>(layer_.history), *cells = in<T>(layer_.cells);
-        write_biases(layer_.weights[d], biases);
+    // A block on its way through the steps.
+    struct Way {
+        const SequenceBlock& block;
+        T *scratch, *biases, *ms;
         ptrdiff_t length[MOST_ROWS];
+        // Of each sequence: the states before and after a step. Without a history both are the caller's last state.
         T *h[MOST_ROWS], *c[MOST_ROWS] = {}, *h_after[MOST_ROWS], *c_after[MOST_ROWS] = {};
-        for (ptrdiff_t i = 0; i < most; ++i) {
-            const ptrdiff_t place = block.place(i);
-            h[i] = h_after[i] = block.state<T>(run_.h, place);
-            if (sizes_.has_c) c[i] = c_after[i] = block.state<T>(run_.c, place);
-            length[i] = i ? length[i - 1] : layer_.steps;
-            while (block.active(length[i] - 1) <= i) --length[i];
-            if (saves_) {
-                copy(P_, h[i], history + block.before(0, place) * P_);
-                if (sizes_.has_c) copy(H_, c[i], cells + block.before(0, place) * H_);
+        T* activations[TABLE];  // of the steps whose input product is there
+
+        explicit Way(const SequenceBlock& block) : block(block) { block.find_lengths(length); }
+    };
+
+    void run_block(const SequenceBlock& block, ptrdiff_t task) const {
+        Way way(block);
+        way.scratch = scratch_ + task * MOST_ROWS * scratch_row();
+        way.biases = biases_ + task * width;
+        way.ms = ms_ + task * MOST_ROWS * H;
+        write_biases(layer.weights[block.direction], way.biases);
+        take_states(way);
+        for (ptrdiff_t t = 0, stop; t < way.length[0]; t = stop) {
+            stop = multiply_inputs(way, t);
+            T** activations = way.activations;
+            for (ptrdiff_t s = t; s < stop; activations += block.active(s++)) run_step(way, s, activations);
+        }
+    }
+
+    void take_states(Way& way) const {
+        const SequenceBlock& block = way.block;
+        for (ptrdiff_t i = 0; i < block.active(0); ++i) {
+            const ptrdiff_t place = block.place(i), row = block.row_before(0, place);
+            way.h[i] = way.h_after[i] = block.state<T>(run_.h, place);
+            if (saves_) copy(P, way.h[i], in<T>(layer.h_history) + row * P);
+            if (!cell.has_c) continue;
+            way.c[i] = way.c_after[i] = block.state<T>(run_.c, place);
+            if (saves_) copy(H, way.c[i], in<T>(layer.c_history) + row * H);
+        }
+    }
+
+    // Computes W_ih x and the biases for some steps from t on. Returns the step after them.
+    ptrdiff_t multiply_inputs(Way& way, ptrdiff_t t) const {
+        const SequenceBlock& block = way.block;
+        const ptrdiff_t begin = width - GH;  // the first number of a row that the product is a part of
+        const T* x[TABLE];
+        T* product[TABLE];
+        ptrdiff_t rows = 0;
+        for (ptrdiff_t m; t < way.length[0] && (m = block.active(t), !rows || rows + m <= MOST_ROWS); ++t) {
+            for (ptrdiff_t i = 0; i < m; ++i, ++rows) {
+                const ptrdiff_t place = block.place(i);
+                x[rows] = in<const T>(layer.x) + I * block.caller_row(t, place, way.length[i], layer.input_is_padded);
+                T*& row = way.activations[rows];
+                row = way.scratch + rows * scratch_row();
+                if (saves_ && cell.saves_activations)
+                    row = in<T>(layer.activations) + block.row_of_activations(t, place) * width;
+                copy(begin, way.biases, row);
+                product[rows] = row + begin;
             }
         }
-        const T* x[TABLE];
-        T *own[TABLE], *gates[TABLE], *m_rows[MOST_ROWS];
-        for (ptrdiff_t t = 0; t < length[0];) {
-            // The input product of a group of steps, then these steps.
-            const ptrdiff_t first = t;
-            ptrdiff_t rows = 0;
-            for (ptrdiff_t m; t < length[0] && (m = block.active(t), !rows || rows + m <= MOST_ROWS); ++t) {
-                for (ptrdiff_t i = 0; i < m; ++i, ++rows) {
-                    const ptrdiff_t place = block.place(i);
-                    const ptrdiff_t row_of_x = block.row_at(t, place, length[i], layer_.input_is_padded);
-                    x[rows] = in<const T>(layer_.x) + row_of_x * layer_.x_row;
-                    own[rows] = saves_ && sizes_.saves_buffer
-                                    ? in<T>(layer_.buffer) + (d * layer_.rows + block.start(t) + place) * row_
-                                    : buffer + rows * stride();
-                    gates[rows] = own[rows] + free_;
-                    copy(free_, biases, own[rows]);
-                }
-            }
-            w_ih_[d].multiply(x, AT_ROW, biases + free_, gates, rows);
-            ptrdiff_t done = 0;
-            for (ptrdiff_t s = first; s < t; ++s) {
-                const ptrdiff_t m = block.active(s);
-                for (ptrdiff_t i = 0; saves_ && i < m; ++i) {
-                    const ptrdiff_t before = block.before(s, block.place(i)), after = block.after(s, block.place(i));
-                    h[i] = history + before * P_, h_after[i] = history + after * P_;
-                    if (sizes_.has_c) c[i] = cells + before * H_, c_after[i] = cells + after * H_;
-                }
-                w_hh_[d].multiply(h, AT_C, nullptr, own + done, m);
-                for (ptrdiff_t i = 0; i < m; ++i) {
-                    m_rows[i] = projects_ ? projected + i * H_ : h_after[i];
-                    steps_.step(H_, Row<T>{own[done + i], h[i], c[i], m_rows[i], c_after[i]});
-                }
-                if (projects_) w_hr_[d].multiply(m_rows, AT_ZERO, nullptr, h_after, m);
-                for (ptrdiff_t i = 0; i < m; ++i) {
-                    const ptrdiff_t place = block.place(i);
-                    const ptrdiff_t outside = block.row_at(s, place, length[i], layer_.output_is_padded);
-                    T* output = in<T>(run_.output) + outside * run_.output_row + d * P_;
-                    if (output != h_after[i]) copy(P_, h_after[i], output);  // the history may be the output
-                    if (saves_ && s == length[i] - 1) {
-                        copy(P_, h_after[i], block.state<T>(run_.h, place));
-                        if (sizes_.has_c) copy(H_, c_after[i], block.state<T>(run_.c, place));
-                    }
-                }
-                done += m;
+        weights_.w_ih[block.direction].multiply(x, AT_ROW, way.biases + begin, product, rows);
+        return t;
+    }
+
+    void run_step(Way& way, ptrdiff_t t, T* const* activations) const {
+        const SequenceBlock& block = way.block;
+        const ptrdiff_t d = block.direction, m = block.active(t);
+        for (ptrdiff_t i = 0; saves_ && i < m; ++i) {
+            const ptrdiff_t before = block.row_before(t, block.place(i)), after = block.row_after(t, block.place(i));
+            T *h = in<T>(layer.h_history), *c = in<T>(layer.c_history);
+            way.h[i] = h + before * P, way.h_after[i] = h + after * P;
+            if (cell.has_c) way.c[i] = c + before * H, way.c_after[i] = c + after * H;
+        }
+        weights_.w_hh[d].multiply(way.h, AT_C, nullptr, activations, m);
+        T* ms[MOST_ROWS];  // h, or what is projected to h
+        for (ptrdiff_t i = 0; i < m; ++i) {
+            ms[i] = projects ? way.ms + i * H : way.h_after[i];
+            steps_.step(H, Row<T>{activations[i], way.h[i], way.c[i], ms[i], way.c_after[i]});
+        }
+        if (projects) weights_.w_hr[d].multiply(ms, AT_ZERO, nullptr, way.h_after, m);
+        for (ptrdiff_t i = 0; i < m; ++i) {
+            const ptrdiff_t place = block.place(i);
+            const ptrdiff_t row = block.caller_row(t, place, way.length[i], layer.output_is_padded);
+            T* output = in<T>(run_.output) + row * D * P + d * P;
+            if (output != way.h_after[i]) copy(P, way.h_after[i], output);  // the history may be the output
+            if (saves_ && t == way.length[i] - 1) {
+                copy(P, way.h_after[i], block.state<T>(run_.h, place));
+                if (cell.has_c) copy(H, way.c_after[i], block.state<T>(run_.c, place));
             }
         }
     }
 };
+
+LEVEL_END

@@ -1,12 +1,10 @@
-// The record that Python passes to the library, and the records of one layer that stack.h makes of it. `../record.py`
-// has the same fields, in the same order.
+// The record that Python passes to the library. `../record.py` has the same fields, in the same order.
 //
-// T steps, R rows that run, B sequences that have a step, N all, I input, H hidden, D directions, L layers, P state that
-// is fed back (H, or proj_size).
+// T steps, R rows that run, B sequences that have a step, N all, I input, H hidden, D directions, L layers, P state
+// that is fed back (H, or proj_size).
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
+#include <stdint.h>
 
 namespace masked_rnn {
 
@@ -15,25 +13,16 @@ static_assert(sizeof(void*) == 8, "Python writes each address as a number of 64 
 
 enum Cell : int64_t { GRU, LSTM, RNN_TANH, RNN_RELU };
 
-// The number of a cell's gates, and of blocks of H numbers in its activations.
-struct CellSizes {
-    ptrdiff_t gates, width;
-    bool has_c, saves_buffer;
-};
-
-inline CellSizes sizes_of(int64_t cell) {
-    switch (cell) {
-        case GRU: return {3, 4, false, true};
-        case LSTM: return {4, 4, true, true};
-        default: return {1, 1, false, false};
-    }
-}
-
 // An address, and the number of elements there. Address 0: no array.
 struct Array {
     void* data;
     int64_t size;
 };
+
+template <class T>
+T* in(const Array& array) {
+    return static_cast<T*>(array.data);
+}
 
 // The address of GOMP_parallel, which runs a function on several threads and waits for them. 0: start new threads.
 using Parallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
@@ -86,69 +75,6 @@ struct Run {
     Array dc_first;
     Array dx;
     Array gradients;  // Array: as `weights`
-};
-
-struct Weights {
-    Array w_ih;  // (gates H, I)
-    Array w_hh;  // (gates H, P)
-    Array b_ih;  // (gates H), or none
-    Array b_hh;  // (gates H)
-    Array w_hr;  // (P, H), or none
-};
-
-// One state of each direction and sequence, at data + direction * direction_stride + sequence * sequence_stride.
-struct States {
-    void* data;
-    ptrdiff_t direction_stride, sequence_stride;
-};
-
-// What both passes know of one layer.
-struct Layer {
-    int64_t cell;
-    int64_t item_bytes;
-    int64_t directions;
-    int64_t batch;
-    int64_t sequences;
-    int64_t steps;
-    int64_t rows;
-    int64_t inputs;
-    int64_t hidden;
-    int64_t fed_back;
-    int64_t threads;
-    Parallel parallel;
-    int64_t input_is_padded;   // 1: x has the padded layout; 0: that of the rows that run
-    int64_t output_is_padded;  // the same for the output
-    ptrdiff_t sequence_stride, step_stride;  // of the padded layout, in rows, if there is no index
-    Array lengths;                           // as above. The tables are always there
-    Array sizes;
-    Array starts;
-    Array index;
-    Array order;
-    Array x;        // (rows, I)
-    int64_t x_row;  // the stride of a row of x, in numbers
-    Weights weights[2];
-    Array history;  // (D, B + R, P): the initial states, then the state after each row. None: nothing is saved
-    Array cells;    // (D, B + R, H): the same for the LSTM's c
-    Array buffer;   // (D, R, width H): the activations of each row
-};
-
-struct Forward {
-    Layer layer;
-    States h;      // the initial states, replaced by the last ones
-    States c;
-    Array output;  // (rows, D P)
-    int64_t output_row;
-};
-
-struct Backward {
-    Layer layer;
-    Array d_output;  // (rows, D P), or none
-    int64_t d_output_row;
-    States dh;  // the gradients of the last states, replaced by those of the initial ones
-    States dc;
-    Array dx;               // (rows, I), or none
-    Array dx_of_backward;   // the same for the second direction, which is added to dx
-    Weights gradients[2];  // or none
 };
 
 // Null: all is well. Else the reason why a call can't run.

@@ -1,5 +1,10 @@
-// The loops for one kind of CPU: a namespace, a register's width, and the instructions that the compiler may use.
-// Each of baseline.cpp, avx2.cpp and avx512.cpp defines these and includes this file once.
+// What differs from one kind of CPU to another: the namespace of its loops, a register's width, the rows of a tile, and
+// the instructions that the compiler may use. avx2.cpp and avx512.cpp define these; any other file, and any header that
+// is opened alone, is of the baseline.
+//
+// A header of the loops has its code between LEVEL_BEGIN and LEVEL_END, and its includes before, so that what is shared
+// is compiled for any CPU.
+#pragma once
 
 #if !defined(__GNUC__) && !defined(__clang__)
 #error "The loops need the vector types of GCC and Clang. Without them the loops of PyTorch's ops run."
@@ -10,51 +15,37 @@
 #error "Under -ffast-math, and under any part of it, the loops would give wrong numbers."
 #endif
 
-// The shared headers come first, so that they are compiled for any CPU.
-#include <stddef.h>
-#include <stdint.h>
-#include <stdlib.h>
-
-#include <utility>
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
+#if !defined(LEVEL)  // SSE2 on x86-64, NEON on arm64
+#define LEVEL baseline
+#define REGISTER_BYTES 16
+#if defined(__aarch64__)
+#define TILE_ROWS 8
+#else
+#define TILE_ROWS 6
+#endif
 #endif
 
-#include "interface.h"
-#include "threads.h"
+#define LEVEL_PRAGMA(text) _Pragma(#text)
+#if !defined(LEVEL_TARGET)
+#define LEVEL_PUSH
+#define LEVEL_POP
+#elif defined(__clang__)
+#define LEVEL_ATTRIBUTE(features) \
+    LEVEL_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define LEVEL_PUSH LEVEL_ATTRIBUTE(LEVEL_TARGET)
+#define LEVEL_POP LEVEL_PRAGMA(clang attribute pop)
+#else
+#define LEVEL_OPTION(features) LEVEL_PRAGMA(GCC target(features))
+#define LEVEL_PUSH LEVEL_PRAGMA(GCC push_options) LEVEL_OPTION(LEVEL_TARGET)
+#define LEVEL_POP LEVEL_PRAGMA(GCC pop_options)
+#endif
+
+#define LEVEL_BEGIN LEVEL_PUSH namespace masked_rnn::LEVEL {
+#define LEVEL_END \
+    }             \
+    LEVEL_POP
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 #define ALWAYS_INLINE_LAMBDA __attribute__((always_inline))
 #define NEVER_INLINE __attribute__((noinline))
 #define SIMD _Pragma("omp simd")
-
-#if defined(LEVEL_TARGET) && defined(__clang__)
-#define LEVEL_PRAGMA(text) _Pragma(#text)
-#define LEVEL_BEGIN(features) LEVEL_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
-LEVEL_BEGIN(LEVEL_TARGET)
-#elif defined(LEVEL_TARGET)
-#define LEVEL_PRAGMA(text) _Pragma(#text)
-#define LEVEL_BEGIN(features) LEVEL_PRAGMA(GCC target(features))
-LEVEL_BEGIN(LEVEL_TARGET)
-#endif
-
-namespace masked_rnn {
-namespace LEVEL {
-
-constexpr ptrdiff_t TILE_ROWS = TILE_ROWS_OF_THIS_CPU;
-
-#include "vec.h"
-#include "layout.h"
-#include "activations.h"
-#include "cells.h"
-#include "gemm.h"
-#include "weights.h"
-#include "loops.h"
-
-}  // namespace LEVEL
-}  // namespace masked_rnn
-
-#if defined(LEVEL_TARGET) && defined(__clang__)
-#pragma clang attribute pop
-#endif

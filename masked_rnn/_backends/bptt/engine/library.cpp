@@ -1,4 +1,4 @@
-// The library's functions. They find out the kind of CPU and run its loops; stack.h checks every pointer's size first.
+// The library's functions. They run the loops for a kind of CPU, after check.h has checked every array's size.
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <sys/mman.h>
@@ -10,6 +10,8 @@
 #include <vector>
 
 #include "interface.h"
+#include "layer.h"
+#include "plan.h"
 #include "stack.h"
 #include "threads.h"
 
@@ -21,15 +23,16 @@
 
 namespace masked_rnn {
 
-#define DECLARE(level)               \
-    namespace level {                \
-    Fault forward(const Forward&);   \
-    Fault backward(const Backward&); \
-    }
-DECLARE(baseline)
+namespace baseline {
+extern const Loops LOOPS;
+}
 #if defined(__x86_64__)
-DECLARE(avx2)
-DECLARE(avx512)
+namespace avx2 {
+extern const Loops LOOPS;
+}
+namespace avx512 {
+extern const Loops LOOPS;
+}
 #endif
 
 void run_on_own_threads(void (*function)(void*), void* data, int64_t more) {
@@ -64,8 +67,9 @@ bool is_supported(int64_t level) {
 // GNU's malloc asks the system anew for each block above 32 MiB. In pages of 4 KiB that takes 4 % of a training step.
 void ask_for_large_pages(const Run& run) {
 #if defined(MADV_HUGEPAGE)
-    constexpr size_t LEAST = size_t(32) << 20, PAGE = 4096;
-    const size_t begin = reinterpret_cast<size_t>(run.saved.data), end = begin + size_t(run.saved.size) * run.item_bytes;
+    constexpr size_t LEAST = size_t(32) << 20, PAGE = 4096;  // malloc's greatest threshold; madvise wants whole pages
+    const size_t begin = reinterpret_cast<size_t>(run.saved.data),
+                 end = begin + size_t(run.saved.size) * run.item_bytes;
     const size_t whole = (begin + PAGE - 1) / PAGE * PAGE;
     if (run.saved.data && end - begin >= LEAST) madvise(reinterpret_cast<void*>(whole), end - whole, MADV_HUGEPAGE);
 #else
@@ -73,23 +77,24 @@ void ask_for_large_pages(const Run& run) {
 #endif
 }
 
-Passes passes_of(int64_t level) {
+const Loops& loops_of(int64_t level) {
 #if defined(__x86_64__)
-    if (level == AVX512) return {avx512::forward, avx512::backward};
-    if (level == AVX2) return {avx2::forward, avx2::backward};
+    if (level == AVX512) return avx512::LOOPS;
+    if (level == AVX2) return avx2::LOOPS;
 #endif
-    return {baseline::forward, baseline::backward};
+    (void)level;
+    return baseline::LOOPS;
 }
 
-using Pass = Fault (Stack::*)(const Passes&);
+using Pass = Fault (Stack::*)() const;
 
 Fault check_and_run(const Run* run, int64_t level, Pass pass) {
     if (!is_supported(level)) return "level";
     try {
-        Stack stack(*run);
-        if (stack.fault) return stack.fault;
+        Stack stack(*run, loops_of(level));
+        if (const Fault fault = stack.check()) return fault;
         ask_for_large_pages(*run);
-        return (stack.*pass)(passes_of(level));
+        return (stack.*pass)();
     } catch (const std::bad_alloc&) {
         return NO_MEMORY;
     } catch (const std::length_error&) {
@@ -118,7 +123,9 @@ EXPORT void masked_rnn_count(const int64_t* lengths, int64_t batch, int64_t step
 }
 
 // Returns null, or the part of the record that does not fit, in words.
-EXPORT const char* masked_rnn_forward(const Run* run, int64_t level) { return check_and_run(run, level, &Stack::forward); }
+EXPORT const char* masked_rnn_forward(const Run* run, int64_t level) {
+    return check_and_run(run, level, &Stack::forward);
+}
 
 EXPORT const char* masked_rnn_backward(const Run* run, int64_t level) {
     return check_and_run(run, level, &Stack::backward);

@@ -3,7 +3,7 @@
 
 #include <atomic>
 
-#include "interface.h"
+#include "layer.h"
 
 namespace masked_rnn {
 
