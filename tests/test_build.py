@@ -110,6 +110,16 @@ def test_sources_refuse_fast_math() -> None:
         assert "the loops would give wrong numbers" in done.stderr
 
 
+def test_each_header_opens_alone() -> None:
+    """An editor shows a header as the compiler sees it, so each includes what it uses."""
+    assert COMPILER is not None
+    folder = SOURCES[0].parent
+    for header in sorted(folder.glob("*.h")):
+        command = [*COMPILER.split(), "-std=c++17", "-fsyntax-only", "-Wno-psabi", "-I", folder, "-x", "c++", "-"]
+        done = subprocess.run(command, input=f'#include "{header.name}"', capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", ["with a lock", "free"])
 def test_one_wheel_serves_every_python(threads: str, tmp_path: Path) -> None:

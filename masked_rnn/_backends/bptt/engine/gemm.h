@@ -16,8 +16,9 @@ template <class T, int M>
 NEVER_INLINE void multiply_rows(const T* const* a, const T* panel, ptrdiff_t depth, Start start, const T* row,
                                 T* const* c, ptrdiff_t column, ptrdiff_t count) {
     const RowsOfA<T, M> rows(a);
-    const auto product = [&](Vec<T>(&sums)[M][2])
-                             ALWAYS_INLINE_LAMBDA { add_product<T, M>(rows, panel, TILE_WIDTH<T>, depth, sums); };
+    const auto product = [&](TileSums<T, M>& sums) ALWAYS_INLINE_LAMBDA {
+        add_product<T, M>(rows, panel, TILE_WIDTH<T>, depth, sums);
+    };
     multiply_tile<T, M>(product, start, row, c, column, count);
 }
 
@@ -68,7 +69,7 @@ NEVER_INLINE void multiply_packed(const T* const* a, const Panels<T>& b, Start s
 template <class T, int M>
 NEVER_INLINE void multiply_columns_tile(const T* packed, const T* panel, ptrdiff_t depth, T* const* c, ptrdiff_t column,
                                         ptrdiff_t count) {
-    const auto product = [&](Vec<T>(&sums)[M][2]) ALWAYS_INLINE_LAMBDA {
+    const auto product = [&](TileSums<T, M>& sums) ALWAYS_INLINE_LAMBDA {
         add_product<T, M>(PackedColumnsOfA<T, M>{packed}, panel, TILE_WIDTH<T>, depth, sums);
     };
     multiply_tile<T, M>(product, AT_C, static_cast<const T*>(nullptr), c, column, count);

@@ -119,7 +119,7 @@ NEVER_INLINE void multiply_by_columns(const T* const* a, const T* b, const T* en
     // The last rows of B may be too near to its end for whole registers.
     ptrdiff_t safe = depth;
     while (safe && end - (b + (safe - 1) * stride) < TILE_WIDTH<T>) --safe;
-    const auto product = [&](Vec<T>(&sums)[M][2]) ALWAYS_INLINE_LAMBDA {
+    const auto product = [&](TileSums<T, M>& sums) ALWAYS_INLINE_LAMBDA {
         add_product<T, M>(rows, b, stride, safe, sums);
         for (ptrdiff_t k = safe; k < depth; ++k) {
             Vec<T> weights[2];

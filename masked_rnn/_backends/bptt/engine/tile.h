@@ -48,13 +48,17 @@ struct PackedColumnsOfA {
     ALWAYS_INLINE T at(int r, ptrdiff_t k) const { return begin[k * TILE_ROWS + r]; }
 };
 
+// The sums of a tile of M rows.
+template <class T, int M>
+using TileSums = Vec<T>[M][2];
+
 // sums += A B, for M rows and TILE_WIDTH columns of B: (depth, stride).
 template <class T, int M, class A>
-ALWAYS_INLINE void add_product(const A& a, const T* b, ptrdiff_t stride, ptrdiff_t depth, Vec<T> (&sums)[M][2]) {
+ALWAYS_INLINE void add_product(const A& a, const T* b, ptrdiff_t stride, ptrdiff_t depth, TileSums<T, M>& sums) {
     constexpr int PARTS = divide_up(SUMS_AT_ONCE, 2 * M);  // of the depth. With few rows, each part has sums of its own
     ptrdiff_t k = 0;
     if constexpr (PARTS > 1) {
-        Vec<T> part[PARTS][M][2] = {};
+        TileSums<T, M> part[PARTS] = {};
         for (; k + PARTS <= depth; k += PARTS) {
 #pragma GCC unroll 4
             for (int s = 0; s < PARTS; ++s) {
@@ -111,7 +115,7 @@ enum Start { AT_ZERO, AT_C, AT_ROW };
 template <class T, int M, class AddProduct>
 ALWAYS_INLINE void multiply_tile(const AddProduct& add_product, Start start, const T* row, T* const* c,
                                  ptrdiff_t column, ptrdiff_t count) {
-    Vec<T> sums[M][2] = {};
+    TileSums<T, M> sums = {};
     const bool whole = count >= TILE_WIDTH<T>;
     if (start == AT_C) {  // C may not be in the cache: prefetch it during the product, and add it last
 #pragma GCC unroll 16
