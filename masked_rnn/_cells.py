@@ -6,6 +6,7 @@ H hidden, P the state that is fed back (H, or proj_size), N batch, D directions,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from operator import attrgetter
 from typing import Literal, Protocol
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._spec import Configured, LayerWeights, Spec, States, Weights
+from ._spec import Configured, LayerWeights, Shape, Spec, States, Weights
 from ._torch import listed_weights
 
 BackendName = Literal["auto", "packed", "padded", "bptt", "scan", "held"]
@@ -54,14 +55,14 @@ def read_weights(layer: Layer, spec: Spec, traced: bool) -> list[Tensor]:
 SHAPE_OF = attrgetter("shape")
 
 
-def have_shapes(weights: Sequence[Tensor], shapes: list[torch.Size]) -> bool:
+def have_shapes(weights: Sequence[Tensor], shapes: list[Shape]) -> bool:
     try:
         return list(map(SHAPE_OF, weights)) == shapes
     except AttributeError:  # something that is no tensor stands in a parameter's place
         return False
 
 
-def _refuse_weights(layer: Layer, weights: Sequence[Tensor], names: list[str], shapes: list[torch.Size]) -> None:
+def _refuse_weights(layer: Layer, weights: Sequence[Tensor], names: list[str], shapes: list[Shape]) -> None:
     """Refuse a weight that is no tensor, or of another shape.
 
     PyTorch's ops broadcast some wrong shapes, and oneDNN's LSTM reads past the end of weights that are too small.
@@ -84,10 +85,10 @@ def _refuse_weights(layer: Layer, weights: Sequence[Tensor], names: list[str], s
             )
 
 
-def _check_traced_weights(layer: Layer, weights: Sequence[Tensor], names: list[str], shapes: list[torch.Size]) -> None:
+def _check_traced_weights(layer: Layer, weights: Sequence[Tensor], names: list[str], shapes: list[Shape]) -> None:
     """As `_refuse_weights`, without reading shapes: torch.jit.trace would record them, and fails for some weights."""
     for weight, name, shape in zip(weights, names, shapes, strict=True):
-        if weight.dim() != len(shape) or weight.nbytes != shape.numel() * weight.element_size():
+        if weight.dim() != len(shape) or weight.nbytes != prod(shape) * weight.element_size():
             raise RuntimeError(
                 f"Expected {name} of size {list(shape)}, got another. Give the {type(layer).__name__} a weight of that "
                 "size, or build a layer of the sizes that the weights have."

@@ -24,7 +24,7 @@ from ._call.context import PLAIN, find_context, records_gradients
 from ._call.states import close_states
 from ._cells import SHAPE_OF, Layer
 from ._memory import NotPlainError, addresses
-from ._spec import Spec, States, spec_of
+from ._spec import Shape, Spec, States, spec_of
 from ._torch import is_autocast_on, listed_weights
 
 BACKENDS = ("auto", "bptt")
@@ -82,7 +82,7 @@ FACTS = attrgetter("shape", "dtype", "is_cpu")
 
 
 @lru_cache(maxsize=256)
-def _ordinary_facts(spec: Spec, dtype: torch.dtype) -> list[tuple[torch.Size, torch.dtype, bool]]:
+def _ordinary_facts(spec: Spec, dtype: torch.dtype) -> list[tuple[Shape, torch.dtype, bool]]:
     return [(shape, dtype, True) for shape in spec.shapes]
 
 

@@ -16,6 +16,8 @@ GATES = {"GRU": 3, "LSTM": 4, "RNN_TANH": 1, "RNN_RELU": 1}
 """The number of gates, by `nn.RNNBase.mode`. A weight has H rows for each."""
 NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 """The names of the parameters, without the suffix `_l0`, `_l0_reverse`, ..."""
+Shape = tuple[int, ...]
+"""A plain tuple, because Dynamo in torch 2.6 can't make a `torch.Size`."""
 States = tuple[Tensor, ...]
 """(h,) or (h, c)"""
 
@@ -89,17 +91,23 @@ class Spec:
             return self
         return self.changed(input_size=self.output_width if k else self.input_size, num_layers=1)
 
-    def expected_weights(self) -> tuple[list[str], list[torch.Size]]:
+    def expected_weights(self) -> tuple[list[str], list[Shape]]:
         """Return the names and the shapes of the weights, in `torch.nn`'s order."""
         rows = self.gates * self.hidden_size
         has = (True, True, self.bias, self.bias, self.proj_size > 0)
         names, shapes = [], []
         for k in range(self.num_layers):
             width = self.output_width if k else self.input_size
-            every = [(rows, width), (rows, self.fed_back), (rows,), (rows,), (self.proj_size, self.hidden_size)]
+            every: list[Shape] = [
+                (rows, width),
+                (rows, self.fed_back),
+                (rows,),
+                (rows,),
+                (self.proj_size, self.hidden_size),
+            ]
             for suffix in ("", "_reverse")[: self.directions]:
                 names += [f"{name}_l{k}{suffix}" for name, here in zip(NAMES, has, strict=True) if here]
-                shapes += [torch.Size(shape) for shape, here in zip(every, has, strict=True) if here]
+                shapes += [shape for shape, here in zip(every, has, strict=True) if here]
         return names, shapes
 
     @cached_property
@@ -107,7 +115,7 @@ class Spec:
         return self.expected_weights()[0]
 
     @cached_property
-    def shapes(self) -> list[torch.Size]:
+    def shapes(self) -> list[Shape]:
         return self.expected_weights()[1]
 
     def group(self, tensors: Sequence[Tensor]) -> list[LayerWeights]:

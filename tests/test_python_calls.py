@@ -34,14 +34,14 @@ def counts_of(name: str, learns: bool) -> Counts:
     [  # release 1.6.0 had 162, 103, 18, 70 and 181, 111, 18, 74 with lengths; 26 and 42 calls for one step
         ("lengths", False, 46),
         ("lengths", True, 50),
-        ("one sequence", False, 38),
+        ("one sequence", False, 40),
         ("one sequence", True, 44),
-        ("one step", False, 38),
+        ("one step", False, 40),
         ("one step, lengths", False, 46),
     ],
 )
 def test_eager_call_runs_little_python(name: str, learns: bool, most: int) -> None:
-    """The limits allow a few more calls, because other tests may have loaded modules into this process."""
+    """The limits allow a few more calls, for modules that other tests loaded into this process, and for older torch."""
     assert counts_of(name, learns).calls <= most
 
 

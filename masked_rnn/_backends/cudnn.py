@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
 
+from .._spec import Shape
 from .._torch import is_autocast_on, share_storage
 
 
@@ -44,9 +46,9 @@ def in_one_chunk(parameters: Sequence[Tensor]) -> Sequence[Tensor]:
     return views_of(flat, [p.shape for p in parameters])
 
 
-def views_of(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+def views_of(flat: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
     """Return the weights of these shapes that lie in a chunk: first the matrices, then the biases."""
     order = sorted(range(len(shapes)), key=lambda k: -len(shapes[k]))
-    sizes = [shapes[k].numel() for k in order]
+    sizes = [prod(shapes[k]) for k in order]
     parts = dict(zip(order, flat[: sum(sizes)].split(sizes), strict=True))
     return [parts[k].view(shape) for k, shape in enumerate(shapes)]
