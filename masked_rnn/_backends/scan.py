@@ -41,7 +41,7 @@ def _makes_loop(call: Call) -> bool:
     """Return whether the graph gets a loop. Else it gets the steps of this call."""
     if call.context.captured_as != "operator" or graph_scan is None or is_transformed():
         return False
-    # Inductor computes wrong gradients of a loop. An exported program computes them without inductor, but PyTorch's loop
-    # has none of complex numbers.
+    # Inductor computes wrong gradients of a loop. An exported program computes them without inductor, except those of
+    # complex numbers, which PyTorch's loop lacks.
     has_gradients = torch.compiler.is_exporting() and not call.data.is_complex()
     return call.form.steps > 0 and (has_gradients or not call.records_gradients())
