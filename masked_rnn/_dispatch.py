@@ -80,7 +80,7 @@ def _run(name: str, call: Call) -> tuple[Tensor, States]:
 def _run_backend(name: str, call: Call) -> tuple[Tensor, States]:
     """Run a backend. On a CPU our loops compute bfloat16 and float16 in float32, and round their results."""
     backend, dtype = BACKENDS.get(name) or CAPTURED[name], call.data.dtype
-    computes_in = library.computes_in(dtype)
+    computes_in = library.WIDER.get(dtype, dtype)
     if computes_in == dtype or name not in ("bptt", "operator") or not call.data.is_cpu:
         return backend.run(call)
     output, states = backend.run(call.cast(computes_in))
@@ -135,7 +135,7 @@ def order(call: Call) -> Sequence[str]:
     draws_dropout = call.dropout > 0
     in_training = draws_dropout or call.records_gradients()
     if data.is_cpu:
-        faster = kernel_is_faster(call, in_training, library.runs(library.computes_in(data.dtype)))
+        faster = kernel_is_faster(call, in_training, library.runs(library.WIDER.get(data.dtype, data.dtype)))
         faster = faster and not why_no_lstm_kernel(call, draws_dropout or torch.is_grad_enabled())
         return ("padded", "bptt") if faster else ("bptt",)
     if call.resets is not None:

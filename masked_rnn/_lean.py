@@ -42,7 +42,7 @@ def run_lean(layer: Layer, input: Any, hx: Any, lengths: Any, resets: Any) -> tu
     weights = listed_weights(layer)
     if weights is None or layer.backend not in BACKENDS or find_context() is not PLAIN or is_autocast_on("cpu"):
         return None
-    spec, dtype, computes_in = spec_of(layer), input.dtype, library.computes_in(input.dtype)
+    spec, dtype, computes_in = spec_of(layer), input.dtype, library.WIDER.get(input.dtype, input.dtype)
     batch, steps, width = input.shape
     if not layer.batch_first:
         batch, steps = steps, batch

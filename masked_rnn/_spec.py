@@ -145,8 +145,10 @@ def make_spec(*configuration: Any) -> Spec:
         return Spec(*configuration)
 
 
-def spec_of(layer: Configured) -> Spec:
-    return make_spec(
+def spec_of(layer: Configured, compiling: bool = False) -> Spec:
+    """Return a layer's spec. Dynamo, if it is `compiling`, can't follow a cache."""
+    make = Spec if compiling else _make_once
+    return make(
         layer.mode,
         layer.input_size,
         layer.hidden_size,

@@ -199,7 +199,7 @@ FIELDS = tuple(field.name for field in fields(Call))
 def open_call(layer: Layer, input: Any, hx: Any, lengths: Any, mask: Any, resets: Any) -> Call:
     """Check a layer's arguments and bring them into one form."""
     context = find_context()
-    spec, form = spec_of(layer), open_input(context, layer, input)
+    spec, form = spec_of(layer, context.compiling), open_input(context, layer, input)
     parameters = read_weights(layer, spec, context.traced)
     check_input(context, layer, spec, form, parameters)
     if form.is_rows:

@@ -25,6 +25,8 @@ VARIABLE = "MASKED_RNN_CPU_CAPABILITY"
 """The environment variable that asks for the loops of a lesser CPU, or, by "none", for those of PyTorch's ops."""
 FOLDER = Path(__file__).parent
 OUT_OF_MEMORY = b"no memory"
+WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
+"""The dtypes that our loops compute in another one, whose results they then round"""
 Pass = Callable[[Any, int], bytes | None]
 """Takes a record and the level. Returns the part of the record that does not fit, in words. None: all is well."""
 
@@ -144,11 +146,6 @@ def count(place: int, batch: int, steps: int) -> Counts:
     counts = array("q", (0, 0, 0, 0))
     library.count_lengths(place, batch, steps, counts.buffer_info()[0])
     return Counts(*counts)
-
-
-def computes_in(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which our loops compute: float32 for half precision, whose results are then rounded."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def runs(dtype: torch.dtype) -> bool:
