@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.native_loops import use_loops_of_ops
 from support.oracle import (
     BACKENDS,
     CELLS,
@@ -157,6 +158,12 @@ def test_inplace_output_change_keeps_gradient(cell: str, backend: str, given: di
     found = torch.autograd.grad(layer(x, **given)[0].mul_(2).sum(), list(layer.parameters()))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_inplace_output_change_keeps_gradient_of_pytorchs_ops(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the output has the same rows as the saved states."""
+    use_loops_of_ops(monkeypatch)
+    test_inplace_output_change_keeps_gradient(cell, "bptt", {})
 
 
 def test_gradient_through_last_state_matches_scan(cell: str, backend: str) -> None:
