@@ -120,8 +120,8 @@ class Whole(nn.Module):
         super().__init__()
         self.before, self.layer = nn.Linear(INPUT, INPUT), masked(cell, batch_first=True, bidirectional=True)
 
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        output, _ = self.layer(self.before(x), lengths=lengths)
+    def forward(self, x: Tensor, lengths: Tensor, resets: Tensor) -> Tensor:
+        output, _ = self.layer(self.before(x), lengths=lengths, resets=resets)
         return output * 2
 
 
@@ -130,8 +130,8 @@ def test_fx_treats_layer_as_leaf(cell: str) -> None:
     traced = torch.fx.symbolic_trace(model)
     assert [str(n.target) for n in traced.graph.nodes if n.op == "call_module"] == ["before", "layer"]
     for lengths in ([5, 2, 0], [1, 5, 5]):
-        x, real = torch.randn(3, 5, INPUT), torch.tensor(lengths)
-        assert torch.equal(traced(x, real), model(x, real))
+        given = torch.randn(3, 5, INPUT), torch.tensor(lengths), torch.rand(3, 5) < 0.5
+        assert torch.equal(traced(*given), model(*given))
     with pytest.raises(
         torch.fx.proxy.TraceError, match=r"torch\.fx can't trace into Masked.* Trace a module that holds it"
     ):
