@@ -1,7 +1,7 @@
 """Compares from_keras with Keras itself: outputs, states, masks and refusals.
 
 Keras 3 runs on the backend that KERAS_BACKEND names, TensorFlow by default. Skipped where Keras is missing;
-MASKED_RNN_REQUIRE_TENSORFLOW=1 makes that a failure.
+MASKED_RNN_REQUIRE_TENSORFLOW=1 makes that a failure. One test needs no Keras: NumPy computes its equations.
 """
 
 import importlib.util
@@ -56,6 +56,48 @@ def built(keras, kind, bidirectional=False, features=I, **options):
 
 def as_array(value):
     return value.detach().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def step(kind, kernel, recurrent, bias, x, h, c):
+    """Returns the new states, by the equations in Keras's docs and with its order of gates."""
+    if kind == "GRU":
+        (z, r, new), (of_z, of_r, of_new) = (
+            np.split(a, 3, -1) for a in (x @ kernel + bias[0], h @ recurrent + bias[1])
+        )
+        z, r = sigmoid(z + of_z), sigmoid(r + of_r)
+        return z * h + (1 - z) * np.tanh(new + r * of_new), c
+    a = x @ kernel + h @ recurrent + bias
+    if kind == "SimpleRNN":
+        return np.tanh(a), c
+    i, f, new, o = np.split(a, 4, -1)
+    c = sigmoid(f) * c + sigmoid(i) * np.tanh(new)
+    return sigmoid(o) * np.tanh(c), c
+
+
+@pytest.mark.parametrize(("kind", "gates"), [("GRU", 3), ("LSTM", 4), ("SimpleRNN", 1)])
+def test_weights_are_read_without_keras(kind, gates):
+    random = np.random.default_rng(3)
+    shapes = [(I, gates * H), (H, gates * H), (2, gates * H) if kind == "GRU" else (gates * H,)]
+    weights = [random.normal(scale=0.5, size=shape) for shape in shapes]
+    config = {
+        "units": H,
+        "use_bias": True,
+        "activation": "tanh",
+        "recurrent_activation": "sigmoid",
+        "reset_after": True,
+    }
+    config |= {"go_backwards": False, "stateful": False, "dropout": 0, "recurrent_dropout": 0}
+    functions = {"get_config": lambda _: config, "get_weights": lambda _: weights, "built": True}
+    ours = LAYERS[kind].from_keras(type(kind, (), functions)())
+    x, h, c = random.normal(size=(N, T, I)), np.zeros((N, H)), np.zeros((N, H))
+    output, _ = ours(torch.from_numpy(x))
+    for t in range(T):
+        h, c = step(kind, *weights, x[:, t], h, c)
+        np.testing.assert_allclose(as_array(output[:, t]), h, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
