@@ -35,6 +35,11 @@ HOLD = 1e4
 """In every dtype, sigmoid(1e4) is 1 and sigmoid(-1e4) is 0: added to a gate's argument, it opens or shuts the gate."""
 
 
+def relu_drive(dtype: torch.dtype) -> float:
+    """Return a number that makes relu's argument negative. A quarter of the least one, so that the sum stays finite."""
+    return torch.finfo(dtype).min / 4
+
+
 def read_weights(layer: Layer, spec: Spec, traced: bool) -> list[Tensor]:
     """Return the weights in `torch.nn`'s order, of the shapes that the layer's configuration implies.
 

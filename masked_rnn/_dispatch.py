@@ -35,7 +35,7 @@ class Backend(Protocol):
 BACKENDS: dict[str, Backend] = {"packed": packed, "padded": padded, "bptt": bptt, "scan": scan, "held": held}
 CAPTURED: dict[str, Backend] = {"operator": custom_op, "onnx": onnx}
 """The forms in which a compiler or an exporter captures a layer."""
-CAPTURES = {"operator": ("auto", "bptt"), "onnx": ("auto",)}
+CAPTURABLE = {"operator": ("auto", "bptt"), "onnx": ("auto",)}
 """The values of a layer's `backend` that each form captures. `scan` is captured as its own ops."""
 TAKES_RESETS = ("scan", "operator")
 TAKES_AUTOCAST = ("packed", "padded", "held")
@@ -184,7 +184,7 @@ def _reads_plan(call: Call, name: str) -> bool:
 def _choose_captured(call: Call, wanted: str, captured_as: str) -> str:
     if wanted == "scan":
         return "scan"
-    if wanted not in CAPTURES[captured_as]:
+    if wanted not in CAPTURABLE[captured_as]:
         raise ValueError(
             f"backend={wanted!r} can't run this call: it is being compiled or exported, which goes through an operator "
             "of its own. Use backend='auto'."

@@ -1,7 +1,7 @@
 """The lean way in: runs an ordinary call without opening it, which for few steps would take longer than the loops.
 
-It knows only what makes a call ordinary. Any other call, and so every error, is left to `open_call` and the choice of a
-backend, which give an ordinary call the same results.
+It knows what makes a call ordinary, and asks `measured.py` which way is faster. Any other call, and so every error, is
+left to `open_call` and the choice of a backend, which give an ordinary call the same results.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ._memory import NotPlainError, addresses
 from ._spec import Shape, Spec, States, spec_of
 from ._torch import is_autocast_on, listed_weights
 
-BACKENDS = ("auto", "bptt")
+LEAN_BACKENDS = ("auto", "bptt")
 INT64, BOOL = torch.int64, torch.bool
 
 
@@ -40,7 +40,7 @@ def run_lean(layer: Layer, input: Any, hx: Any, lengths: Any, resets: Any) -> tu
     if type(input) is not Tensor or input.is_nested or input.dim() != 3 or not input.is_cpu:
         return None
     weights = listed_weights(layer)
-    if weights is None or layer.backend not in BACKENDS or find_context() is not PLAIN or is_autocast_on("cpu"):
+    if weights is None or layer.backend not in LEAN_BACKENDS or find_context() is not PLAIN or is_autocast_on("cpu"):
         return None
     spec, dtype, computes_in = spec_of(layer), input.dtype, library.WIDER.get(input.dtype, input.dtype)
     batch, steps, width = input.shape
@@ -62,17 +62,17 @@ def run_lean(layer: Layer, input: Any, hx: Any, lengths: Any, resets: Any) -> tu
         job = _job(layer, spec, batch, steps, lengths)
         if job is None:
             return None
-        kernel_wins = kernel_beats_native(spec, dtype, steps, batch) if job.lengths is None else None
-        if kernel_wins is not None and records_gradients(weights, (input,), first) is kernel_wins:
-            one_rnn_step = kernel_wins and resets is None
-            return _run_kernel(layer, spec, input, batch, given, weights) if one_rnn_step else None
+        records = records_gradients(weights, (input,), first)
+        if job.lengths is None and kernel_beats_native(spec, dtype, steps, batch, records):
+            is_rnn = not spec.has_cell_state and resets is None
+            return _run_kernel(layer, spec, input, batch, given, weights) if is_rnn else None
         if resets is not None and not _drop_states(job, input, resets, first):
             return None
         job.first_is_flat, job.last_is_flat = first_is_flat, layer.flatten_hidden
         if computes_in is not dtype:
-            output, last = _run_in_float32(job, input, first, weights)
+            output, last = _run_in_float32(job, input, first, weights, records)
         else:
-            output, last = run_job(job, input, first, weights)
+            output, last = run_job(job, input, first, weights, records)
     except NotPlainError:
         return None
     return output, last[0] if len(last) == 1 else last
@@ -105,8 +105,10 @@ def _run_kernel(
     return output, close_states(layer.flatten_hidden, last, False)
 
 
-def _run_in_float32(job: Job, input: Tensor, first: States, weights: list[Tensor]) -> tuple[Tensor, States]:
-    output, last = run_job(job, input.float(), [h.float() for h in first], [w.float() for w in weights])
+def _run_in_float32(
+    job: Job, input: Tensor, first: States, weights: list[Tensor], records: bool
+) -> tuple[Tensor, States]:
+    output, last = run_job(job, input.float(), [h.float() for h in first], [w.float() for w in weights], records)
     return output.to(input.dtype), tuple([h.to(input.dtype) for h in last])
 
 

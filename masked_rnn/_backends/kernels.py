@@ -78,7 +78,7 @@ def run_kernel(
     batch_first: bool = False,
     dropout: float = 0.0,
 ) -> tuple[Tensor, States]:
-    """Run a stack of layers over a padded batch, or over packed rows if `batch_sizes` are given."""
+    """Run a stack of layers over a padded batch, or over packed rows, so that cuDNN's can be differentiated twice."""
     if not cudnn.runs_cudnn(x):
         return call_kernel(spec, x, initial, parameters, batch_sizes, batch_first, dropout)
     initial = tuple(h.contiguous() for h in initial)  # cuDNN needs it; a flattened hx is not contiguous

@@ -17,14 +17,14 @@ LARGE, LARGE_STEP = 512, 32768
 """In inference, oneDNN's LSTM is faster than the native loops if H is at least LARGE, and N·H at least LARGE_STEP."""
 # Without the native loops: limits below which PyTorch's kernel is faster than the loops of PyTorch's ops.
 FEW_STEPS = 4
-"""Up to this many steps, PyTorch's kernel is faster than starting our loop. With lengths: up to one."""
+"""Up to this many steps, PyTorch's kernel is faster than our loop. With lengths: up to one."""
 SMALL_STEP, SHORT = 512, 16
-"""In inference, it is faster over less than SHORT steps if N·H is below SMALL_STEP."""
+"""In inference, it is faster over less than SHORT steps if N·H is below SMALL_STEP. Not oneDNN's LSTM: see below."""
 VECTOR = 16
 """The width of oneDNN's vectors. A smaller layer takes as long as one of this hidden size."""
 ONEDNN_STEP, WORTH_TRAINING, WORTH = 1400, 0.8, 1.6
 """oneDNN's LSTM is faster if N·w < ONEDNN_STEP + worth · R·w, where w is H, but at
-least VECTOR, R the mean of real rows at a step, and worth is WORTH_TRAINING in training, WORTH in inference."""
+least VECTOR, R the mean number of sequences at a step, and worth is WORTH_TRAINING in training, WORTH in inference."""
 
 
 def runs_all_steps_at_once(
@@ -49,16 +49,14 @@ def is_onednn_lstm(spec: Spec, dtype: torch.dtype) -> bool:
     return spec.mode == "LSTM" and not spec.proj_size and dtype == torch.float32 and has_onednn()
 
 
-def kernel_beats_native(spec: Spec, dtype: torch.dtype, steps: int, batch: int) -> bool | None:
-    """Return when PyTorch's kernel is faster than the native loops over a padded batch without lengths.
-
-    True: while gradients are recorded. False: while they are not. None: never.
-    """
+def kernel_beats_native(spec: Spec, dtype: torch.dtype, steps: int, batch: int, in_training: bool) -> bool:
+    """Return whether PyTorch's kernel is faster than the native loops over a padded batch without lengths."""
     if spec.mode == "LSTM":
-        large = batch * spec.hidden_size >= LARGE_STEP and spec.hidden_size >= LARGE
-        return False if large and is_onednn_lstm(spec, dtype) else None
-    # An RNN's gradient of one step is a few products, and autograd runs a function written in Python more slowly.
-    return True if steps == 1 and spec.mode != "GRU" and dtype.itemsize >= 4 else None
+        is_large = spec.hidden_size >= LARGE and batch * spec.hidden_size >= LARGE_STEP
+        return is_large and not in_training and is_onednn_lstm(spec, dtype)
+    # An RNN's gradient of one step is a few products, and autograd runs a function written in Python more slowly. In
+    # half precision, and for the GRU's larger gradient, the native loops are faster all the same.
+    return in_training and steps == 1 and spec.mode != "GRU" and dtype in (torch.float32, torch.float64)
 
 
 def kernel_is_faster(call: Call, in_training: bool, loops_are_native: bool) -> bool:
@@ -70,7 +68,7 @@ def kernel_is_faster(call: Call, in_training: bool, loops_are_native: bool) -> b
         return False
     N, T, H, lengths = call.form.batch, call.form.steps, call.spec.hidden_size, call.lengths
     if loops_are_native:
-        if lengths is None and kernel_beats_native(call.spec, call.data.dtype, T, N) is in_training:
+        if lengths is None and kernel_beats_native(call.spec, call.data.dtype, T, N, in_training):
             return True
         # Under autocast only the kernel computes in the lower precision.
         return lengths is None and is_onednn_lstm(call.spec, call.data.dtype) and is_autocast_on("cpu")

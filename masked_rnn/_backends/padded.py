@@ -1,10 +1,10 @@
 """PyTorch's kernel over the padded batch. It does not wait for the device, except for a nested tensor.
 
-The backward direction runs over rows that are reversed within their own length, so padding comes last in both
-directions. Outputs are zeroed at padding. The last h is gathered at each row's last step; an LSTM's c is held by its
-gates.
+The backward direction runs over sequences that are reversed within their own length, so padding comes last in both
+directions. Outputs are zeroed at padding. The last h is gathered at each sequence's last step; an LSTM's c is held by
+its gates.
 
-T time, N batch, I input, P the state that is fed back, D directions.
+T time, N batch, I input, H hidden, G gates, P the state that is fed back, D directions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._call import Call
-from .._cells import HOLD, stack_layers
+from .._cells import HOLD, relu_drive, stack_layers
 from .._plan import real_mask, reverse_index
 from .._spec import LayerWeights, Spec, States, Weights
 from .._torch import to_device
@@ -111,7 +111,7 @@ def run_padded(
 
 
 def _run_one_step(call: Call, initial: States, idle: Tensor) -> tuple[Tensor, States]:
-    """Run a batch of one step. Rows without a step, marked in `idle` (N,), run over zeros, and keep their state."""
+    """Run a batch of one step. Sequences without a step, marked in `idle` (N,), run over zeros and keep their state."""
     x, idle = call.data, idle.unsqueeze(1)
     at = idle.unsqueeze(1) if call.form.batch_first else idle
     zero = x.new_zeros(())
@@ -137,8 +137,7 @@ def _with_states_at_zero(x: Tensor, real: Tensor, w: Weights) -> tuple[Tensor, W
     Otherwise the state could grow there to infinity, and its gradient would be 0 · inf = NaN. The input is 1 at
     padding, with a weight that makes the argument of relu negative.
     """
-    lowest = torch.finfo(cudnn.running_dtype(x)).min
-    return _driven_at_padding(x, real, w, w.w_ih.new_full((w.w_hh.size(0),), lowest / 4))
+    return _driven_at_padding(x, real, w, w.w_ih.new_full((w.w_hh.size(0),), relu_drive(cudnn.running_dtype(x))))
 
 
 def _driven_at_padding(

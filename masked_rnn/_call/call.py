@@ -40,7 +40,7 @@ class Call:
     dropout: float
     """The probability of dropout between layers. 0 if none is drawn"""
     is_sorted: bool
-    """Whether lengths decrease, as `enforce_sorted=True` promises"""
+    """Whether lengths never increase, as `enforce_sorted=True` promises"""
     context: Context
     form: Form
     parameters: list[Tensor]
@@ -218,7 +218,7 @@ def open_call(layer: Layer, input: Any, hx: Any, lengths: Any, mask: Any, resets
         if initial is not None:
             initial = forget(initial, resets, lengths, layer.bidirectional)
         resets = None
-    real = form.batch_sizes if mask is None and lengths is None else lengths if mask is None else mask
+    real = mask if mask is not None else lengths if lengths is not None else form.batch_sizes
     context = context.seen_with(form.data, form.data if real is None else real, resets)
     dropout = float(layer.dropout) if layer.training and spec.num_layers > 1 else 0.0
     return Call(

@@ -59,7 +59,7 @@ def forget(
     lengths: Tensor | None,  # (N,)
     bidirectional: bool,
 ) -> States:
-    """Zero the state of each row that starts anew, in the forward direction. For a batch of one step."""
+    """Zero the state of each sequence that starts anew, in the forward direction. For a batch of one step."""
     device = states[0].device
     anew = to_device(resets[0].clone(), device)  # autograd saves it, and the caller may change the original
     if lengths is not None:

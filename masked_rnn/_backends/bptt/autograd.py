@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..._call import Call
-from ..._call.context import PLAIN, records_gradients
+from ..._call.context import PLAIN
 from ..._cells import SHAPE_OF
 from ..._spec import States, flatten_weights
 from ..double_backward import gradient_of, needs_another_backward
@@ -35,14 +35,14 @@ def why_not(call: Call) -> str | None:
 
 
 def run(call: Call) -> tuple[Tensor, States]:
-    job = job_of(call)
+    job, records = job_of(call), call.records_gradients()
     if not call.dropout:
-        return run_job(job, call.data, call.initial or (), call.parameters)
-    return _run_with_dropout(call, job)
+        return run_job(job, call.data, call.initial or (), call.parameters, records)
+    return _run_with_dropout(call, job, records)
 
 
 def job_of(call: Call) -> Job:
-    """Return how a call runs. A padded batch's lengths are planned where it runs; other forms have an index."""
+    """Return how a call runs. A padded batch's lengths are planned where it runs; other calls have a plan."""
     form, spec = call.form, call.spec
     if form.is_rows or call.mask is not None or not call.data.is_cpu:
         plan = call.plan
@@ -60,16 +60,17 @@ def run_job(
     x: Tensor,  # (N, T, I), (T, N, I) or (R, I)
     first: Sequence[Tensor],  # initial states in the job's layout; none: zeros
     weights: Sequence[Tensor],
+    records_gradients: bool,
 ) -> tuple[Tensor, States]:
-    """Return the output and the last states, and record a gradient if one is wanted."""
-    if records_gradients(weights, (x,), first):
+    """Return the output and the last states."""
+    if records_gradients:
         output, *last = ThroughTime.apply(job, len(first), x, *first, *weights)
         return output, tuple(last)
     output, last, _ = passes.forward(job, x, first, weights, save=False)
     return output, last
 
 
-def _run_with_dropout(call: Call, job: Job) -> tuple[Tensor, States]:
+def _run_with_dropout(call: Call, job: Job, records: bool) -> tuple[Tensor, States]:
     """Run each layer as a job of its own, with dropout over the rows that run in between."""
     spec, D = job.spec, job.spec.directions
     x, lasts = call.data, []
@@ -77,7 +78,7 @@ def _run_with_dropout(call: Call, job: Job) -> tuple[Tensor, States]:
         if k:
             x = F.dropout(x, call.dropout)
         initial = [h[k * D : (k + 1) * D] for h in call.initial or ()]
-        x, last = run_job(job.of_layer(k), x, initial, flatten_weights([weights]))
+        x, last = run_job(job.of_layer(k), x, initial, flatten_weights([weights]), records)
         lasts.append(last)
     return call.from_rows(x), tuple([torch.cat(states) for states in zip(*lasts, strict=True)])
 

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from ..._plan import Plan, plan_full, plan_padded
-from ..._spec import Spec, States
+from ..._spec import Shape, Spec, States
 from .ops_cells import CELLS
 
-Shape = tuple[int, ...]
 Gradients = tuple[Tensor | None, States, list[Tensor] | None]
 """Those of x, of the given initial states and of the weights. None: not wanted"""
 
@@ -122,7 +121,7 @@ class Parts(NamedTuple):
 
 
 def saved_parts(spec: Spec, sequences: int, rows: int) -> list[Parts]:
-    """Return what each layer saves. engine/stack.h has the same layout."""
+    """Return what each layer saves. engine/sizes.h has the same layout."""
     cell, lead = CELLS[spec.mode], (2,) if spec.directions == 2 else ()
     history: list[Shape] = [(*lead, sequences + rows, width) for width in spec.state_widths]
     buffer = (*lead, rows, cell.width * spec.hidden_size) if cell.saves_buffer else None

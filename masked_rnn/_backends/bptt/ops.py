@@ -101,7 +101,7 @@ def first_states(job: Job, given: Sequence[Tensor], like: Tensor) -> States:
 
 
 def dropped_states(job: Job) -> Tensor | None:
-    """Return a mask (L·D, N, 1) of the states that are dropped. None: none is."""
+    """Return a mask (L·D, N, 1) of the states that are dropped, as by `_call.states.forget`. None: none is."""
     if job.dropped is None:
         return None
     dropped = torch.tensor(list(job.dropped), dtype=torch.bool)

@@ -55,10 +55,6 @@ class Cell:
         """Return a recurrent weight or bias with its gates in the buffer's order."""
         return weight
 
-    def restore_gates(self, weight: Tensor) -> Tensor:
-        """Undo `order_gates`."""
-        return weight
-
     def sigmoid_slope(self, s: Tensor, out: Tensor) -> Tensor:
         """Return the derivative of s = σ(a) by a: s (1 - s)."""
         return torch.sub(self.one, s, out=out).mul_(s)
@@ -79,15 +75,21 @@ class Cell:
         raise NotImplementedError
 
     def local_derivatives(self, buffer: Tensor, before: States, after: States, out: Tensor) -> States:
-        """Return `out`, the factor that turns a state's gradient into each gate's; then any other factors."""
+        """Return `out`, the factor that turns a state's gradient into each gate's; then any other factors.
+
+        `out` has the gates in the order of the weights, not of the buffer.
+        """
         raise NotImplementedError
 
     def back_parts(self, derivatives: States, buffer: Tensor, grads: Sequence[Tensor]) -> States:
-        """Return the tensors that `run_back_` uses, besides the states' gradients."""
+        """Return the tensors that `run_back_` uses, besides the states' gradients.
+
+        Views of `grads`, the states' gradients at all rows, see what later steps of `run_back_` add to them.
+        """
         raise NotImplementedError
 
-    def run_back_(self, parts: Steps, grads: Steps, before: Steps, add_: AddProduct) -> None:
-        """Turn the factors into the gates' gradients, in place, and add the earlier states' gradients to `before`.
+    def run_back_(self, parts: Steps, grads: Steps, grads_before: Steps, add_: AddProduct) -> None:
+        """Turn the factors into the gates' gradients, in place, and add to the gradients of the states before.
 
         `add_` adds the gradient through the recurrent product to its first argument.
         """
@@ -107,9 +109,6 @@ class GRU(Cell):
 
     def order_gates(self, weight: Tensor) -> Tensor:
         return weight.roll(self.hidden, 0)
-
-    def restore_gates(self, weight: Tensor) -> Tensor:
-        return weight.roll(-self.hidden, 0)
 
     def parts(self, buffer: Tensor) -> States:
         H = self.hidden
@@ -135,8 +134,8 @@ class GRU(Cell):
         H = self.hidden
         return derivatives[0], derivatives[0].unflatten(-1, (3, H)), grads[0].unsqueeze(-2), buffer[..., 2 * H : 3 * H]
 
-    def run_back_(self, parts: Steps, grads: Steps, before: Steps, add_: AddProduct) -> None:
-        for rzg, gates, dh_for_gates, z, dh, dh_before in zip(*parts, *grads, *before, strict=True):
+    def run_back_(self, parts: Steps, grads: Steps, grads_before: Steps, add_: AddProduct) -> None:
+        for rzg, gates, dh_for_gates, z, dh, dh_before in zip(*parts, *grads, *grads_before, strict=True):
             gates.mul_(dh_for_gates)
             add_(dh_before, rzg)
             dh_before.addcmul_(dh, z)
@@ -186,11 +185,13 @@ class LSTM(Cell):
         ifg, o = d[..., : 3 * H].unflatten(-1, (3, H)), d[..., 3 * H :]
         return d, ifg, grads[1].unsqueeze(-2), o, k, buffer[..., H : 2 * H]
 
-    def run_back_(self, parts: Steps, grads: Steps, before: Steps, add_: AddProduct) -> None:
-        for ifgo, ifg, dc_for_each, o, k, f, dh, dc, dh_before, dc_before in zip(*parts, *grads, *before, strict=True):
+    def run_back_(self, parts: Steps, grads: Steps, grads_before: Steps, add_: AddProduct) -> None:
+        for ifgo, ifg, dc_for_ifg, o, k, f, dh, dc, dh_before, dc_before in zip(
+            *parts, *grads, *grads_before, strict=True
+        ):
             dm = dh if self.w_hr is None else self.mm(dh, self.w_hr)
             dc.addcmul_(dm, k)
-            ifg.mul_(dc_for_each)
+            ifg.mul_(dc_for_ifg)
             o.mul_(dm)
             add_(dh_before, ifgo)
             dc_before.addcmul_(dc, f)
@@ -218,8 +219,8 @@ class RNNTanh(Cell):
     def back_parts(self, derivatives: States, buffer: Tensor, grads: Sequence[Tensor]) -> States:
         return derivatives
 
-    def run_back_(self, parts: Steps, grads: Steps, before: Steps, add_: AddProduct) -> None:
-        for d, dh, dh_before in zip(*parts, *grads, *before, strict=True):
+    def run_back_(self, parts: Steps, grads: Steps, grads_before: Steps, add_: AddProduct) -> None:
+        for d, dh, dh_before in zip(*parts, *grads, *grads_before, strict=True):
             d.mul_(dh)
             add_(dh_before, d)
 

@@ -57,14 +57,14 @@ def forward(
     for states, first in zip(history, initial, strict=True):
         states.narrow(-2, 0, plan.sequences).copy_(packed_states(job, first))
 
-    add_ = recurrent_product(cell.join(*(cell.order_gates(d.w_hh) for d in weights)).mT)
-    products = [InputProduct(cell, d) for d in weights]
+    add_ = recurrent_product(cell.join(*(cell.order_gates(w.w_hh) for w in weights)).mT)
+    products = [InputProduct(cell, w) for w in weights]
     rows_in = rows_at(job, job.input_is_padded)
     states_at = [torch.split_with_sizes(h, [plan.sequences, *plan.batch_sizes], axis) for h in history]
     for chunk in chunks:
         rows = shared.narrow(-2, 0, chunk.rows) if buffer is None else buffer.narrow(-2, chunk.start, chunk.rows)
-        for d, product in enumerate(products):
-            product(_rows(x, rows_in[d], chunk), rows[d] if job.spec.bidirectional else rows)
+        for direction, product in enumerate(products):
+            product(_rows(x, rows_in[direction], chunk), rows[direction] if job.spec.bidirectional else rows)
         parts = [torch.split_with_sizes(part, chunk.sizes, axis) for part in cell.parts(rows)]
         stop = chunk.first + len(chunk.sizes)
         before = [_first_rows(views[chunk.first : stop], chunk) for views in states_at]
@@ -91,7 +91,7 @@ def backward(
     d_output, *d_last = grads
     plan, cell, (history, buffer) = job.plan, CELLS[job.spec.mode](job.spec, weights), saved
     chunks = _chunks(job, cell, x.element_size())
-    add_ = recurrent_product(cell.join(*(d.w_hh for d in weights)))
+    add_ = recurrent_product(cell.join(*(w.w_hh for w in weights)))
     rows_in = rows_at(job, job.input_is_padded)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if want_x else None
     dw = WeightGradients(cell, weights) if want_weights else None
@@ -121,7 +121,7 @@ def backward(
         if dw is not None:
             dw.add_recurrent(derivatives, before[0], d_rows[0])
         cell.input_gradient_(derivatives, d_rows)
-        for direction, d in enumerate(derivatives[0] if job.spec.bidirectional else derivatives[:1]):
+        for direction, d in enumerate(derivatives[0] if job.spec.bidirectional else [derivatives[0]]):
             if dx is not None:
                 _add_input_gradient(dx, rows_in[direction], chunk, d, weights[direction].w_ih)
             if dw is not None:

@@ -12,7 +12,7 @@ from .ops_cells import AddProduct, Cell
 
 
 def recurrent_product(w: Tensor) -> AddProduct:
-    """Return a function that adds h @ w to its first argument. w is (K, M) and h (b, K), or both are pairs of such."""
+    """Return a function that adds h @ w to its first argument. Both are matrices, or pairs of matrices."""
     product: Any = Tensor.addmm_ if w.dim() == 2 else Tensor.baddbmm_
     return lambda target, h: product(target, h, w)
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..._memory import copied
 from ..._plan import restore_states, sort_states
-from .job import Job, Shape
+from ..._spec import Shape
+from .job import Job
 
 
 def rows_at(job: Job, is_padded: bool) -> list[Tensor | None]:
@@ -36,26 +37,26 @@ def shape_of_both(job: Job, *sizes: int) -> Shape:
 
 def packed_states(
     job: Job,
-    states: Tensor,  # (D, N, H)
+    states: Tensor,  # (D, N, P or H)
 ) -> Tensor:
-    """Return the states of the sequences that run, in the plan's order: (D, B, H); (B, H) for one direction."""
+    """Return the states of the sequences that run, in the plan's order: (D, B, P or H); without D for one direction."""
     states = sort_states(states, job.plan)
     return states if job.spec.bidirectional else states[0]
 
 
 def final_states(
     job: Job,
-    history: Tensor,  # (D, B + R, H)
-    initial: Tensor,  # (D, N, H)
+    history: Tensor,  # (D, B + R, P or H)
+    initial: Tensor,  # (D, N, P or H)
 ) -> Tensor:
-    """Return each sequence's last state, (D, N, H). A sequence without steps keeps its initial one."""
+    """Return each sequence's last state, (D, N, P or H). A sequence without steps keeps its initial one."""
     last = history.index_select(-2, job.plan.sequences + job.plan.last)
     return restore_states(last if job.spec.bidirectional else last.unsqueeze(0), initial, job.plan)
 
 
 def last_gradient(
-    initial: Tensor,  # (D, N, H)
-    d_last: Tensor | None,  # (D, N, H)
+    initial: Tensor,  # (D, N, P or H)
+    d_last: Tensor | None,  # (D, N, P or H)
 ) -> Tensor:
     """Return a copy of the last state's gradient. For a sequence without steps it is the initial state's gradient."""
     if d_last is None:
@@ -65,9 +66,9 @@ def last_gradient(
 
 def initial_gradient(
     job: Job,
-    carried: Tensor | None,  # (D, B, H), None if no step ran
-    d_last: Tensor | None,  # (D, N, H)
-    initial: Tensor,  # (D, N, H)
+    carried: Tensor | None,  # (D, B, P or H), None if no step ran
+    d_last: Tensor | None,  # (D, N, P or H)
+    initial: Tensor,  # (D, N, P or H)
 ) -> Tensor:
     """Return the initial state's gradient: `carried` back through the steps; without steps, the last state's."""
     grad = last_gradient(initial, d_last)

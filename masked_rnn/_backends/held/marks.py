@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._cells import HOLD
+from ..._cells import HOLD, relu_drive
 from ..._spec import GATES, LayerWeights, Spec, Weights
 from ..._torch import current_stream, is_capturing
 from ..cudnn import views_of
 
 DRIVES: dict[str, dict[int, float]] = {"GRU": {1: HOLD}, "LSTM": {0: -HOLD, 1: HOLD}, "RNN_RELU": {0: -torch.inf}}
-"""The value that a mark adds to each gate, by the gate's index. -inf: a quarter of the dtype's least number"""
+"""The value that a mark adds to each gate, by the gate's index. -inf: as `relu_drive`"""
 
 
 def marks_for(spec: Spec, dtype: torch.dtype) -> int:
@@ -104,7 +104,7 @@ def _drive(mode: str, hidden: int, marks: int, dtype: torch.dtype, device: torch
     """Return the weights of the marks (G·H, marks). Only the first mark has any."""
     drive = torch.zeros(GATES[mode], hidden, marks, dtype=dtype, device=device)
     for gate, value in DRIVES[mode].items():
-        drive[gate, :, 0] = torch.finfo(dtype).min / 4 if value == -torch.inf else value
+        drive[gate, :, 0] = relu_drive(dtype) if value == -torch.inf else value
     return drive.flatten(0, 1)
 
 
