@@ -1,15 +1,15 @@
 // One step of each cell and its derivative, for one row, in the letters of torch.nn's docs.
 //
 // `activations` holds blocks of H numbers, in the order of the cell's table: before a step, the sums of products and
-// biases; after it, the gates. A step may change states in place. `delta` gets the gradients of these sums, in the same
-// blocks.
+// biases; after it, the gates, except the GRU's g and an RNN's a, which stay sums. A step may change states in place.
+// `delta` gets the gradients of these sums, in the same blocks.
 #pragma once
 
 #include <stddef.h>
 
-#include "activations.h"
 #include "layer.h"
 #include "level.h"
+#include "sigmoid_tanh.h"
 
 LEVEL_BEGIN
 
@@ -179,6 +179,8 @@ struct RnnRelu : Rnn {
         for (ptrdiff_t j = 0; j < H; ++j) da[j] = h_after[j] <= 0 ? 0 : dh[j];
     }
 };
+
+static_assert(CELL_COUNT == 4, "Each cell needs a case in both switches.");
 
 inline CellTable table_of(int64_t cell) {
     switch (cell) {

@@ -1,4 +1,5 @@
-// Checks a record before anything is read: its numbers, and that each array is as large as they imply.
+// Checks a record before anything is read: its numbers, and that each array is as large as they imply. plan.h checks
+// the lengths and the tables of a plan.
 #pragma once
 
 #include <stdint.h>
@@ -14,7 +15,7 @@ namespace masked_rnn {
 
 inline Fault check_numbers(const Run& run) {
     constexpr int64_t MOST_THREADS = 1 << 20;  // far from an overflow where it is a factor
-    if (run.cell < GRU || run.cell > RNN_RELU || (run.item_bytes != 4 && run.item_bytes != 8)) return "sizes";
+    if (run.cell < 0 || run.cell >= CELL_COUNT || (run.item_bytes != 4 && run.item_bytes != 8)) return "sizes";
     if ((run.directions != 1 && run.directions != 2) || run.layers < 1 || run.inputs < 0 || run.hidden < 1 ||
         run.fed_back < 1 || run.batch < 1 || run.steps < 1 || run.threads < 1 || run.threads > MOST_THREADS)
         return "sizes";

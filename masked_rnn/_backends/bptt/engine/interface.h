@@ -11,7 +11,7 @@ namespace masked_rnn {
 constexpr int64_t INTERFACE = 2;  // increase it when the record below changes
 static_assert(sizeof(void*) == 8, "Python writes each address as a number of 64 bits.");
 
-enum Cell : int64_t { GRU, LSTM, RNN_TANH, RNN_RELU };
+enum Cell : int64_t { GRU, LSTM, RNN_TANH, RNN_RELU, CELL_COUNT };
 
 // An address, and the number of elements there. Address 0: no array.
 struct Array {
@@ -66,7 +66,7 @@ struct Run {
     Array h_last;  // gets the last states
     Array c_last;
     Array output;  // (rows, D P), or none
-    Array saved;   // what backward needs, see stack.h; none: nothing is saved
+    Array saved;   // what backward needs, see sizes.h; none: nothing is saved
     // Backward reads the gradients of output and last states (none: zero), and writes the others (none: not wanted).
     Array d_output;
     Array dh_last;

@@ -1,7 +1,8 @@
-// The library's functions. They run the loops for a kind of CPU, after check.h has checked every array's size.
+// The library's functions. They run the loops for a kind of CPU, after plan.h and check.h have checked the record.
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include <stdexcept>
@@ -64,13 +65,14 @@ bool is_supported(int64_t level) {
     return level == BASELINE;
 }
 
-// GNU's malloc asks the system anew for each block above 32 MiB. In pages of 4 KiB that takes 4 % of a training step.
+// GNU's malloc asks the system anew for each block above 32 MiB, which takes less time in large pages.
 void ask_for_large_pages(const Run& run) {
 #if defined(MADV_HUGEPAGE)
-    constexpr size_t LEAST = size_t(32) << 20, PAGE = 4096;  // malloc's greatest threshold; madvise wants whole pages
+    constexpr size_t LEAST = size_t(32) << 20;          // malloc's greatest threshold
+    const size_t page = size_t(sysconf(_SC_PAGESIZE));  // madvise wants whole pages
     const size_t begin = reinterpret_cast<size_t>(run.saved.data),
                  end = begin + size_t(run.saved.size) * run.item_bytes;
-    const size_t whole = (begin + PAGE - 1) / PAGE * PAGE;
+    const size_t whole = (begin + page - 1) / page * page;
     if (run.saved.data && end - begin >= LEAST) madvise(reinterpret_cast<void*>(whole), end - whole, MADV_HUGEPAGE);
 #else
     (void)run;

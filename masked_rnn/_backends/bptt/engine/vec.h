@@ -1,7 +1,7 @@
 // A register of numbers as one value, in GCC's vector types.
 //
 // It is not a SIMD library's: that would replace these functions alone. The one that was looked at, Highway, has a tanh
-// with an error of 4 units in the last place; ours (activations.h) has 2.
+// with an error of 4 units in the last place; ours (sigmoid_tanh.h) has 2.
 #pragma once
 
 #include <stddef.h>
