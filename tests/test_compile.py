@@ -411,6 +411,26 @@ def test_operator_matches_eager_bit_for_bit(cell: str, steps: int, given: str) -
         assert torch.allclose(a, b, atol=1e-6) if cell == "lstm" else torch.equal(a, b)
 
 
+def test_operator_follows_lengths_and_resets_of_each_call() -> None:
+    """It keeps the segments of the latest call, for calls with the same lengths and resets."""
+    layer, x = masked("gru", batch_first=True, flatten_hidden=False), torch.randn(2, 3, INPUT)
+    some, others = torch.tensor([[0, 1, 0], [1, 0, 0]]).bool(), torch.tensor([[0, 0, 1], [0, 1, 1]]).bool()
+    for lengths, resets in (([3, 2], some), ([3, 2], others), ([1, 3], others), ([1, 3], some)):
+        results = torch.ops.masked_rnn.layer(
+            x,
+            torch.tensor(lengths),
+            resets.t(),
+            [torch.zeros(1, 2, 3)],
+            list(layer.parameters()),
+            "GRU",
+            True,
+            "auto",
+            False,
+        )
+        output, last = layer(x, lengths=lengths, resets=resets)
+        close(results[:2], [output, last])
+
+
 def test_operator_takes_resets_without_a_true_as_none() -> None:
     """As an eager call does: PyTorch's kernel runs one step of an RNN."""
     layer = masked("rnn-tanh")
