@@ -33,11 +33,12 @@ class BackwardPass : Pass {
         pack(weights_, wants_x_ ? D : 0,
              [&](ptrdiff_t d) { clear_padding(dx_of(d), dx_rows(), I, is_there_ + d * dx_rows()); });
         run_tasks(layer, tasks, [&](ptrdiff_t task) {
-            if (wants_weights_) gradients_.clear(task);
-            run_blocks(task, [&](const SequenceBlock& block) { run_block(block, task); });
+            Waiting waiting(task, deltas_ + task * deltas_of_task());
+            if (wants_weights_) gradients_.begin(task);
+            run_blocks(task, [&](const SequenceBlock& block) { run_block(block, waiting); });
+            multiply(waiting, task % D);
         });
-        if (wants_weights_)
-            run_tasks(layer, D * layer.threads, [&](ptrdiff_t k) { gradients_.join(k % D, k / D, layer.threads); });
+        if (wants_weights_) gradients_.finish();
         if (wants_x_ && D == 2) {
             const ptrdiff_t count = dx_rows() * I, part = divide_up(count, layer.threads);
             run_tasks(layer, layer.threads, [&](ptrdiff_t k) {
@@ -59,8 +60,8 @@ class BackwardPass : Pass {
     unsigned char* is_there_;
 
     void take_memory() {
-        weights_.take(layer, cell, wants_x_, memory_);
-        deltas_ = memory_.take<T>(tasks * DEPTH * delta_row<T>());
+        weights_.take(layer, cell, wants_x_, layer.steps > 1 || run_.wants_first, memory_);
+        deltas_ = memory_.take<T>(tasks * deltas_of_task());
         dms_ = memory_.take<T>(projects ? tasks * MOST_ROWS * H : 0);
         ms_ = memory_.take<T>(tasks * MOST_ROWS * H);
         if (wants_weights_) gradients_.take(memory_);
@@ -71,50 +72,72 @@ class BackwardPass : Pass {
 
     T* dx_of(ptrdiff_t direction) const { return in<T>(direction ? run_.dx_reverse : run_.dx); }
 
+    ptrdiff_t deltas_of_task() const {
+        return delta_row<T>() * (wants_weights_ && gradients_.keeps_rows ? split.rows : DEPTH);
+    }
+
+    // Rows of a task that were not yet multiplied for the gradients of the weights and the input.
+    struct Waiting {
+        const ptrdiff_t task;
+        T* deltas;
+        ptrdiff_t rows = 0;
+        const T *delta[TABLE], *h[TABLE], *x[TABLE];
+        T* dx[TABLE];
+
+        Waiting(ptrdiff_t task, T* deltas) : task(task), deltas(deltas) {}
+    };
+
+    void multiply(Waiting& waiting, ptrdiff_t direction) const {
+        const ptrdiff_t rows = waiting.rows;
+        if (wants_weights_) gradients_.add_rows(waiting.task, waiting.deltas, waiting.h, waiting.x, rows);
+        if (wants_x_) {
+            for (ptrdiff_t k = 0; k < rows; ++k) waiting.delta[k] += width - GH;
+            weights_.w_ih[direction].multiply(waiting.delta, AT_ZERO, nullptr, waiting.dx, rows);
+        }
+        if (wants_weights_ && gradients_.keeps_rows) waiting.deltas += rows * delta_row<T>();
+        waiting.rows = 0;
+    }
+
     // A block on its way through the steps.
     struct Way {
         const SequenceBlock& block;
-        const ptrdiff_t task;
-        T *deltas, *ms;
+        Waiting& waiting;
         ptrdiff_t length[MOST_ROWS];
         T *dh[MOST_ROWS], *dc[MOST_ROWS] = {}, *dm[MOST_ROWS];  // of each sequence; dm is dh unless h is a projection
-        // Of each row that was not yet multiplied for the gradients of the weights and the input:
-        const T *delta[TABLE], *h[TABLE], *x[TABLE];
-        T* dx[TABLE];
-        ptrdiff_t waiting = 0;
 
-        Way(const SequenceBlock& block, ptrdiff_t task) : block(block), task(task) { block.find_lengths(length); }
+        Way(const SequenceBlock& block, Waiting& waiting) : block(block), waiting(waiting) {
+            block.find_lengths(length);
+        }
     };
 
-    void run_block(const SequenceBlock& block, ptrdiff_t task) const {
-        Way way(block, task);
-        way.deltas = deltas_ + task * DEPTH * delta_row<T>();
-        way.ms = ms_ + task * MOST_ROWS * H;
+    void run_block(const SequenceBlock& block, Waiting& waiting) const {
+        Way way(block, waiting);
         for (ptrdiff_t i = 0; i < block.active(0); ++i) {
             way.dh[i] = block.state<T>(run_.dh, block.place(i));
             if (cell.has_c) way.dc[i] = block.state<T>(run_.dc, block.place(i));
-            way.dm[i] = projects ? dms_ + (task * MOST_ROWS + i) * H : way.dh[i];
+            way.dm[i] = projects ? dms_ + (waiting.task * MOST_ROWS + i) * H : way.dh[i];
         }
         for (ptrdiff_t t = way.length[0] - 1; t >= 0; --t) {
+            if (waiting.rows + block.active(t) > DEPTH) multiply(waiting, block.direction);
             run_step(way, t);
-            if (t == 0 || way.waiting + block.active(t - 1) > DEPTH) multiply_waiting(way);
         }
     }
 
     void run_step(Way& way, ptrdiff_t t) const {
         const SequenceBlock& block = way.block;
-        const ptrdiff_t d = block.direction, m = block.active(t), waiting = way.waiting;
+        const ptrdiff_t d = block.direction, m = block.active(t);
+        Waiting& waiting = way.waiting;
         for (ptrdiff_t i = 0; run_.d_output.data && i < m; ++i) {
             const ptrdiff_t row = block.caller_row(t, block.place(i), way.length[i], layer.output_is_padded);
             add(P, in<const T>(run_.d_output) + row * D * P + d * P, way.dh[i]);
         }
         if (projects) weights_.w_hr[d].multiply(way.dh, AT_ZERO, nullptr, way.dm, m);
         for (ptrdiff_t i = 0; i < m; ++i) {
-            const ptrdiff_t place = block.place(i), before = block.row_before(t, place), k = waiting + i;
+            const ptrdiff_t place = block.place(i), before = block.row_before(t, place), k = waiting.rows + i;
             const ptrdiff_t after = block.row_after(t, place);
             const ptrdiff_t row = block.caller_row(t, place, way.length[i], layer.input_is_padded);
-            T* delta = way.deltas + k * delta_row<T>();
-            T* m_again = way.ms + i * H;
+            T* delta = waiting.deltas + k * delta_row<T>();
+            T* m_again = ms_ + (waiting.task * MOST_ROWS + i) * H;
             if (projects) {
                 copy(P, way.dh[i], delta + width);
                 m_again = delta + width + P;
@@ -126,25 +149,16 @@ class BackwardPass : Pass {
                 c = in<const T>(layer.c_history) + before * H;
                 c_after = in<const T>(layer.c_history) + after * H;
             }
-            way.delta[k] = delta;
-            way.h[k] = history + before * P;
-            way.x[k] = in<const T>(layer.x) + row * I;
-            if (wants_x_) way.dx[k] = dx_of(d) + row * I;
-            steps_.step_back(H, RowBack<T>{activations, way.h[k], c, history + after * P, c_after, way.dm[i], way.dc[i],
-                                           delta, m_again});
+            waiting.delta[k] = delta;
+            waiting.h[k] = history + before * P;
+            waiting.x[k] = in<const T>(layer.x) + row * I;
+            if (wants_x_) waiting.dx[k] = dx_of(d) + row * I;
+            steps_.step_back(H, RowBack<T>{activations, waiting.h[k], c, history + after * P, c_after, way.dm[i],
+                                           way.dc[i], delta, m_again});
         }
-        weights_.w_hh[d].multiply(way.delta + waiting, cell.keeps_dh ? AT_C : AT_ZERO, nullptr, way.dh, m);
-        way.waiting += m;
-    }
-
-    void multiply_waiting(Way& way) const {
-        const ptrdiff_t rows = way.waiting;
-        if (wants_weights_) gradients_.add_rows(way.task, way.deltas, way.h, way.x, rows);
-        if (wants_x_) {
-            for (ptrdiff_t k = 0; k < rows; ++k) way.delta[k] += width - GH;
-            weights_.w_ih[way.block.direction].multiply(way.delta, AT_ZERO, nullptr, way.dx, rows);
-        }
-        way.waiting = 0;
+        if (t || run_.wants_first)
+            weights_.w_hh[d].multiply(waiting.delta + waiting.rows, cell.keeps_dh ? AT_C : AT_ZERO, nullptr, way.dh, m);
+        waiting.rows += m;
     }
 };
 

@@ -43,7 +43,7 @@ class ForwardPass : Pass {
     ptrdiff_t output_rows() const { return run_.output.size / (D * P); }
 
     void take_memory() {
-        weights_.take(layer, cell, true, memory_);
+        weights_.take(layer, cell, true, true, memory_);
         scratch_ = memory_.take<T>(tasks * MOST_ROWS * scratch_row());
         biases_ = memory_.take<T>(tasks * width);
         ms_ = memory_.take<T>(projects ? tasks * MOST_ROWS * H : 0);

@@ -67,26 +67,31 @@ NEVER_INLINE void multiply_packed(const T* const* a, const Panels<T>& b, Start s
 }
 
 template <class T, int M>
-NEVER_INLINE void multiply_columns_tile(const T* packed, const T* panel, ptrdiff_t depth, T* const* c, ptrdiff_t column,
-                                        ptrdiff_t count) {
+NEVER_INLINE void multiply_columns_tile(const T* packed, const T* panel, ptrdiff_t depth, Start start, T* const* c,
+                                        ptrdiff_t column, ptrdiff_t count) {
     const auto product = [&](TileSums<T, M>& sums) ALWAYS_INLINE_LAMBDA {
         add_product<T, M>(PackedColumnsOfA<T, M>{packed}, panel, TILE_WIDTH<T>, depth, sums);
     };
-    multiply_tile<T, M>(product, AT_C, static_cast<const T*>(nullptr), c, column, count);
+    multiply_tile<T, M>(product, start, static_cast<const T*>(nullptr), c, column, count);
 }
 
-// C += Aᵀ B for packed columns of A. `c` is a table of the rows of C.
+// C = start + Aᵀ B, for packed columns of A. `c` is a table of the rows of C.
 template <class T>
-NEVER_INLINE void multiply_columns(const T* packed, ptrdiff_t rows, const Panels<T>& b, T* const* c) {
-    for (ptrdiff_t column = 0, p = 0; column < b.columns; column += TILE_WIDTH<T>, ++p) {
-        const T* panel = b.panel(p);
-        const ptrdiff_t count = b.columns - column;
-        const T* a = packed;
-        for (ptrdiff_t i = 0; i < rows; i += TILE_ROWS, a += b.depth * TILE_ROWS) {
-            with_constant<TILE_ROWS>(min(TILE_ROWS, rows - i), [&](auto M) ALWAYS_INLINE_LAMBDA {
-                multiply_columns_tile<T, M>(a, panel, b.depth, c + i, column, count);
-            });
-        }
+NEVER_INLINE void multiply_columns(const T* packed, ptrdiff_t rows, const Panels<T>& b, Start start, T* const* c) {
+    const auto multiply = [&](ptrdiff_t i, ptrdiff_t column) ALWAYS_INLINE_LAMBDA {
+        with_constant<TILE_ROWS>(min(TILE_ROWS, rows - i), [&](auto M) ALWAYS_INLINE_LAMBDA {
+            multiply_columns_tile<T, M>(packed + i * b.depth, b.panel(column / TILE_WIDTH<T>), b.depth, start, c + i,
+                                        column, b.columns - column);
+        });
+    };
+    // Rows of C are written one after the other if B stays in a second-level cache of 256 KiB meanwhile. Large rows are
+    // often a multiple of 4 KiB apart: then writing some numbers of each in turns takes twice as long.
+    if (b.size(b.depth, b.columns) * sizeof(T) <= (256 << 10)) {
+        for (ptrdiff_t i = 0; i < rows; i += TILE_ROWS)
+            for (ptrdiff_t column = 0; column < b.columns; column += TILE_WIDTH<T>) multiply(i, column);
+    } else {
+        for (ptrdiff_t column = 0; column < b.columns; column += TILE_WIDTH<T>)
+            for (ptrdiff_t i = 0; i < rows; i += TILE_ROWS) multiply(i, column);
     }
 }
 

@@ -64,8 +64,9 @@ struct Forward {
 
 struct Backward {
     Layer layer;
-    Array d_output;  // (rows, D P), or none
-    States dh;       // the gradients of the last states, replaced by those of the initial ones
+    Array d_output;    // (rows, D P), or none
+    bool wants_first;  // whether the gradients of the initial states are wanted
+    States dh;         // the gradients of the last states, replaced by those of the initial ones
     States dc;
     Array dx;              // (rows, I), or none
     Array dx_reverse;      // the same for the second direction, which is added to dx

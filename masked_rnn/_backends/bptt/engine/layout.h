@@ -34,12 +34,16 @@ constexpr ptrdiff_t PADDING = 64 / sizeof(T);  // a cache line
 // work is a task: some blocks, one after the other, each of sequences that are next to each other on that worker. So
 // their lengths are alike, and one block's rows are close together in memory.
 struct WorkSplit {
-    ptrdiff_t workers, most;  // the most sequences in a block
+    ptrdiff_t workers;
+    ptrdiff_t most;  // the most sequences in a block
+    ptrdiff_t rows;  // the most rows of a worker
 
     explicit WorkSplit(const Layer& layer) {
         workers = max(1, min(divide_up(layer.threads, layer.directions), layer.sequences));
         const ptrdiff_t of_worker = divide_up(layer.sequences, workers);
         most = divide_up(of_worker, divide_up(of_worker, MOST_ROWS));
+        rows = 0;
+        for (ptrdiff_t t = 0; t < layer.steps; ++t) rows += divide_up(in<const int64_t>(layer.sizes)[t], workers);
     }
 };
 

@@ -85,7 +85,7 @@ class Stack {
         if (!run_.saved.data) return "saved tensors";
         const int64_t L = run_.layers, D = run_.directions, P = run_.fed_back, H = run_.hidden;
         Bytes dh, dc, d_between[2], dx_reverse;
-        // The gradients of the last states become those of the initial ones, wanted or not.
+        // The gradients of the last states become those of the initial ones, if these are wanted.
         Array dh_first = run_.dh_first.data ? run_.dh_first : make(dh, run_.batch * L * D * P);
         move_states(run_.dh_last, run_.last_is_flat, dh_first, run_.first_is_flat, P, {});
         Array dc_first{};
@@ -98,6 +98,7 @@ class Stack {
             Backward pass{};
             pass.layer = layer(k, k ? output_of(k - 1) : run_.x);
             pass.d_output = d_output;
+            pass.wants_first = run_.dh_first.data || run_.dc_first.data;
             pass.dh = states(dh_first, run_.first_is_flat, k, P);
             pass.dc = states(dc_first, run_.first_is_flat, k, H);
             pass.dx = k ? make(d_between[k % 2], run_.rows * D * P) : run_.dx;

@@ -75,7 +75,7 @@ template <class T, bool TRANSPOSED>
 struct LayerWeights {
     Weight<T, TRANSPOSED> w_ih[2], w_hh[2], w_hr[2];
 
-    void take(const Layer& layer, const CellTable& cell, bool wants_w_ih, Memory& memory) {
+    void take(const Layer& layer, const CellTable& cell, bool wants_w_ih, bool wants_w_hh, Memory& memory) {
         // Products of one or two rows: of W_ih with all rows at once, of the others with those of each step.
         const ptrdiff_t at_once = divide_up(layer.rows, 2);
         ptrdiff_t in_steps = 0;
@@ -84,7 +84,7 @@ struct LayerWeights {
         for (ptrdiff_t d = 0; d < layer.directions; ++d) {
             const Weights& w = layer.weights[d];
             if (wants_w_ih) w_ih[d].take(w.w_ih, layer.inputs, RowOrder(cell, &GateBlock::in_w_ih, H), at_once, memory);
-            w_hh[d].take(w.w_hh, P, RowOrder(cell, &GateBlock::in_w_hh, H), in_steps, memory);
+            if (wants_w_hh) w_hh[d].take(w.w_hh, P, RowOrder(cell, &GateBlock::in_w_hh, H), in_steps, memory);
             if (w.w_hr.data) w_hr[d].take(w.w_hr, H, RowOrder(P), in_steps, memory);
         }
     }
