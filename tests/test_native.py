@@ -215,6 +215,24 @@ def test_threads_share_work_reproducibly(
         torch.set_num_threads(1)
 
 
+@pytest.mark.slow_but_each(2)
+@needs_native
+@pytest.mark.parametrize(
+    "shape", [(6, 6, 40, 130), (6, 52, 1000, 130)], ids=["few rows", "more rows than a product takes"]
+)
+def test_threads_share_large_gradients(cell: str, shape: tuple[int, ...]) -> None:
+    """Weights that are larger than all rows: each number of their gradients is written once, by one thread."""
+    N, T, inputs, hidden = shape
+    layer = make(cell, inputs, hidden, bidirectional=T < 10).double()
+    x = torch.randn(N, T, inputs, dtype=torch.float64) / 10
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            compare(layer, x, lengths=[T, T - 1, T, 1, T, T])
+    finally:
+        torch.set_num_threads(1)
+
+
 @needs_native
 @pytest.mark.parametrize("own", [False, True], ids=["openmp", "own_threads"])
 def test_concurrent_python_threads_give_same_results(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
