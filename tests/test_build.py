@@ -120,6 +120,17 @@ def test_each_header_opens_alone() -> None:
         assert done.returncode == 0, done.stderr
 
 
+def test_macro_with_pragma_has_no_code() -> None:
+    """GCC 14 and newer drop code that follows a pragma in one macro."""
+    assert COMPILER is not None
+    command = [*COMPILER.split(), "-E", "-P", "-I", SOURCES[0].parent, "-x", "c++", "-"]
+    lines = ["#define LEVEL avx2", '#define LEVEL_TARGET "avx2"', '#include "level.h"', "LEVEL_BEGIN", "LEVEL_END"]
+    done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, check=True)
+    found = [line for line in done.stdout.split("\n") if line.strip()]
+    assert found
+    assert all(line.startswith("#pragma") for line in found), found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", ["with a lock", "free"])
 def test_one_wheel_serves_every_python(threads: str, tmp_path: Path) -> None:

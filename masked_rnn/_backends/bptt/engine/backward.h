@@ -16,6 +16,7 @@
 #include "weights.h"
 
 LEVEL_BEGIN
+namespace masked_rnn::LEVEL {
 
 template <class T>
 class BackwardPass : Pass {
@@ -162,4 +163,5 @@ class BackwardPass : Pass {
     }
 };
 
+}  // namespace masked_rnn::LEVEL
 LEVEL_END

@@ -6,6 +6,7 @@
 #include "level.h"
 
 LEVEL_BEGIN
+namespace masked_rnn::LEVEL {
 
 // <algorithm> is not used: of a standard template the linker may keep a copy that was compiled for another CPU.
 ALWAYS_INLINE constexpr ptrdiff_t min(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
@@ -30,4 +31,5 @@ NEVER_INLINE void fill(ptrdiff_t count, T* to) {
     for (ptrdiff_t j = 0; j < count; ++j) to[j] = 0;
 }
 
+}  // namespace masked_rnn::LEVEL
 LEVEL_END

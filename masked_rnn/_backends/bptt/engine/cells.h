@@ -12,6 +12,7 @@
 #include "sigmoid_tanh.h"
 
 LEVEL_BEGIN
+namespace masked_rnn::LEVEL {
 
 template <class T>
 struct Row {
@@ -205,4 +206,5 @@ struct Steps {
     }
 };
 
+}  // namespace masked_rnn::LEVEL
 LEVEL_END

@@ -14,6 +14,7 @@
 #include "weights.h"
 
 LEVEL_BEGIN
+namespace masked_rnn::LEVEL {
 
 template <class T>
 class ForwardPass : Pass {
@@ -150,4 +151,5 @@ class ForwardPass : Pass {
     }
 };
 
+}  // namespace masked_rnn::LEVEL
 LEVEL_END

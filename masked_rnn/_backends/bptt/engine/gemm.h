@@ -11,6 +11,7 @@
 #include "vec.h"
 
 LEVEL_BEGIN
+namespace masked_rnn::LEVEL {
 
 template <class T, int M>
 NEVER_INLINE void multiply_rows(const T* const* a, const T* panel, ptrdiff_t depth, Start start, const T* row,
@@ -95,4 +96,5 @@ NEVER_INLINE void multiply_columns(const T* packed, ptrdiff_t rows, const Panels
     }
 }
 
+}  // namespace masked_rnn::LEVEL
 LEVEL_END

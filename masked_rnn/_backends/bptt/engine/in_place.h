@@ -9,6 +9,7 @@
 #include "vec.h"
 
 LEVEL_BEGIN
+namespace masked_rnn::LEVEL {
 
 // Registers of sums. `sum_registers` takes as many as a register has numbers.
 template <class T>
@@ -154,4 +155,5 @@ NEVER_INLINE void multiply_by_itself(const T* const* a, ptrdiff_t place, const S
     }
 }
 
+}  // namespace masked_rnn::LEVEL
 LEVEL_END

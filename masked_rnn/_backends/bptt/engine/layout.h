@@ -9,6 +9,7 @@
 #include "level.h"
 
 LEVEL_BEGIN
+namespace masked_rnn::LEVEL {
 
 // The most sequences in a block, and the most rows in an input product. Each block reads the whole weights at each
 // step, so fewer would cost more for weights that do not fit the cache than their activations' bytes would save.
@@ -103,4 +104,5 @@ struct SequenceBlock {
     }
 };
 
+}  // namespace masked_rnn::LEVEL
 LEVEL_END

@@ -3,7 +3,7 @@
 // is opened alone, is of the baseline.
 //
 // A header of the loops has its code between LEVEL_BEGIN and LEVEL_END, and its includes before, so that what is shared
-// is compiled for any CPU.
+// is compiled for any CPU. GCC 14 and newer drop code that follows a pragma in one macro, so neither has the namespace.
 #pragma once
 
 #if !defined(__GNUC__) && !defined(__clang__)
@@ -27,23 +27,18 @@
 
 #define LEVEL_PRAGMA(text) _Pragma(#text)
 #if !defined(LEVEL_TARGET)
-#define LEVEL_PUSH
-#define LEVEL_POP
+#define LEVEL_BEGIN
+#define LEVEL_END
 #elif defined(__clang__)
 #define LEVEL_ATTRIBUTE(features) \
     LEVEL_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
-#define LEVEL_PUSH LEVEL_ATTRIBUTE(LEVEL_TARGET)
-#define LEVEL_POP LEVEL_PRAGMA(clang attribute pop)
+#define LEVEL_BEGIN LEVEL_ATTRIBUTE(LEVEL_TARGET)
+#define LEVEL_END LEVEL_PRAGMA(clang attribute pop)
 #else
 #define LEVEL_OPTION(features) LEVEL_PRAGMA(GCC target(features))
-#define LEVEL_PUSH LEVEL_PRAGMA(GCC push_options) LEVEL_OPTION(LEVEL_TARGET)
-#define LEVEL_POP LEVEL_PRAGMA(GCC pop_options)
+#define LEVEL_BEGIN LEVEL_PRAGMA(GCC push_options) LEVEL_OPTION(LEVEL_TARGET)
+#define LEVEL_END LEVEL_PRAGMA(GCC pop_options)
 #endif
-
-#define LEVEL_BEGIN LEVEL_PUSH namespace masked_rnn::LEVEL {
-#define LEVEL_END \
-    }             \
-    LEVEL_POP
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 #define ALWAYS_INLINE_LAMBDA __attribute__((always_inline))

@@ -8,6 +8,7 @@
 #include "level.h"
 
 LEVEL_BEGIN
+namespace masked_rnn::LEVEL {
 
 inline Fault forward(const Forward& run) {
     return run.layer.item_bytes == 4 ? ForwardPass<float>(run)() : ForwardPass<double>(run)();
@@ -20,4 +21,5 @@ inline Fault backward(const Backward& run) {
 extern const Loops LOOPS;
 const Loops LOOPS = {table_of, forward, backward};
 
+}  // namespace masked_rnn::LEVEL
 LEVEL_END

@@ -11,6 +11,7 @@
 #include "level.h"
 
 LEVEL_BEGIN
+namespace masked_rnn::LEVEL {
 
 class Memory {
   public:
@@ -60,4 +61,5 @@ class Memory {
     size_t used_ = 0;
 };
 
+}  // namespace masked_rnn::LEVEL
 LEVEL_END

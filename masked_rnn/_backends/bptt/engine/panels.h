@@ -10,6 +10,7 @@
 #include "vec.h"
 
 LEVEL_BEGIN
+namespace masked_rnn::LEVEL {
 
 // A packed weight: panels of TILE_WIDTH columns, each (depth, TILE_WIDTH). The columns after the last
 // one are never stored: what stands there does not matter.
@@ -93,4 +94,5 @@ NEVER_INLINE void pack_columns(const T* from, ptrdiff_t row, ptrdiff_t depth, pt
     }
 }
 
+}  // namespace masked_rnn::LEVEL
 LEVEL_END

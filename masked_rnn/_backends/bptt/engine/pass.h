@@ -14,6 +14,7 @@
 #include "threads.h"
 
 LEVEL_BEGIN
+namespace masked_rnn::LEVEL {
 
 // The sizes of a layer, and the split of its work.
 struct LayerSizes {
@@ -92,4 +93,5 @@ class Pass : protected LayerSizes {
     }
 };
 
+}  // namespace masked_rnn::LEVEL
 LEVEL_END

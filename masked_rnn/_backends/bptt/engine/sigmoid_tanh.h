@@ -7,6 +7,7 @@
 #include "level.h"
 
 LEVEL_BEGIN
+namespace masked_rnn::LEVEL {
 
 template <class T>
 struct Format;
@@ -83,4 +84,5 @@ ALWAYS_INLINE T tanh(T x) {
     return with_sign(-t / (t + 2), x);
 }
 
+}  // namespace masked_rnn::LEVEL
 LEVEL_END

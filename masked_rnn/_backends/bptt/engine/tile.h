@@ -10,6 +10,7 @@
 #include "vec.h"
 
 LEVEL_BEGIN
+namespace masked_rnn::LEVEL {
 
 template <class T>
 constexpr ptrdiff_t TILE_WIDTH = 2 * LANES<T>;
@@ -153,4 +154,5 @@ ALWAYS_INLINE void multiply_tile(const AddProduct& add_product, Start start, con
     }
 }
 
+}  // namespace masked_rnn::LEVEL
 LEVEL_END

@@ -11,6 +11,7 @@
 #include "level.h"
 
 LEVEL_BEGIN
+namespace masked_rnn::LEVEL {
 
 template <class T>
 struct VecOf;
@@ -135,4 +136,5 @@ inline Vec<T> load_first(const T* from, ptrdiff_t count) {
     return load(all);
 }
 
+}  // namespace masked_rnn::LEVEL
 LEVEL_END

@@ -18,6 +18,7 @@
 #include "threads.h"
 
 LEVEL_BEGIN
+namespace masked_rnn::LEVEL {
 
 template <class T>
 class WeightGradients : LayerSizes {
@@ -189,4 +190,5 @@ class WeightGradients : LayerSizes {
     }
 };
 
+}  // namespace masked_rnn::LEVEL
 LEVEL_END

@@ -16,6 +16,7 @@
 #include "vec.h"
 
 LEVEL_BEGIN
+namespace masked_rnn::LEVEL {
 
 // Whether so many products of one or two rows with a weight, whose rows are `columns` numbers, are faster where it
 // lies. That saves packing it, which takes a time in proportion to its columns. But each product takes longer, by as
@@ -99,4 +100,5 @@ struct LayerWeights {
     }
 };
 
+}  // namespace masked_rnn::LEVEL
 LEVEL_END
