@@ -7,6 +7,6 @@
 #define LEVEL_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"
 #endif
 #define REGISTER_BYTES 64
-#define TILE_ROWS 8
+#define TILE_ROWS 8  // there are 32 registers: 16 of sums, 2 of B and 1 of A
 #include "loops.h"
 #endif

@@ -74,7 +74,7 @@ class BackwardPass : Pass {
     T* dx_of(ptrdiff_t direction) const { return in<T>(direction ? run_.dx_reverse : run_.dx); }
 
     ptrdiff_t deltas_of_task() const {
-        return delta_row<T>() * (wants_weights_ && gradients_.keeps_rows ? split.rows : DEPTH);
+        return delta_row<T>() * (wants_weights_ && gradients_.keeps_rows ? split.most_rows : DEPTH);
     }
 
     // Rows of a task that were not yet multiplied for the gradients of the weights and the input.

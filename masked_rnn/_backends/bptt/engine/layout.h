@@ -36,29 +36,29 @@ constexpr ptrdiff_t PADDING = 64 / sizeof(T);  // a cache line
 // their lengths are alike, and one block's rows are close together in memory.
 struct WorkSplit {
     ptrdiff_t workers;
-    ptrdiff_t most;  // the most sequences in a block
-    ptrdiff_t rows;  // the most rows of a worker
+    ptrdiff_t block_size;  // the most sequences in a block
+    ptrdiff_t most_rows;   // of a worker
 
     explicit WorkSplit(const Layer& layer) {
         workers = max(1, min(divide_up(layer.threads, layer.directions), layer.sequences));
         const ptrdiff_t of_worker = divide_up(layer.sequences, workers);
-        most = divide_up(of_worker, divide_up(of_worker, MOST_ROWS));
-        rows = 0;
-        for (ptrdiff_t t = 0; t < layer.steps; ++t) rows += divide_up(in<const int64_t>(layer.sizes)[t], workers);
+        block_size = divide_up(of_worker, divide_up(of_worker, MOST_ROWS));
+        most_rows = 0;
+        for (ptrdiff_t t = 0; t < layer.steps; ++t) most_rows += divide_up(in<const int64_t>(layer.sizes)[t], workers);
     }
 };
 
 // Some sequences of a direction that run together, by their sorted places: longest first.
 struct SequenceBlock {
     const Layer& layer;
-    ptrdiff_t direction, first, stride, most;
+    ptrdiff_t direction, first, stride, size;
 
     ptrdiff_t place(ptrdiff_t i) const { return first + i * stride; }
 
     // The number of the block's sequences that run at step t.
     ptrdiff_t active(ptrdiff_t t) const {
         const ptrdiff_t all = in<const int64_t>(layer.sizes)[t];
-        return all <= first ? 0 : min(most, stride == 1 ? all - first : (all - first - 1) / stride + 1);
+        return all <= first ? 0 : min(size, stride == 1 ? all - first : (all - first - 1) / stride + 1);
     }
 
     // Finds the number of steps of each sequence.

@@ -69,8 +69,8 @@ class Pass : protected LayerSizes {
     template <class RunBlock>
     void run_blocks(ptrdiff_t task, const RunBlock& run_block) const {
         const ptrdiff_t worker = task / D;
-        for (ptrdiff_t first = worker; first < layer.sequences; first += split.workers * split.most)
-            run_block(SequenceBlock{layer, task % D, first, split.workers, split.most});
+        for (ptrdiff_t first = worker; first < layer.sequences; first += split.workers * split.block_size)
+            run_block(SequenceBlock{layer, task % D, first, split.workers, split.block_size});
     }
 
     // Zeros the rows of a matrix in the padded layout at which no sequence has a step. `is_there` is scratch memory,

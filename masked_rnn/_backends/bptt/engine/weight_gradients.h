@@ -30,8 +30,8 @@ class WeightGradients : LayerSizes {
         : LayerSizes(sizes),
           keeps_rows(layer.rows * (delta_row<T>() + P + I) <= GH * (P + I)),
           results_(results),
-          room_(keeps_rows ? split.rows : DEPTH),
-          most_slices_(keeps_rows ? divide_up(split.rows, DEPTH - MOST_ROWS) + 1 : 1) {}
+          room_(keeps_rows ? split.most_rows : DEPTH),
+          most_slices_(keeps_rows ? divide_up(split.most_rows, DEPTH - MOST_ROWS) + 1 : 1) {}
 
     void take(Memory& memory) {
         slices_ = memory.take<Slice>(tasks * most_slices_);
