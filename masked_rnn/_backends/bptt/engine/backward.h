@@ -21,13 +21,13 @@ namespace masked_rnn::LEVEL {
 template <class T>
 class BackwardPass : Pass {
   public:
-    explicit BackwardPass(const Backward& run)
-        : Pass(run.layer),
-          run_(run),
+    explicit BackwardPass(const Backward& record)
+        : Pass(record.layer),
+          record_(record),
           steps_(Steps<T>::of(layer.cell)),
-          wants_x_(run.dx.data),
-          wants_weights_(run.gradients[0].w_hh.data),
-          gradients_(*this, run.gradients) {}
+          wants_x_(record.dx.data),
+          wants_weights_(record.gradients[0].w_hh.data),
+          gradients_(*this, record.gradients) {}
 
     Fault operator()() {
         if (!memory_.allocate([&] { take_memory(); })) return NO_MEMORY;
@@ -51,7 +51,7 @@ class BackwardPass : Pass {
     }
 
   private:
-    const Backward& run_;
+    const Backward& record_;
     const Steps<T> steps_;
     const bool wants_x_, wants_weights_;
     LayerWeights<T, false> weights_;
@@ -61,7 +61,7 @@ class BackwardPass : Pass {
     unsigned char* is_there_;
 
     void take_memory() {
-        weights_.take(layer, cell, wants_x_, layer.steps > 1 || run_.wants_first, memory_);
+        weights_.take(layer, cell, wants_x_, layer.steps > 1 || record_.wants_first, memory_);
         deltas_ = memory_.take<T>(tasks * deltas_of_task());
         dms_ = memory_.take<T>(projects ? tasks * MOST_ROWS * H : 0);
         ms_ = memory_.take<T>(tasks * MOST_ROWS * H);
@@ -69,12 +69,12 @@ class BackwardPass : Pass {
         is_there_ = memory_.take<unsigned char>(D * dx_rows());
     }
 
-    ptrdiff_t dx_rows() const { return wants_x_ && I ? run_.dx.size / I : 0; }
+    ptrdiff_t dx_rows() const { return wants_x_ && I ? record_.dx.size / I : 0; }
 
-    T* dx_of(ptrdiff_t direction) const { return in<T>(direction ? run_.dx_reverse : run_.dx); }
+    T* dx_of(ptrdiff_t direction) const { return data_of<T>(direction ? record_.dx_reverse : record_.dx); }
 
     ptrdiff_t deltas_of_task() const {
-        return delta_row<T>() * (wants_weights_ && gradients_.keeps_rows ? split.most_rows : DEPTH);
+        return delta_row_size<T>() * (wants_weights_ && gradients_.keeps_rows ? split.most_rows : DEPTH);
     }
 
     // Rows of a task that were not yet multiplied for the gradients of the weights and the input.
@@ -82,8 +82,8 @@ class BackwardPass : Pass {
         const ptrdiff_t task;
         T* deltas;
         ptrdiff_t rows = 0;
-        const T *delta[TABLE], *h[TABLE], *x[TABLE];
-        T* dx[TABLE];
+        const T *delta[MOST_ADDRESSES], *h[MOST_ADDRESSES], *x[MOST_ADDRESSES];
+        T* dx[MOST_ADDRESSES];
 
         Waiting(ptrdiff_t task, T* deltas) : task(task), deltas(deltas) {}
     };
@@ -92,10 +92,10 @@ class BackwardPass : Pass {
         const ptrdiff_t rows = waiting.rows;
         if (wants_weights_) gradients_.add_rows(waiting.task, waiting.deltas, waiting.h, waiting.x, rows);
         if (wants_x_) {
-            for (ptrdiff_t k = 0; k < rows; ++k) waiting.delta[k] += width - GH;
+            for (ptrdiff_t k = 0; k < rows; ++k) waiting.delta[k] += row_size - GH;
             weights_.w_ih[direction].multiply(waiting.delta, AT_ZERO, nullptr, waiting.dx, rows);
         }
-        if (wants_weights_ && gradients_.keeps_rows) waiting.deltas += rows * delta_row<T>();
+        if (wants_weights_ && gradients_.keeps_rows) waiting.deltas += rows * delta_row_size<T>();
         waiting.rows = 0;
     }
 
@@ -114,8 +114,8 @@ class BackwardPass : Pass {
     void run_block(const SequenceBlock& block, Waiting& waiting) const {
         Way way(block, waiting);
         for (ptrdiff_t i = 0; i < block.active(0); ++i) {
-            way.dh[i] = block.state<T>(run_.dh, block.place(i));
-            if (cell.has_c) way.dc[i] = block.state<T>(run_.dc, block.place(i));
+            way.dh[i] = block.state<T>(record_.dh, block.place(i));
+            if (cell.has_c) way.dc[i] = block.state<T>(record_.dc, block.place(i));
             way.dm[i] = projects ? dms_ + (waiting.task * MOST_ROWS + i) * H : way.dh[i];
         }
         for (ptrdiff_t t = way.length[0] - 1; t >= 0; --t) {
@@ -126,40 +126,42 @@ class BackwardPass : Pass {
 
     void run_step(Way& way, ptrdiff_t t) const {
         const SequenceBlock& block = way.block;
-        const ptrdiff_t d = block.direction, m = block.active(t);
+        const ptrdiff_t d = block.direction, active = block.active(t);
         Waiting& waiting = way.waiting;
-        for (ptrdiff_t i = 0; run_.d_output.data && i < m; ++i) {
+        for (ptrdiff_t i = 0; record_.d_output.data && i < active; ++i) {
             const ptrdiff_t row = block.caller_row(t, block.place(i), way.length[i], layer.output_is_padded);
-            add(P, in<const T>(run_.d_output) + row * D * P + d * P, way.dh[i]);
+            add(P, data_of<const T>(record_.d_output) + row * D * P + d * P, way.dh[i]);
         }
-        if (projects) weights_.w_hr[d].multiply(way.dh, AT_ZERO, nullptr, way.dm, m);
-        for (ptrdiff_t i = 0; i < m; ++i) {
+        if (projects) weights_.w_hr[d].multiply(way.dh, AT_ZERO, nullptr, way.dm, active);
+        for (ptrdiff_t i = 0; i < active; ++i) {
             const ptrdiff_t place = block.place(i), before = block.row_before(t, place), k = waiting.rows + i;
             const ptrdiff_t after = block.row_after(t, place);
             const ptrdiff_t row = block.caller_row(t, place, way.length[i], layer.input_is_padded);
-            T* delta = waiting.deltas + k * delta_row<T>();
+            T* delta = waiting.deltas + k * delta_row_size<T>();
+            // Every cell gets room for m; only that of an LSTM with proj_size is read.
             T* m_again = ms_ + (waiting.task * MOST_ROWS + i) * H;
             if (projects) {
-                copy(P, way.dh[i], delta + width);
-                m_again = delta + width + P;
+                copy(P, way.dh[i], delta + row_size);
+                m_again = delta + row_size + P;
             }
-            const T* activations = in<const T>(layer.activations);
-            if (cell.saves_activations) activations += block.row_of_activations(t, place) * width;
-            const T *history = in<const T>(layer.h_history), *c = nullptr, *c_after = nullptr;
+            const T* activations = data_of<const T>(layer.activations);
+            if (cell.saves_activations) activations += block.row_of_activations(t, place) * row_size;
+            const T *history = data_of<const T>(layer.h_history), *c = nullptr, *c_after = nullptr;
             if (cell.has_c) {
-                c = in<const T>(layer.c_history) + before * H;
-                c_after = in<const T>(layer.c_history) + after * H;
+                c = data_of<const T>(layer.c_history) + before * H;
+                c_after = data_of<const T>(layer.c_history) + after * H;
             }
             waiting.delta[k] = delta;
             waiting.h[k] = history + before * P;
-            waiting.x[k] = in<const T>(layer.x) + row * I;
+            waiting.x[k] = data_of<const T>(layer.x) + row * I;
             if (wants_x_) waiting.dx[k] = dx_of(d) + row * I;
             steps_.step_back(H, RowBack<T>{activations, waiting.h[k], c, history + after * P, c_after, way.dm[i],
                                            way.dc[i], delta, m_again});
         }
-        if (t || run_.wants_first)
-            weights_.w_hh[d].multiply(waiting.delta + waiting.rows, cell.keeps_dh ? AT_C : AT_ZERO, nullptr, way.dh, m);
-        waiting.rows += m;
+        if (t || record_.wants_first)
+            weights_.w_hh[d].multiply(waiting.delta + waiting.rows, cell.keeps_dh ? AT_C : AT_ZERO, nullptr, way.dh,
+                                      active);
+        waiting.rows += active;
     }
 };
 

@@ -15,15 +15,15 @@ struct GateBlock {
 
 // What is known of a cell. `cells.h` has the tables.
 struct CellTable {
-    ptrdiff_t width;      // the number of blocks in a row of activations
-    GateBlock blocks[4];  // those of W_hh come first, those of W_ih last
+    ptrdiff_t block_count;  // the number of blocks in a row of activations
+    GateBlock blocks[4];    // those of W_hh come first, those of W_ih last
     bool has_c;
     bool saves_activations;  // else backward needs the states alone
     bool keeps_dh;           // whether h before a step has a share of the gradient that no product brings
 
     constexpr ptrdiff_t gates() const {
         ptrdiff_t count = 0;
-        for (ptrdiff_t block = 0; block < width; ++block) count += blocks[block].in_w_ih != NONE;
+        for (ptrdiff_t block = 0; block < block_count; ++block) count += blocks[block].in_w_ih != NONE;
         return count;
     }
 };
@@ -44,7 +44,7 @@ class RowOrder {
     // Those of the blocks. `place` is GateBlock::in_w_ih or GateBlock::in_w_hh.
     RowOrder(const CellTable& cell, ptrdiff_t GateBlock::* place, ptrdiff_t H) {
         ptrdiff_t next = NONE;  // the row after the last run
-        for (ptrdiff_t block = 0; block < cell.width; ++block) {
+        for (ptrdiff_t block = 0; block < cell.block_count; ++block) {
             if (cell.blocks[block].*place == NONE) continue;
             const ptrdiff_t first = cell.blocks[block].*place * H;
             if (first == next)

@@ -41,7 +41,7 @@ struct RowBack {
 // r, z = σ(W_i x + b_i + W_h h + b_h);  g = W_hn h + b_hn;  n = tanh(W_in x + b_in + r g);  h' = (1 - z) n + z h.
 struct Gru {
     static constexpr CellTable TABLE = {
-        /* width */ 4,
+        /* block_count */ 4,
         {
             {NONE, 2},  // g
             {0, 0},     // r
@@ -85,7 +85,7 @@ struct Gru {
 // i, f, g, o = σ, σ, tanh, σ (W_i x + b_i + W_h h + b_h);  c' = f c + i g;  m = o tanh(c');  h' = m, or W_hr m.
 struct Lstm {
     static constexpr CellTable TABLE = {
-        /* width */ 4,
+        /* block_count */ 4,
         {
             {0, 0},  // i
             {1, 1},  // f
@@ -135,7 +135,7 @@ struct Lstm {
 // The table of an RNN: one block, a = W_i x + b_i + W_h h + b_h.
 struct Rnn {
     static constexpr CellTable TABLE = {
-        /* width */ 1,
+        /* block_count */ 1,
         {{0, 0}},
         /* has_c */ false,
         /* saves_activations */ false,

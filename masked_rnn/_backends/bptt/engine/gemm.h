@@ -27,12 +27,13 @@ NEVER_INLINE void multiply_rows(const T* const* a, const T* panel, ptrdiff_t dep
 template <class T>
 NEVER_INLINE void multiply_row(const T* a, const T* first, const T* second, ptrdiff_t depth, Start start, const T* row,
                                T* c) {
-    constexpr ptrdiff_t L = LANES<T>, PARTS = SUMS_AT_ONCE / 4;  // of the depth, see add_product
+    constexpr ptrdiff_t lanes = LANES<T>, PARTS = SUMS_AT_ONCE / 4;  // of the depth, see add_product
+    static_assert(PARTS == 2);
     Vec<T> sums[PARTS][4] = {};
     const auto add = [&](ptrdiff_t k, Vec<T>(&to)[4]) ALWAYS_INLINE_LAMBDA {
         const T *b = first + k * TILE_WIDTH<T>, *more_b = second + k * TILE_WIDTH<T>;
-        to[0] += a[k] * load(b), to[1] += a[k] * load(b + L);
-        to[2] += a[k] * load(more_b), to[3] += a[k] * load(more_b + L);
+        to[0] += a[k] * load(b), to[1] += a[k] * load(b + lanes);
+        to[2] += a[k] * load(more_b), to[3] += a[k] * load(more_b + lanes);
     };
     ptrdiff_t k = 0;
     for (; k + PARTS <= depth; k += PARTS) add(k, sums[0]), add(k + 1, sums[1]);
@@ -40,12 +41,12 @@ NEVER_INLINE void multiply_row(const T* a, const T* first, const T* second, ptrd
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
         Vec<T> sum = sums[0][j] + sums[1][j];
-        if (start != AT_ZERO) sum += load((start == AT_ROW ? row : c) + j * L);
-        store(c + j * L, sum);
+        if (start != AT_ZERO) sum += load((start == AT_ROW ? row : c) + j * lanes);
+        store(c + j * lanes, sum);
     }
 }
 
-// C = start + A B, for at most TABLE rows. `a` and `c` are tables of the rows' addresses.
+// C = start + A B, for at most MOST_ADDRESSES rows. `a` and `c` are tables of the rows' addresses.
 template <class T>
 NEVER_INLINE void multiply_packed(const T* const* a, const Panels<T>& b, Start start, const T* row, T* const* c,
                                   ptrdiff_t rows) {
@@ -53,7 +54,7 @@ NEVER_INLINE void multiply_packed(const T* const* a, const Panels<T>& b, Start s
     if (rows == 1)
         for (; column + 2 * TILE_WIDTH<T> <= b.columns; column += 2 * TILE_WIDTH<T>, p += 2)
             multiply_row(a[0], b.panel(p), b.panel(p + 1), b.depth, start, row ? row + column : nullptr, c[0] + column);
-    unsigned char tiles[TABLE];
+    unsigned char tiles[MOST_ADDRESSES];
     for (ptrdiff_t i = 0, n = 0; i < rows; i += tiles[n++])
         tiles[n] = static_cast<unsigned char>(next_rows(rows - i, TILE_ROWS));
     for (; column < b.columns; column += TILE_WIDTH<T>, ++p) {

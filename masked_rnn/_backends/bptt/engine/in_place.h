@@ -31,8 +31,8 @@ struct SomeRows {
 template <class T, int M>
 NEVER_INLINE void multiply_by_rows(const T* const* a, const SomeRows<T>& b, Start start, const T* row, T* const* c,
                                    ptrdiff_t column) {
-    constexpr ptrdiff_t L = LANES<T>, G = SUMS<T> / (M == 3 ? 4 : M);  // G divides SUMS
-    const ptrdiff_t depth = b.columns, whole = depth / L * L;
+    constexpr ptrdiff_t lanes = LANES<T>, AT_ONCE = SUMS<T> / (M == 3 ? 4 : M);  // AT_ONCE divides SUMS
+    const ptrdiff_t depth = b.columns, whole = depth / lanes * lanes;
     const T *of_a[M], *end = b.end();
     Vec<T> ends[M];  // the numbers after the last whole register
 #pragma GCC unroll 4
@@ -40,63 +40,64 @@ NEVER_INLINE void multiply_by_rows(const T* const* a, const SomeRows<T>& b, Star
         of_a[r] = a[r];
         ends[r] = load_first(a[r] + whole, depth - whole);
     }
-    for (ptrdiff_t j = b.first; j < b.stop; j += G, column += G) {
-        const ptrdiff_t begin = min(j, b.rows - G);  // G rows are multiplied, of which the last ones may be wanted
+    for (ptrdiff_t j = b.first; j < b.stop; j += AT_ONCE, column += AT_ONCE) {
+        const ptrdiff_t begin =
+            min(j, b.rows - AT_ONCE);  // AT_ONCE rows are multiplied, of which the last ones may be wanted
         const T* of_b = b.row(begin);
         Vec<T> sums[SUMS<T>] = {};
-        for (ptrdiff_t k = 0; k < whole; k += L) {
+        for (ptrdiff_t k = 0; k < whole; k += lanes) {
             Vec<T> numbers[M];
 #pragma GCC unroll 4
             for (int r = 0; r < M; ++r) numbers[r] = load(of_a[r] + k);
 #pragma GCC unroll 16
-            for (ptrdiff_t g = 0; g < G; ++g) {
+            for (ptrdiff_t g = 0; g < AT_ONCE; ++g) {
                 const Vec<T> weights = load(of_b + g * depth + k);
 #pragma GCC unroll 4
-                for (int r = 0; r < M; ++r) sums[r * G + g] += numbers[r] * weights;
+                for (int r = 0; r < M; ++r) sums[r * AT_ONCE + g] += numbers[r] * weights;
             }
         }
         if (const ptrdiff_t left = depth - whole) {
             // Reads whole registers where the matrix goes on after its row.
-            const bool goes_on = end - (of_b + (G - 1) * depth + whole) >= L;
+            const bool goes_on = end - (of_b + (AT_ONCE - 1) * depth + whole) >= lanes;
             const Mask<T> first = first_lanes<T>(left);
 #pragma GCC unroll 16
-            for (ptrdiff_t g = 0; g < G; ++g) {
+            for (ptrdiff_t g = 0; g < AT_ONCE; ++g) {
                 const T* from = of_b + g * depth + whole;
                 const Vec<T> weights = goes_on ? load(from) : load_first(from, left);
 #pragma GCC unroll 4
-                for (int r = 0; r < M; ++r) sums[r * G + g] += ends[r] * (first ? weights : Vec<T>{});
+                for (int r = 0; r < M; ++r) sums[r * AT_ONCE + g] += ends[r] * (first ? weights : Vec<T>{});
             }
         }
         T all[SUMS<T>];
 #pragma GCC unroll 4
-        for (ptrdiff_t s = 0; s < SUMS<T>; s += L) {
-            Vec<T> some[L];
+        for (ptrdiff_t s = 0; s < SUMS<T>; s += lanes) {
+            Vec<T> some[lanes];
 #pragma GCC unroll 16
-            for (ptrdiff_t i = 0; i < L; ++i) some[i] = sums[s + i];
+            for (ptrdiff_t i = 0; i < lanes; ++i) some[i] = sums[s + i];
             store(all + s, sum_registers<T>(some));
         }
         const auto finish = [&](ptrdiff_t skip, ptrdiff_t count) ALWAYS_INLINE_LAMBDA {
 #pragma GCC unroll 4
             for (int r = 0; r < M; ++r) {
                 T* to = c[r] + column;
-                const T *from = all + r * G + skip, *more = start == AT_ROW ? row + column : to;
+                const T *from = all + r * AT_ONCE + skip, *more = start == AT_ROW ? row + column : to;
                 if (start == AT_ZERO)
                     for (ptrdiff_t g = 0; g < count; ++g) to[g] = from[g];
                 else
                     for (ptrdiff_t g = 0; g < count; ++g) to[g] = more[g] + from[g];
             }
         };
-        if (begin == j && b.stop - j >= G)
-            finish(0, G);
+        if (begin == j && b.stop - j >= AT_ONCE)
+            finish(0, AT_ONCE);
         else
-            finish(j - begin, min(b.stop - j, G));
+            finish(j - begin, min(b.stop - j, AT_ONCE));
     }
 }
 
 // The same for all rows of A.
 template <class T>
-void multiply_by_transpose(const T* const* a, const SomeRows<T>& b, Start start, const T* row, T* const* c,
-                           ptrdiff_t column, ptrdiff_t rows) {
+void multiply_transposed(const T* const* a, const SomeRows<T>& b, Start start, const T* row, T* const* c,
+                         ptrdiff_t column, ptrdiff_t rows) {
     // With many rows of A, the rows of B are taken in parts that stay in half of a first-level cache of 32 KiB.
     constexpr ptrdiff_t NUMBERS = (16 << 10) / sizeof(T);
     const ptrdiff_t at_once =
@@ -135,8 +136,8 @@ NEVER_INLINE void multiply_by_columns(const T* const* a, const T* b, const T* en
 
 // C = start + A B, for the numbers of A from `place` on.
 template <class T>
-NEVER_INLINE void multiply_by_itself(const T* const* a, ptrdiff_t place, const SomeRows<T>& b, Start start, T* const* c,
-                                     ptrdiff_t rows) {
+NEVER_INLINE void multiply_straight(const T* const* a, ptrdiff_t place, const SomeRows<T>& b, Start start, T* const* c,
+                                    ptrdiff_t rows) {
     constexpr ptrdiff_t DEPTH_AT_ONCE = 64;  // so that the rows of a large B are read side by side
     for (ptrdiff_t k = b.first; k < b.stop; k += DEPTH_AT_ONCE, place += DEPTH_AT_ONCE) {
         const ptrdiff_t depth = min(DEPTH_AT_ONCE, b.stop - k);

@@ -20,7 +20,7 @@ struct Array {
 };
 
 template <class T>
-T* in(const Array& array) {
+T* data_of(const Array& array) {
     return static_cast<T*>(array.data);
 }
 

@@ -52,7 +52,7 @@ struct Layer {
     Weights weights[2];
     Array h_history;    // (D, B + R, P): the initial states, then the state after each row. None: nothing is saved
     Array c_history;    // (D, B + R, H): the same for the LSTM's c
-    Array activations;  // (D, R, width H)
+    Array activations;  // (D, R, blocks H)
 };
 
 struct Forward {

@@ -88,9 +88,9 @@ const Loops& loops_of(int64_t level) {
     return baseline::LOOPS;
 }
 
-using Pass = Fault (Stack::*)() const;
+using PassFunction = Fault (Stack::*)() const;
 
-Fault check_and_run(const Run* run, int64_t level, Pass pass) {
+Fault check_and_run(const Run* run, int64_t level, PassFunction pass) {
     if (!is_supported(level)) return "level";
     try {
         Stack stack(*run, loops_of(level));

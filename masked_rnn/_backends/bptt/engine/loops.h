@@ -10,12 +10,12 @@
 LEVEL_BEGIN
 namespace masked_rnn::LEVEL {
 
-inline Fault forward(const Forward& run) {
-    return run.layer.item_bytes == 4 ? ForwardPass<float>(run)() : ForwardPass<double>(run)();
+inline Fault forward(const Forward& record) {
+    return record.layer.item_bytes == 4 ? ForwardPass<float>(record)() : ForwardPass<double>(record)();
 }
 
-inline Fault backward(const Backward& run) {
-    return run.layer.item_bytes == 4 ? BackwardPass<float>(run)() : BackwardPass<double>(run)();
+inline Fault backward(const Backward& record) {
+    return record.layer.item_bytes == 4 ? BackwardPass<float>(record)() : BackwardPass<double>(record)();
 }
 
 extern const Loops LOOPS;

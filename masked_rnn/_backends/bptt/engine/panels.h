@@ -33,16 +33,16 @@ NEVER_INLINE void pack_transposed(const T* weight, const RowOrder& order, const 
     const T* row[TILE_WIDTH<T>];
     for (ptrdiff_t j = 0; j < TILE_WIDTH<T>; ++j)
         row[j] = weight + order.row(min(p * TILE_WIDTH<T> + j, to.columns - 1)) * depth;
-    constexpr ptrdiff_t L = LANES<T>;
+    constexpr ptrdiff_t lanes = LANES<T>;
     ptrdiff_t k = 0;
-    for (; k + L <= depth; k += L) {
-        for (ptrdiff_t half = 0; half < TILE_WIDTH<T>; half += L) {
-            Vec<T> square[L];
+    for (; k + lanes <= depth; k += lanes) {
+        for (ptrdiff_t half = 0; half < TILE_WIDTH<T>; half += lanes) {
+            Vec<T> square[lanes];
 #pragma GCC unroll 16
-            for (ptrdiff_t j = 0; j < L; ++j) square[j] = load(row[half + j] + k);
+            for (ptrdiff_t j = 0; j < lanes; ++j) square[j] = load(row[half + j] + k);
             transpose<T>(square);
 #pragma GCC unroll 16
-            for (ptrdiff_t j = 0; j < L; ++j) store(panel + (k + j) * TILE_WIDTH<T> + half, square[j]);
+            for (ptrdiff_t j = 0; j < lanes; ++j) store(panel + (k + j) * TILE_WIDTH<T> + half, square[j]);
         }
     }
     for (; k < depth; ++k)
@@ -83,9 +83,9 @@ NEVER_INLINE void pack_rows(const T* const* rows, const Panels<T>& to) {
 
 // Columns of a row-major matrix, packed TILE_ROWS at a time: (tiles, depth, TILE_ROWS).
 template <class T>
-NEVER_INLINE void pack_columns(const T* from, ptrdiff_t row, ptrdiff_t depth, ptrdiff_t columns, T* to) {
+NEVER_INLINE void pack_columns(const T* from, ptrdiff_t stride, ptrdiff_t depth, ptrdiff_t columns, T* to) {
     for (ptrdiff_t k = 0; k < depth; ++k) {
-        const T* source = from + k * row;
+        const T* source = from + k * stride;
         T* out = to + k * TILE_ROWS;
         ptrdiff_t i = 0;
         for (; i + TILE_ROWS <= columns; i += TILE_ROWS, out += depth * TILE_ROWS)

@@ -23,7 +23,7 @@ struct LayerSizes {
     WorkSplit split;
     ptrdiff_t D, I, H, P;  // directions, input, hidden, state that is fed back
     ptrdiff_t GH;          // gates times H
-    ptrdiff_t width;       // the numbers in a row of activations; the last GH of them are those of W_ih
+    ptrdiff_t row_size;    // the numbers in a row of activations; the last GH of them are those of W_ih
     ptrdiff_t tasks;       // one for each worker and direction
     bool projects;
 
@@ -36,14 +36,14 @@ struct LayerSizes {
           H(layer.hidden),
           P(layer.fed_back),
           GH(cell.gates() * H),
-          width(cell.width * H),
+          row_size(cell.block_count * H),
           tasks(D * split.workers),
           projects(layer.weights[0].w_hr.data) {}
 
     // The numbers in a row of deltas, see layout.h.
     template <class T>
-    ptrdiff_t delta_row() const {
-        return width + (projects ? P + H : 0) + PADDING<T>;
+    ptrdiff_t delta_row_size() const {
+        return row_size + (projects ? P + H : 0) + ROW_GAP<T>;
     }
 };
 
@@ -54,8 +54,8 @@ class Pass : protected LayerSizes {
     Memory memory_;
 
     // Packs the weights, and meanwhile does `more` other tasks.
-    template <class Weights, class Task>
-    void pack(const Weights& weights, ptrdiff_t more, const Task& do_more) const {
+    template <class PackedWeights, class Task>
+    void pack(const PackedWeights& weights, ptrdiff_t more, const Task& do_more) const {
         const ptrdiff_t panels = D * weights.panels_to_pack();
         run_tasks(layer, panels + more, [&](ptrdiff_t k) {
             if (k < panels)
@@ -76,20 +76,20 @@ class Pass : protected LayerSizes {
     // Zeros the rows of a matrix in the padded layout at which no sequence has a step. `is_there` is scratch memory,
     // one byte for each row, which is used if the layer has an index.
     template <class T>
-    void clear_padding(T* matrix, ptrdiff_t rows, ptrdiff_t width, unsigned char* is_there) const {
+    void clear_padding(T* matrix, ptrdiff_t rows, ptrdiff_t columns, unsigned char* is_there) const {
         if (rows <= layer.rows) return;
-        if (const int64_t* index = in<const int64_t>(layer.index)) {
+        if (const int64_t* index = data_of<const int64_t>(layer.index)) {
             for (ptrdiff_t k = 0; k < rows; ++k) is_there[k] = 0;
             for (ptrdiff_t k = 0; k < layer.rows; ++k) is_there[index[k]] = 1;
             for (ptrdiff_t k = 0; k < rows; ++k)
-                if (!is_there[k]) fill(width, matrix + k * width);
+                if (!is_there[k]) fill(columns, matrix + k * columns);
             return;
         }
-        const int64_t* lengths = in<const int64_t>(layer.lengths);
+        const int64_t* lengths = data_of<const int64_t>(layer.lengths);
         const ptrdiff_t steps = rows / layer.batch;
         for (ptrdiff_t n = 0; n < layer.batch; ++n)
             for (ptrdiff_t t = lengths[n]; t < steps; ++t)
-                fill(width, matrix + (n * layer.sequence_stride + t * layer.step_stride) * width);
+                fill(columns, matrix + (n * layer.sequence_stride + t * layer.step_stride) * columns);
     }
 };
 

@@ -48,7 +48,7 @@ class Plan {
         if (run.rows < 1 || run.sequences < 1 || run.sequences > run.batch || run.padded_rows < 0 || run.lengths.data)
             return "sizes";
         if (!holds(run.sizes, sum(run.steps, 1)) || !holds(run.starts, sum(run.steps, 1))) return "steps";
-        const auto *size = in<const int64_t>(run.sizes), *start = in<const int64_t>(run.starts);
+        const auto *size = data_of<const int64_t>(run.sizes), *start = data_of<const int64_t>(run.starts);
         if (size[0] != run.sequences || size[run.steps] != 0 || start[0] != 0 || start[run.steps] != run.rows)
             return "steps";
         for (int64_t t = 0; t < run.steps; ++t)
@@ -58,12 +58,12 @@ class Plan {
         if (!run.index.data && (run.input_is_padded || run.output_is_padded)) return "index";
         if (!fits(run.index, run.rows)) return "index";
         for (int64_t k = 0; run.index.data && k < run.rows; ++k) {
-            const int64_t row = in<const int64_t>(run.index)[k];
+            const int64_t row = data_of<const int64_t>(run.index)[k];
             if (row < 0 || row >= run.padded_rows) return "index";
         }
         if (!fits(run.order, run.sequences)) return "order";
         for (int64_t k = 0; run.order.data && k < run.sequences; ++k) {
-            const int64_t sequence = in<const int64_t>(run.order)[k];
+            const int64_t sequence = data_of<const int64_t>(run.order)[k];
             if (sequence < 0 || sequence >= run.batch) return "order";
         }
         steps = run.steps, sizes = run.sizes, starts = run.starts, index = run.index, order = run.order;
@@ -73,7 +73,7 @@ class Plan {
     Fault plan_lengths(const Run& run) {
         if (run.index.data || run.order.data || run.sizes.data) return "steps";
         if (!fits(run.lengths, run.batch)) return "lengths";
-        const auto* length = in<const int64_t>(run.lengths);
+        const auto* length = data_of<const int64_t>(run.lengths);
         Counts counts{run.batch, product(run.batch, run.steps)};
         if (length) counts = count_lengths(length, run.batch, run.steps);
         if (counts.fault >= 0) return "lengths";

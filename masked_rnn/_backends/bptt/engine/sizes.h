@@ -31,7 +31,7 @@ inline bool fits(const Array& array, int64_t size) { return !array.data || holds
 // The weights of one layer and direction, in a table of all.
 inline int64_t count_weights(const Run& run) { return 2 + (run.has_biases ? 2 : 0) + (run.projects ? 1 : 0); }
 inline Weights weights_of(const Run& run, const Array& table, int64_t layer, int64_t direction) {
-    const Array* w = in<const Array>(table) + (layer * run.directions + direction) * count_weights(run);
+    const Array* w = data_of<const Array>(table) + (layer * run.directions + direction) * count_weights(run);
     Weights weights{w[0], w[1], {}, {}, {}};
     if (run.has_biases) weights.b_ih = w[2], weights.b_hh = w[3];
     if (run.projects) weights.w_hr = w[count_weights(run) - 1];
@@ -48,7 +48,7 @@ struct Saved {
         h_history = 0;
         c_history = sum(h_history, product(states, run.fed_back));
         activations = sum(c_history, cell.has_c ? product(states, run.hidden) : 0);
-        output = sum(activations, cell.saves_activations ? product(D, run.rows, cell.width, run.hidden) : 0);
+        output = sum(activations, cell.saves_activations ? product(D, run.rows, cell.block_count, run.hidden) : 0);
         end = sum(output, D == 2 && layer + 1 < run.layers ? product(D, run.rows, run.fed_back) : 0);
     }
 };

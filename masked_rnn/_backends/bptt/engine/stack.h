@@ -50,7 +50,7 @@ class Stack {
         if (const Fault fault = check_numbers(run_)) return fault;
         if (const Fault fault = plan_.find(run_)) return fault;
         if (const Fault fault = check_arrays(run_, cell_)) return fault;
-        char* at = in<char>(run_.saved);
+        char* at = data_of<char>(run_.saved);
         for (int64_t k = 0; at && k < run_.layers; at += bytes(Saved(run_, cell_, k++).end)) saved_.push_back(at);
         return nullptr;
     }
@@ -65,18 +65,18 @@ class Stack {
         Bytes between[2];
         Array x = run_.x;
         for (int64_t k = 0; k < run_.layers; ++k) {
-            Forward pass{};
-            pass.layer = layer(k, x);
-            pass.h = states(run_.h_last, run_.last_is_flat, k, run_.fed_back);
-            pass.c = states(run_.c_last, run_.last_is_flat, k, run_.hidden);
+            Forward record{};
+            record.layer = layer(k, x);
+            record.h = states(run_.h_last, run_.last_is_flat, k, run_.fed_back);
+            record.c = states(run_.c_last, run_.last_is_flat, k, run_.hidden);
             if (k + 1 == run_.layers)
-                pass.output = run_.output;
+                record.output = run_.output;
             else if (run_.saved.data)
-                pass.output = output_of(k);
+                record.output = output_of(k);
             else
-                pass.output = make(between[k % 2], run_.rows * width);
-            if (const Fault fault = loops_.forward(pass)) return fault;
-            x = pass.output;
+                record.output = make(between[k % 2], run_.rows * width);
+            if (const Fault fault = loops_.forward(record)) return fault;
+            x = record.output;
         }
         return nullptr;
     }
@@ -95,18 +95,18 @@ class Stack {
         }
         Array d_output = run_.d_output;
         for (int64_t k = L; k-- > 0;) {
-            Backward pass{};
-            pass.layer = layer(k, k ? output_of(k - 1) : run_.x);
-            pass.d_output = d_output;
-            pass.wants_first = run_.dh_first.data || run_.dc_first.data;
-            pass.dh = states(dh_first, run_.first_is_flat, k, P);
-            pass.dc = states(dc_first, run_.first_is_flat, k, H);
-            pass.dx = k ? make(d_between[k % 2], run_.rows * D * P) : run_.dx;
-            if (D == 2 && pass.dx.data) pass.dx_reverse = make(dx_reverse, pass.dx.size);
+            Backward record{};
+            record.layer = layer(k, k ? output_of(k - 1) : run_.x);
+            record.d_output = d_output;
+            record.wants_first = run_.dh_first.data || run_.dc_first.data;
+            record.dh = states(dh_first, run_.first_is_flat, k, P);
+            record.dc = states(dc_first, run_.first_is_flat, k, H);
+            record.dx = k ? make(d_between[k % 2], run_.rows * D * P) : run_.dx;
+            if (D == 2 && record.dx.data) record.dx_reverse = make(dx_reverse, record.dx.size);
             for (int64_t d = 0; run_.gradients.data && d < D; ++d)
-                pass.gradients[d] = weights_of(run_, run_.gradients, k, d);
-            if (const Fault fault = loops_.backward(pass)) return fault;
-            d_output = pass.dx;
+                record.gradients[d] = weights_of(run_, run_.gradients, k, d);
+            if (const Fault fault = loops_.backward(record)) return fault;
+            d_output = record.dx;
         }
         // What a dropped state was has no effect, so its gradient is zero.
         clear_dropped(dh_first, P);
@@ -160,7 +160,7 @@ class Stack {
     // The states of one layer. `width` is P, or H for c.
     States states(const Array& all, int64_t is_flat, int64_t layer, int64_t width) const {
         const int64_t D = run_.directions, direction = is_flat ? width : run_.batch * width;
-        char* begin = in<char>(all);
+        char* begin = data_of<char>(all);
         return {begin ? begin + bytes(layer * D * direction) : nullptr, direction,
                 is_flat ? run_.layers * D * width : width};
     }
@@ -172,8 +172,8 @@ class Stack {
 
     // Whether a sequence's state is dropped: it has a reset, and a step. The second direction starts at the end.
     bool is_dropped(const Array& dropped, int64_t direction, int64_t n) const {
-        const auto* lengths = in<const int64_t>(run_.lengths);
-        return dropped.data && direction == 0 && in<const char>(dropped)[n] && (!lengths || lengths[n]);
+        const auto* lengths = data_of<const int64_t>(run_.lengths);
+        return dropped.data && direction == 0 && data_of<const char>(dropped)[n] && (!lengths || lengths[n]);
     }
 
     // Copies all states, in another layout perhaps. `from` without memory holds zeros, and so does what is dropped.

@@ -31,7 +31,7 @@ ALWAYS_INLINE void with_constant(ptrdiff_t number, const Function& function) {
 // The number of rows for the next tile. Avoids a last tile of only one or two rows.
 ALWAYS_INLINE ptrdiff_t next_rows(ptrdiff_t left, ptrdiff_t most) { return divide_up(left, divide_up(left, most)); }
 
-// The numbers of A that a tile multiplies: rows given by their addresses,
+// The numbers of A that a tile multiplies, if A is rows given by their addresses.
 template <class T, int M>
 struct RowsOfA {
     const T* row[M];
@@ -42,7 +42,7 @@ struct RowsOfA {
     ALWAYS_INLINE T at(int r, ptrdiff_t k) const { return row[r][k]; }
 };
 
-// or packed columns, side by side.
+// The numbers of A that a tile multiplies, if A is packed columns.
 template <class T, int M>
 struct PackedColumnsOfA {
     const T* begin;

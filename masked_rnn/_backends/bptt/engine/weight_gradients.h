@@ -28,7 +28,7 @@ class WeightGradients : LayerSizes {
 
     WeightGradients(const LayerSizes& sizes, const Weights* results)
         : LayerSizes(sizes),
-          keeps_rows(layer.rows * (delta_row<T>() + P + I) <= GH * (P + I)),
+          keeps_rows(layer.rows * (delta_row_size<T>() + P + I) <= GH * (P + I)),
           results_(results),
           room_(keeps_rows ? split.most_rows : DEPTH),
           most_slices_(keeps_rows ? divide_up(split.most_rows, DEPTH - MOST_ROWS) + 1 : 1) {}
@@ -40,7 +40,7 @@ class WeightGradients : LayerSizes {
         xs_ = memory.take<T>(tasks * Panels<T>::size(room_, I));
         ms_ = memory.take<T>(projects ? tasks * Panels<T>::size(room_, H) : 0);
         columns_ = memory.take<T>(max(tasks, layer.threads) * DEPTH * COLUMNS);
-        biases_ = memory.take<T>(tasks * width);
+        biases_ = memory.take<T>(tasks * row_size);
         const ptrdiff_t more = keeps_rows ? 0 : tasks - D;
         more_w_ih_ = memory.take<T>(more * GH * I);
         more_w_hh_ = memory.take<T>(more * GH * P);
@@ -51,7 +51,7 @@ class WeightGradients : LayerSizes {
 
     // Adds rows of deltas of a task, with the states and inputs at the same steps.
     void add_rows(ptrdiff_t task, const T* deltas, const T* const* h, const T* const* x, ptrdiff_t rows) const {
-        const ptrdiff_t number = counts_[task]++, stride = delta_row<T>();
+        const ptrdiff_t number = counts_[task]++, stride = delta_row_size<T>();
         Slice& slice = slices_[task * most_slices_ + (keeps_rows ? number : 0)];
         const ptrdiff_t first = keeps_rows && number ? (&slice)[-1].first + (&slice)[-1].rows : 0;
         const auto panels = [&](T* all, ptrdiff_t columns) {
@@ -62,14 +62,14 @@ class WeightGradients : LayerSizes {
         pack_rows(h, slice.hs);
         pack_rows(x, slice.xs);
         if (projects) {
-            const T* m[TABLE];
-            for (ptrdiff_t k = 0; k < rows; ++k) m[k] = deltas + k * stride + width + P;
+            const T* m[MOST_ADDRESSES];
+            for (ptrdiff_t k = 0; k < rows; ++k) m[k] = deltas + k * stride + row_size + P;
             pack_rows(m, slice.ms);
         }
         if (keeps_rows) return;
         const Sums sums = sums_of(task);
-        if (number == 0) fill(width, sums.biases);
-        for (ptrdiff_t k = 0; k < rows; ++k) add(width, deltas + k * stride, sums.biases);
+        if (number == 0) fill(row_size, sums.biases);
+        for (ptrdiff_t k = 0; k < rows; ++k) add(row_size, deltas + k * stride, sums.biases);
         for (ptrdiff_t part = 0; part < parts(COLUMNS); ++part)
             multiply(slice, part_of(part, COLUMNS), sums, number ? AT_C : AT_ZERO, columns_ + task * DEPTH * COLUMNS);
     }
@@ -113,18 +113,19 @@ class WeightGradients : LayerSizes {
     T *hs_, *xs_, *ms_, *columns_;  // of each task: panels, and packed columns
     T *biases_, *more_w_ih_, *more_w_hh_, *more_w_hr_;
 
-    ptrdiff_t parts(ptrdiff_t columns) const { return (cell.width + projects) * divide_up(H, columns); }
+    ptrdiff_t parts(ptrdiff_t columns) const { return (cell.block_count + projects) * divide_up(H, columns); }
     Part part_of(ptrdiff_t number, ptrdiff_t columns) const {
-        const ptrdiff_t block = number % (cell.width + projects), begin = number / (cell.width + projects) * columns;
-        return {block, begin, min(columns, (block < cell.width ? H : P) - begin)};
+        const ptrdiff_t block = number % (cell.block_count + projects),
+                        begin = number / (cell.block_count + projects) * columns;
+        return {block, begin, min(columns, (block < cell.block_count ? H : P) - begin)};
     }
 
     // The first task of a direction sums in the result.
     Sums sums_of(ptrdiff_t task) const {
-        T* biases = biases_ + task * width;
+        T* biases = biases_ + task * row_size;
         if (task < D) {
             const Weights& w = results_[task];
-            return {in<T>(w.w_ih), in<T>(w.w_hh), in<T>(w.w_hr), biases};
+            return {data_of<T>(w.w_ih), data_of<T>(w.w_hh), data_of<T>(w.w_hr), biases};
         }
         const ptrdiff_t more = task - D;
         return {more_w_ih_ + more * GH * I, more_w_hh_ + more * GH * P, more_w_hr_ + more * P * H, biases};
@@ -133,13 +134,13 @@ class WeightGradients : LayerSizes {
     void multiply(const Slice& slice, const Part& part, const Sums& sums, Start start, T* columns) const {
         const auto [block, begin, count] = part;
         if (count <= 0) return;
-        pack_columns(slice.deltas + block * H + begin, delta_row<T>(), slice.rows, count, columns);
+        pack_columns(slice.deltas + block * H + begin, delta_row_size<T>(), slice.rows, count, columns);
         const auto to = [&, count = count](const Panels<T>& b, T* c) {
             T* rows[COLUMNS];
             for (ptrdiff_t r = 0; r < count; ++r) rows[r] = c + r * b.columns;
             multiply_columns(columns, count, b, start, rows);
         };
-        if (block == cell.width) return to(slice.ms, sums.w_hr + begin * H);
+        if (block == cell.block_count) return to(slice.ms, sums.w_hr + begin * H);
         const auto [in_w_ih, in_w_hh] = cell.blocks[block];
         if (in_w_hh != NONE) to(slice.hs, sums.w_hh + (in_w_hh * H + begin) * P);
         if (in_w_ih != NONE) to(slice.xs, sums.w_ih + (in_w_ih * H + begin) * I);
@@ -149,7 +150,7 @@ class WeightGradients : LayerSizes {
     void write(ptrdiff_t direction, const Part& part, T* columns) const {
         const Sums sums = sums_of(direction);
         const ptrdiff_t place = part.block * H + part.begin;
-        const bool has_bias = part.block < cell.width && part.count > 0;
+        const bool has_bias = part.block < cell.block_count && part.count > 0;
         if (has_bias) fill(part.count, sums.biases + place);
         Start start = AT_ZERO;
         for (ptrdiff_t task = direction; task < tasks; task += D)
@@ -158,7 +159,7 @@ class WeightGradients : LayerSizes {
                 multiply(slice, part, sums, start, columns);
                 start = AT_C;
                 for (ptrdiff_t k = 0; has_bias && k < slice.rows; ++k)
-                    add(part.count, slice.deltas + k * delta_row<T>() + place, sums.biases + place);
+                    add(part.count, slice.deltas + k * delta_row_size<T>() + place, sums.biases + place);
             }
         if (has_bias) write_biases(direction, part);
     }
@@ -175,9 +176,10 @@ class WeightGradients : LayerSizes {
             add_part(GH * I, more.w_ih, total.w_ih);
             add_part(GH * P, more.w_hh, total.w_hh);
             if (projects) add_part(P * H, more.w_hr, total.w_hr);
-            if (part == 0) add(width, more.biases, total.biases);
+            if (part == 0) add(row_size, more.biases, total.biases);
         }
-        for (ptrdiff_t block = 0; part == 0 && block < cell.width; ++block) write_biases(direction, {block, 0, H});
+        for (ptrdiff_t block = 0; part == 0 && block < cell.block_count; ++block)
+            write_biases(direction, {block, 0, H});
     }
 
     void write_biases(ptrdiff_t direction, const Part& part) const {
@@ -185,8 +187,8 @@ class WeightGradients : LayerSizes {
         if (!results.b_ih.data) return;
         const auto [in_w_ih, in_w_hh] = cell.blocks[part.block];
         const T* from = sums_of(direction).biases + part.block * H + part.begin;
-        if (in_w_ih != NONE) copy(part.count, from, in<T>(results.b_ih) + in_w_ih * H + part.begin);
-        if (in_w_hh != NONE) copy(part.count, from, in<T>(results.b_hh) + in_w_hh * H + part.begin);
+        if (in_w_ih != NONE) copy(part.count, from, data_of<T>(results.b_ih) + in_w_ih * H + part.begin);
+        if (in_w_hh != NONE) copy(part.count, from, data_of<T>(results.b_hh) + in_w_hh * H + part.begin);
     }
 };
 

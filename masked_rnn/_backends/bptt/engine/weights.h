@@ -32,7 +32,7 @@ template <class T, bool TRANSPOSED>
 class Weight {
   public:
     void take(const Array& array, ptrdiff_t columns, const RowOrder& order, ptrdiff_t products, Memory& memory) {
-        data_ = in<const T>(array), order_ = order, rows_ = order.rows(), columns_ = columns;
+        data_ = data_of<const T>(array), order_ = order, rows_ = order.rows(), columns_ = columns;
         is_packed_ = !stays_in_place<T>(columns, products) || (TRANSPOSED && rows_ < SUMS<T>);
         const ptrdiff_t depth = TRANSPOSED ? columns : rows_, width = TRANSPOSED ? rows_ : columns;
         panels_ = {memory.take<T>(is_packed_ ? Panels<T>::size(depth, width) : 0), depth, width};
@@ -49,16 +49,16 @@ class Weight {
             pack_straight(data_, order_, panels_, panel);
     }
 
-    // C = start + A Wᵀ, or start + A W, for at most TABLE rows. `row` is there if C starts from a row.
+    // C = start + A Wᵀ, or start + A W, for at most MOST_ADDRESSES rows. `row` is there if C starts from a row.
     void multiply(const T* const* a, Start start, const T* row, T* const* c, ptrdiff_t count) const {
         if (is_packed_) return multiply_packed(a, panels_, start, row, c, count);
         ptrdiff_t place = 0;
         for (const RowRun& run : order_) {
             const SomeRows<T> rows{data_, rows_, columns_, run.first, run.first + run.count};
             if constexpr (TRANSPOSED)
-                multiply_by_transpose(a, rows, start, row, c, place, count);
+                multiply_transposed(a, rows, start, row, c, place, count);
             else
-                multiply_by_itself(a, place, rows, place ? AT_C : start, c, count);
+                multiply_straight(a, place, rows, place ? AT_C : start, c, count);
             place += run.count;
         }
     }
@@ -80,7 +80,7 @@ struct LayerWeights {
         // Products of one or two rows: of W_ih with all rows at once, of the others with those of each step.
         const ptrdiff_t at_once = divide_up(layer.rows, 2);
         ptrdiff_t in_steps = 0;
-        for (ptrdiff_t t = 0; t < layer.steps; ++t) in_steps += divide_up(in<const int64_t>(layer.sizes)[t], 2);
+        for (ptrdiff_t t = 0; t < layer.steps; ++t) in_steps += divide_up(data_of<const int64_t>(layer.sizes)[t], 2);
         const ptrdiff_t H = layer.hidden, P = layer.fed_back;
         for (ptrdiff_t d = 0; d < layer.directions; ++d) {
             const Weights& w = layer.weights[d];
