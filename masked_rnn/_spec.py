@@ -69,7 +69,7 @@ class Spec:
         self.hidden_size = hidden_size
         self.num_layers = num_layers
         self.bias = bias
-        self.bidirectional = bidirectional
+        self.bidirectional = bool(bidirectional)  # PyTorch's kernels take no number in its place
         self.proj_size = proj_size
         self.gates = GATES[mode]
         self.directions = 2 if bidirectional else 1

@@ -75,6 +75,14 @@ def test_positional_arguments_match_torch() -> None:
     assert a.mode == b.mode == "RNN_RELU"
 
 
+@pytest.mark.parametrize("backend", ["auto", "packed", "padded", "bptt", "scan"])
+def test_number_says_whether_layer_is_bidirectional(backend: str) -> None:
+    layer, other = (masked("gru", bidirectional=both, backend=backend) for both in (1, True))
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(5, 2, INPUT)
+    assert same(layer(x, lengths=[5, 2]), other(x, lengths=[5, 2]))
+
+
 def test_repr_names_only_changed_options() -> None:
     assert repr(MaskedGRU(4, 3)) == "MaskedGRU(4, 3)"
     assert repr(MaskedRNN(4, 3)) == "MaskedRNN(4, 3)"
