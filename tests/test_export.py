@@ -175,8 +175,8 @@ def test_scan_exports_one_loop_for_any_size(cell: str, strict: str, with_hx: boo
     model = WithAll(layer)
     first = everything(layer, 3, 6, given, with_hx)
     program = export(model, first, dynamic_shapes=dynamic(first), strict=strict == "strict")
-    if given == "neither":
-        program = program.run_decompositions()  # it refuses a loop whose results share memory
+    if given == "neither" and torch_before("2.15"):  # refuses a loop whose results share memory
+        program = program.run_decompositions()
     targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert targets.count("scan") == 2 * layers
     assert not any("masked_rnn" in target or "sigmoid" in target for target in targets)
