@@ -184,8 +184,6 @@ def test_scan_exports_one_loop_for_any_size(cell: str, strict: str, with_hx: boo
     sizes_of_calls = [(1, 1), (1, 7), (5, 1), (4, 9), (0, 5)]
     if ("lengths" in given or "mask" in given) and not torch_before("2.14"):  # else one of the two refuses it
         sizes_of_calls.append((3, 0))
-    if given == "neither" and not torch_before("2.15"):  # decomposed, it refuses as many steps as sequences
-        sizes_of_calls.remove((1, 1))
     for sizes in sizes_of_calls:
         arguments = everything(layer, *sizes, given, with_hx)
         with torch.no_grad():
